@@ -1,0 +1,43 @@
+# make install | quickstart | ui | test | soak | lint
+PYTHON ?= python3
+UI_PORT ?= 5000
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install quickstart ui test soak lint format clean
+
+install: $(STAMP)
+
+# A half-made environment has no stamp and is finished by the next call; a changed lock or pyproject brings it up to date.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.12 needed: make install PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
+	@touch $(STAMP)
+
+quickstart: install
+	$(BIN)/python launch/quickstart.py
+
+ui: install
+	$(BIN)/python launch/ui.py --port $(UI_PORT)
+
+test: install
+	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Removes the environment and caches; runs/ (data, checkpoints, MLflow) stays.
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,95 @@
+"""Errors a user can meet, each with its own exit code, and the one place that turns them into an exit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_UNEXPECTED = 1
+
+
+class WarmDistError(Exception):
+    """A foreseen end: one clear message, a distinct exit code, and whether the same command may simply be run again."""
+
+    exit_code = EXIT_UNEXPECTED
+    resumable = False
+
+
+class ConfigError(WarmDistError):
+    """A configuration or command line that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(WarmDistError):
+    """Data that is not what the manifest promises: missing, changed, corrupt, undecodable."""
+
+    exit_code = 3
+
+
+class CheckpointError(WarmDistError):
+    """A checkpoint that is corrupt, foreign or unreadable."""
+
+    exit_code = 4
+
+
+class NumericsError(WarmDistError):
+    """A non-finite loss or gradient; the update was not applied."""
+
+    exit_code = 5
+
+
+class BucketError(WarmDistError):
+    """A bucket that does not exist."""
+
+    exit_code = 6
+
+
+class AccessError(WarmDistError):
+    """Storage that refuses these credentials, or no credentials at all."""
+
+    exit_code = 7
+
+
+class OutputError(WarmDistError):
+    """A folder that cannot be written, or a full disk."""
+
+    exit_code = 8
+
+
+class WorldSizeError(WarmDistError):
+    """A number of processes among which batch and lanes cannot be dealt."""
+
+    exit_code = 9
+
+
+class PortError(WarmDistError):
+    """A port that is already in use."""
+
+    exit_code = 10
+
+
+class UnreachableError(WarmDistError):
+    """A server or a peer that does not answer; nothing is wrong with the input, so the same command may go on later."""
+
+    exit_code = 11
+    resumable = True
+
+
+class Stopped(WarmDistError):
+    """A stop that somebody asked for (SIGTERM, Ctrl-C); a checkpoint was saved."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+    resumable = True
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit: with its code, or with one line on stderr and the code of the WarmDistError it raised."""
+    try:
+        sys.exit(main() or EXIT_OK)
+    except WarmDistError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

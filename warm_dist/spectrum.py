@@ -1,0 +1,118 @@
+"""The orthonormal DCT-II, the Gaussian blur that is diagonal in it, and power spectra. Source: docs mathematics, 1 and 4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Leave autocast and TF32: at sigma = 0.002 the residual is 1e-6 of the image, and TF32 would drown it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+@cache
+def _dct_matrix(n: int) -> NDArray[np.float64]:
+    k, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    matrix = math.sqrt(2 / n) * np.cos(math.pi * k * (2 * j + 1) / (2 * n))
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+@cache
+def dct_matrix(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """Orthonormal DCT-II matrix C, (n, n): row k is frequency k; C Cᵀ = I."""
+    return torch.from_numpy(_dct_matrix(n)).to(device=device, dtype=dtype)
+
+
+@cache
+def frequencies(n: int, device: torch.device | None = None) -> Tensor:
+    """Squared frequencies (π k / n)², (n,) float64, in 1/pixel²: the one-dimensional heat kernel's eigenvalues."""
+    return ((math.pi * torch.arange(n, dtype=torch.float64) / n) ** 2).to(device=device)
+
+
+@cache
+def eigenvalues(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """λ_ij = (π i/H)² + (π j/W)², (H, W) float64; i is the row (vertical) frequency, j the column frequency."""
+    return frequencies(height, device)[:, None] + frequencies(width, device)[None, :]
+
+
+def dct(x: Tensor) -> Tensor:
+    """u = Vᵀ x: two-dimensional orthonormal DCT-II over the last two axes, same shape and dtype."""
+    with exact_float32():
+        c_h = dct_matrix(x.shape[-2], x.dtype, x.device)
+        return c_h @ x @ dct_matrix(x.shape[-1], x.dtype, x.device).mT
+
+
+def idct(u: Tensor) -> Tensor:
+    """x = V u: the inverse (and transpose) of `dct`."""
+    with exact_float32():
+        c_h = dct_matrix(u.shape[-2], u.dtype, u.device)
+        return c_h.mT @ u @ dct_matrix(u.shape[-1], u.dtype, u.device)
+
+
+def _heat(alpha: Tensor, n: int, dtype: torch.dtype, complement: bool) -> Tensor:
+    """M_n = Cᵀ diag(exp(-(πk/n)² α²/2)) C, or N_n = I - M_n from -expm1 without cancellation; (B, 1, n, n)."""
+    exponent = -frequencies(n, alpha.device) * alpha.double()[:, None].square() / 2
+    gain = -torch.expm1(exponent) if complement else torch.exp(exponent)
+    c = dct_matrix(n, torch.float64, alpha.device)
+    return (c.mT @ (gain[:, :, None] * c)).to(dtype)[:, None]
+
+
+def blur(x: Tensor, alpha: Tensor) -> Tensor:
+    """A(α) x = M_H x M_Wᵀ: the heat kernel of standard deviation α with half-sample reflection at the border.
+
+    x: (B, C, H, W) float32 or float64. alpha: (B,) pixels, >= 0. Returns the shape and dtype of x.
+    Raises ValueError if the batch sizes differ. Source: arXiv 2209.05557; derived for α in pixels.
+    """
+    _check_batch(x, alpha)
+    with exact_float32():
+        m_h = _heat(alpha, x.shape[-2], x.dtype, complement=False)
+        m_w = _heat(alpha, x.shape[-1], x.dtype, complement=False)
+        return m_h @ x @ m_w.mT
+
+
+def unblurred(x: Tensor, alpha: Tensor) -> Tensor:
+    """(I - A(α)) x = N_H x + M_H x N_Wᵀ: what the blur removed, exact also where it is a millionth of x.
+
+    Shapes, errors as `blur`. Source: derived; x - A x errs by 7 % in float32 at σ = 0.002, BNR 0.5.
+    """
+    _check_batch(x, alpha)
+    with exact_float32():
+        m_h = _heat(alpha, x.shape[-2], x.dtype, complement=False)
+        n_h = _heat(alpha, x.shape[-2], x.dtype, complement=True)
+        n_w = _heat(alpha, x.shape[-1], x.dtype, complement=True)
+        return n_h @ x + m_h @ x @ n_w.mT
+
+
+def _check_batch(x: Tensor, alpha: Tensor) -> None:
+    if alpha.shape != x.shape[:1]:
+        raise ValueError(f"alpha has shape {tuple(alpha.shape)}, x needs ({x.shape[0]},): one blur level per image")
+
+
+def fallback_spectrum(height: int, width: int, sigma_data: float = 0.5) -> Tensor:
+    """S = C/λ with AC variance 0.19·σ_data²/0.25 and the rest in DC, (H, W) float64: natural images, not measured.
+
+    mean_k S_k = σ_data². Source: derived (1/f² statistics of natural images).
+    """
+    lam = eigenvalues(height, width)
+    inverse = torch.where(lam > 0, 1 / lam.clamp_min(1e-300), 0.0)
+    ac = 0.19 * sigma_data**2 / 0.25
+    spectrum = inverse * (ac * height * width / inverse.sum())
+    spectrum[0, 0] = (sigma_data**2 - ac) * height * width
+    return spectrum

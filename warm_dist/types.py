@@ -1,0 +1,69 @@
+"""The records that travel between the parts of the system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Level(NamedTuple):
+    """A place in the (alpha, sigma) plane, one per image.
+
+    sigma: (B,) noise standard deviation, data units. alpha: (B,) standard deviation of the Gaussian blur, pixels.
+    """
+
+    sigma: Tensor
+    alpha: Tensor
+
+
+class Heads(NamedTuple):
+    """What the network knows about x0: the denoised but blurry image E[A x0 | x] and the residual E[(I - A) x0 | x].
+
+    Both (B, C, H, W), data units. Their sum is the denoised clean image.
+    """
+
+    blurry: Tensor
+    residual: Tensor
+
+    @property
+    def clean(self) -> Tensor:
+        """x0 estimate, (B, C, H, W)."""
+        return self.blurry + self.residual
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of one global batch, in the order of global positions.
+
+    images: (B, C, H, W) uint8. labels: (B,) int64, all -1 in a data set without classes.
+    positions: (B,) int64, global image positions (0 is the first image ever consumed). keys: the samples' names.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What training and sampling must know of a data set; measured at packing, kept in the manifest's header.
+
+    Images are scaled to [-1, 1]. channel_mean: (C,). mean_image: (C, H, W), channel means not subtracted.
+    power_spectrum: (H, W), S_k = E[u0_k^2], the mean over images and channels of the squared orthonormal DCT-II
+    coefficients after the channel means are subtracted. sigma_data: sqrt(mean_k S_k).
+    """
+
+    resolution: int
+    channels: int
+    num_classes: int
+    num_images: int
+    channel_mean: NDArray[np.float64]
+    mean_image: NDArray[np.float64]
+    power_spectrum: NDArray[np.float64]
+    sigma_data: float
+    fingerprint: str
