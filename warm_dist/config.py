@@ -59,7 +59,6 @@ class NetworkConfig(Section):
     num_blocks: Positive
     attention_resolutions: tuple[Positive, ...] = ()
     dropout: Fraction = 0.0
-    label_dropout: Fraction = 0.0
 
 
 class TrainConfig(Section):
@@ -74,6 +73,7 @@ class TrainConfig(Section):
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     horizontal_flips: bool = False
+    label_dropout: Fraction = Field(0.0, description="share of images whose class is hidden")
     ema_half_life_nimg: Positive
     ema_ramp: PositiveFloat | None = Field(0.05, description="half-life at most so many times nimg (EDM's ramp)")
     log_nimg: Positive

@@ -84,12 +84,25 @@ class Stopped(WarmDistError):
     resumable = True
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit: with its code, or with one line on stderr and the code of the WarmDistError it raised."""
+class PeerError(WarmDistError):
+    """Another rank's end, told by this one: its message and its exit code."""
+
+    def __init__(self, reason: str, exit_code: int, resumable: bool) -> None:
+        super().__init__(reason)
+        self.exit_code, self.resumable = exit_code, resumable
+
+
+def run(main: Callable[[], int | None], quiet: bool = False) -> None:
+    """Run a command and exit: with its code, or with one line on stderr and the code of the WarmDistError it raised.
+
+    quiet: leave the line to another rank.
+    """
     try:
         sys.exit(main() or EXIT_OK)
     except WarmDistError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not quiet:
+            prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
+            print(f"{prefix}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

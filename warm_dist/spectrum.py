@@ -77,7 +77,7 @@ def _heat(alpha: Tensor, n: int, dtype: torch.dtype, complement: bool) -> Tensor
 def blur(x: Tensor, alpha: Tensor) -> Tensor:
     """A(α) x = M_H x M_Wᵀ: the heat kernel of standard deviation α with half-sample reflection at the border.
 
-    x: (B, C, H, W) float32 or float64. alpha: (B,) pixels, >= 0. Returns the shape and dtype of x.
+    x: (B, C, H, W) float32 or float64. alpha: (B,) or (1,) pixels, >= 0. Returns the shape and dtype of x.
     Raises ValueError if the batch sizes differ. Source: arXiv 2209.05557; derived for α in pixels.
     """
     _check_batch(x, alpha)
@@ -101,8 +101,10 @@ def unblurred(x: Tensor, alpha: Tensor) -> Tensor:
 
 
 def _check_batch(x: Tensor, alpha: Tensor) -> None:
-    if alpha.shape != x.shape[:1]:
-        raise ValueError(f"alpha has shape {tuple(alpha.shape)}, x needs ({x.shape[0]},): one blur level per image")
+    if alpha.shape not in ((x.shape[0],), (1,)):
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)}, x needs ({x.shape[0]},) or (1,): a blur level per image"
+        )
 
 
 def fallback_spectrum(height: int, width: int, sigma_data: float = 0.5) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,3 +67,14 @@ class DataInfo:
     power_spectrum: NDArray[np.float64]
     sigma_data: float
     fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers; `from_json` gives back equal arrays to the last bit."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
+
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> DataInfo:
+        """Raises TypeError for missing or unknown keys."""
+        values: dict[str, Any] = {k: np.asarray(v, np.float64) if isinstance(v, list) else v for k, v in tree.items()}
+        return DataInfo(**values)

@@ -1,0 +1,135 @@
+"""Building blocks of the U-Nets: level embedding, resampling convolution, residual block with attention.
+
+The layout (layers, parameter shapes, order of operations) is EDM's, so that published weights can be mapped onto it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Init = Callable[[nn.Module], None]
+
+
+def xavier_init(gain: float = 1.0) -> Init:
+    """Uniform with EDM's 'xavier_uniform' bounds, bias too, scaled by `gain`. Source: EDM, DDPM++ rows of table 7."""
+    return lambda layer: _uniform(layer, lambda fan_in, fan_out: gain * math.sqrt(6 / (fan_in + fan_out)), bias=0.0)
+
+
+def kaiming_init(gain: float = 1.0) -> Init:
+    """Uniform with bounds gain·sqrt(3/fan_in), for weight and bias. Source: EDM, ADM rows of table 7."""
+    return lambda layer: _uniform(layer, lambda fan_in, fan_out: gain * math.sqrt(3 / fan_in), bias=1.0)
+
+
+def _uniform(layer: nn.Module, bound: Callable[[int, int], float], bias: float) -> None:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise TypeError(f"cannot initialise a {type(layer).__name__}")
+    area = math.prod(layer.weight.shape[2:])
+    limit = bound(layer.weight.shape[1] * area, layer.weight.shape[0] * area)
+    with torch.no_grad():
+        layer.weight.uniform_(-limit, limit)
+        if layer.bias is not None:
+            layer.bias.uniform_(-limit * bias, limit * bias)
+
+
+def initialised(layer: nn.Module, init: Init) -> nn.Module:
+    """The layer, its parameters drawn by `init`."""
+    init(layer)
+    return layer
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """min(32, C/4) groups."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
+    """Sines and cosines of (B,) values at channels/2 frequencies from 1 down to 1e-4, (B, channels)."""
+    exponents = torch.arange(channels // 2, dtype=torch.float32, device=values.device)
+    frequencies = 1e-4 ** (exponents / (channels // 2 - (1 if endpoint else 0)))
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def resample(x: Tensor, mode: str | None) -> Tensor:
+    """Box filter: "up" doubles by repetition, "down" halves by averaging, None keeps."""
+    if mode == "up":
+        return functional.interpolate(x, scale_factor=2, mode="nearest")
+    return functional.avg_pool2d(x, 2) if mode == "down" else x
+
+
+class Attention(nn.Module):
+    """Self-attention over the H·W pixels; the residual sum is the caller's."""
+
+    def __init__(self, channels: int, num_heads: int, eps: float, init: Init, init_zero: Init) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = group_norm(channels, eps)
+        self.qkv = initialised(nn.Conv2d(channels, 3 * channels, 1), init)
+        self.proj = initialised(nn.Conv2d(channels, channels, 1), init_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
+        q, k, v = qkv.transpose(-1, 2).unbind(3)  # (B, heads, H·W, C/heads) each
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(2, 3).reshape(b, c, h, w))  # type: ignore[no-any-return]
+
+
+class BlockOptions:
+    """What all blocks of one network share; the two presets are EDM's DDPM++ and ADM."""
+
+    def __init__(self, arch: str, emb_channels: int, dropout: float) -> None:
+        adm = arch == "adm"
+        self.emb_channels, self.dropout = emb_channels, dropout
+        self.adaptive_scale = adm  # the embedding scales and shifts (ADM), or only shifts
+        self.channels_per_head = 64 if adm else None  # None: one head
+        self.project_resampled = not adm  # a 1x1 convolution on every resampling skip
+        self.skip_scale = 1.0 if adm else math.sqrt(0.5)
+        self.eps = 1e-5 if adm else 1e-6
+        self.init = kaiming_init(math.sqrt(1 / 3)) if adm else xavier_init()
+        self.init_zero = kaiming_init(0.0) if adm else xavier_init(1e-5)
+        self.init_attention = self.init if adm else xavier_init(math.sqrt(0.2))
+
+
+class Block(nn.Module):
+    """Residual block: norm, SiLU, (resampling) convolution, embedding, norm, SiLU, dropout, convolution; attention."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, o: BlockOptions, mode: str | None = None, attention: bool = False
+    ) -> None:
+        super().__init__()
+        self.options, self.mode = o, mode
+        self.norm0 = group_norm(in_channels, o.eps)
+        self.conv0 = initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), o.init)
+        self.affine = initialised(nn.Linear(o.emb_channels, out_channels * (2 if o.adaptive_scale else 1)), o.init)
+        self.norm1 = group_norm(out_channels, o.eps)
+        self.dropout = nn.Dropout(o.dropout)
+        self.conv1 = initialised(nn.Conv2d(out_channels, out_channels, 3, padding=1), o.init_zero)
+        self.skip: nn.Module | None = None
+        if out_channels != in_channels or (mode and o.project_resampled):
+            self.skip = initialised(nn.Conv2d(in_channels, out_channels, 1), o.init)
+        heads = out_channels // o.channels_per_head if o.channels_per_head else 1
+        self.attention = (
+            Attention(out_channels, max(heads, 1), o.eps, o.init_attention, o.init_zero) if attention else None
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        o = self.options
+        h: Tensor = self.conv0(resample(functional.silu(self.norm0(x)), self.mode))
+        params = self.affine(emb)[:, :, None, None]
+        if o.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = functional.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = functional.silu(self.norm1(h + params))
+        h = self.conv1(self.dropout(h))
+        skip = resample(x, self.mode)
+        h = (h + (self.skip(skip) if self.skip is not None else skip)) * o.skip_scale
+        if self.attention is not None:
+            return (self.attention(h) + h) * o.skip_scale
+        return h

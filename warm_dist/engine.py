@@ -1,0 +1,307 @@
+"""Optimizer engines behind one protocol: DeepSpeed (ZeRO 0-3) and its reference in plain PyTorch.
+
+The only place with deepspeed. Both show their state as flat float32 fragments of named parameters, which is all that
+EMA and checkpoints know of sharding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from warm_dist.config import Config
+from warm_dist.distributed import World
+
+STATE = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """values[k] is element start + k of the flattened parameter `name`; the tensors are views of live float32 state."""
+
+    name: str
+    start: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+class Engine(Protocol):
+    """What the training loop needs. All calls but the properties are collectives: every rank makes them, always."""
+
+    module: nn.Module
+
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss, scaled by 1/num_accumulation."""
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, apply unless non-finite, clear gradients. Returns the gradient norm, a 0-d tensor on the device."""
+
+    def fragments(self) -> list[Fragment]:
+        """State that lies in this rank's memory: all of it at stage 0, 1/W of it above."""
+
+    def owned(self) -> list[Fragment]:
+        """The part of `fragments` that this rank answers for: over all ranks, every element exactly once."""
+
+    def loaded(self, num_steps: int) -> None:
+        """After fragments were written into: set the step count and rebuild the forward weights."""
+
+
+def build_engine(module: nn.Module, config: Config, world: World) -> Engine:
+    """The engine that `config.engine` names. The module's parameters are float32 and equal on all ranks."""
+    if config.engine == "local":
+        return LocalEngine(module, config, world)
+    return DeepSpeedEngine(module, config, world)
+
+
+def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
+    """(images per rank and backward, number of accumulations): batch_size = ranks × micro-batch × accumulations."""
+    per_rank = config.train.batch_size // world_size
+    micro = config.train.micro_batch_size or per_rank
+    return micro, per_rank // micro
+
+
+def _adam(parameters: Any, config: Config) -> torch.optim.Adam:
+    train = config.train
+    # fused: one kernel, and `found_inf` lets the device itself leave out a non-finite update
+    return torch.optim.Adam(parameters, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def _ensure_state(optimizer: torch.optim.Optimizer) -> None:
+    """Adam makes its state at the first step; a checkpoint needs it before."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.numel() and not optimizer.state[p]:
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(float(num_steps))
+
+
+def _clip_and_guard(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
+    """Clip by the total norm, and have the next step left out if it is not finite: on the device, without a sync."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by fused Adam
+    return norm
+
+
+def _split(fragment: Fragment, rank: int, size: int) -> Fragment | None:
+    """This rank's share of a fragment that every rank holds."""
+    share = math.ceil(fragment.numel / size)
+    low, high = min(rank * share, fragment.numel), min((rank + 1) * share, fragment.numel)
+    if low == high:
+        return None
+    views = {key: getattr(fragment, key)[low:high] for key in STATE}
+    return Fragment(fragment.name, fragment.start + low, **views)
+
+
+class _Common:
+    """Autocast around the network, and whole-parameter fragments (stage 0 and LocalEngine)."""
+
+    def __init__(self, module: nn.Module, config: Config, world: World, autocast: bool) -> None:
+        self.module, self.config, self.world = module, config, world
+        self.num_accumulation = micro_batches(config, world.size)[1]
+        self._autocast = autocast
+        self._names = {id(p): name for name, p in module.named_parameters()}
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
+            yield
+
+    def _whole(self, optimizer: torch.optim.Optimizer) -> list[Fragment]:
+        _ensure_state(optimizer)
+        out = []
+        for name, p in self.module.named_parameters():
+            state = optimizer.state[p]
+            out.append(Fragment(name, 0, p.data.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)))
+        return out
+
+
+class LocalEngine(_Common):
+    """Plain PyTorch: what every other engine must agree with. Several ranks average their gradients."""
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        super().__init__(module.to(world.device), config, world, autocast=config.parallel.precision == "bf16")
+        self.parameters = list(module.parameters())
+        self.optimizer = _adam(self.parameters, config)
+
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor:
+        with self._precision():
+            return self.module(x, c_noise, c_blur, labels)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.num_accumulation).backward()
+
+    def step(self, lr: float) -> Tensor:
+        if self.world.size > 1:
+            flat = torch.cat([p.grad.view(-1) for p in self.parameters if p.grad is not None])
+            dist.all_reduce(flat)
+            flat /= self.world.size
+            for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad = grad.view_as(p)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = _clip_and_guard(self.optimizer, self.parameters, self.config.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def fragments(self) -> list[Fragment]:
+        return self._whole(self.optimizer)
+
+    def owned(self) -> list[Fragment]:
+        parts = (_split(f, self.world.rank, self.world.size) for f in self.fragments())
+        return [part for part in parts if part is not None]
+
+    def loaded(self, num_steps: int) -> None:
+        _set_steps(self.optimizer, num_steps)
+
+
+class DeepSpeedEngine(_Common):
+    """ZeRO stages 0-3 with torch's Adam; the one adapter to DeepSpeed 0.19.8's fragment attributes.
+
+    bf16 at stage 0 is torch autocast over float32 weights: DeepSpeed's own bf16 stage 0 loses accuracy.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        self.stage = config.parallel.zero_stage
+        bf16 = config.parallel.precision == "bf16"
+        super().__init__(module, config, world, autocast=bf16 and self.stage == 0)
+        deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        optimizer = _adam(module.parameters(), config)
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
+        self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
+        self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
+        self._micro_step = 0
+
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor:
+        with self._precision():
+            return self.engine(x.to(self._dtype), c_noise, c_blur, labels)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_step += 1
+        self.engine.backward(loss)
+        if self._micro_step < self.num_accumulation:
+            self.engine.step()  # counts the micro-step; the update is ours to time
+
+    def step(self, lr: float) -> Tensor:
+        self._micro_step = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = _clip_and_guard(self.optimizer, list(self.module.parameters()), self.config.train.clip)
+            self.engine.step()
+            return norm
+        self.engine.step()  # a non-finite gradient is left out by ZeRO's overflow check
+        norm = self.engine.get_global_grad_norm()
+        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm), device=self.world.device)
+
+    def fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return self._whole(self.optimizer)
+        _ensure_state(self.optimizer)
+        parts = (self._fragment(name, p) for name, p in self.module.named_parameters())
+        return [part for part in parts if part is not None]
+
+    def _fragment(self, name: str, p: Any) -> Fragment | None:
+        if self.stage == 3:
+            group, offset, padded = self.zero.grad_position[self.zero.get_param_id(p)]
+            flat, start = self.zero.fp32_partitioned_groups_flat[group], self.world.rank * padded
+            count = max(0, min(p.ds_numel - start, padded))  # the last partition is padded
+        else:
+            mapping = p._hp_mapping
+            if mapping is None:
+                return None
+            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start = mapping.lp_fragment_address.start
+        if not count:
+            return None
+        state = self.optimizer.state[flat]
+        views = (
+            tensor.data.view(-1)[offset : offset + count] for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])
+        )
+        return Fragment(name, start, *views)
+
+    def owned(self) -> list[Fragment]:
+        if self.stage:
+            return self.fragments()
+        parts = (_split(f, self.world.rank, self.world.size) for f in self.fragments())
+        return [part for part in parts if part is not None]
+
+    def loaded(self, num_steps: int) -> None:
+        _set_steps(self.optimizer, num_steps)
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+                self.zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+                self.zero._unflatten_partitioned_parameters(index)
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed dict, computed: it is never written by hand."""
+    micro, accumulation = micro_batches(config, world_size)
+    stage = config.parallel.zero_stage
+    out: dict[str, Any] = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if stage == 3:
+        # no parameter stays gathered between steps: what a checkpoint writes into is then all there is
+        out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if stage and config.train.clip is not None:
+        out["gradient_clipping"] = config.train.clip
+    if stage and config.parallel.precision == "bf16":
+        out["bf16"] = {"enabled": True}
+    return out
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19.8 calls collectives that torch 2.14 renamed; nothing a user of ours could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory op for CPU inference would be compiled here for two minutes; training never calls it.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

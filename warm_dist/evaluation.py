@@ -1,0 +1,159 @@
+"""One evaluation: sample on all ranks, features, Fréchet distance beside its floor, a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from warm_dist import fid, rng
+from warm_dist.config import Config, EvalConfig
+from warm_dist.distributed import World, gather
+from warm_dist.errors import ConfigError
+from warm_dist.figures import save_grid
+from warm_dist.generate import build_network, generate, sample_labels
+from warm_dist.sampler import nfe
+from warm_dist.types import DataInfo
+
+Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+"""Rows of the data set → images (n, C, H, W) uint8."""
+
+
+class Evaluator:
+    """Called with the EMA weights at some nimg; keeps extractor and real statistics for the next call."""
+
+    def __init__(
+        self, config: Config, world: World, info: DataInfo, read: Read, run: Path, say: Callable[[str], None]
+    ) -> None:
+        assert config.eval is not None
+        self.config, self.world, self.info, self.read, self.run, self.say = config, world, info, read, run, say
+        self.settings: EvalConfig = config.eval
+        self.num_real = min(self.settings.reference_images or info.num_images, info.num_images)
+        if self.num_real < 2:
+            raise ConfigError(f"eval needs 2 images to compare with, the data has {info.num_images}")
+        self.extractor = fid.make_extractor(
+            self.settings.extractor, self.settings.extractor_url, self.settings.extractor_sha256, world.device
+        )
+        self.network = build_network(config).to(world.device)
+        self._real: tuple[fid.Statistics, float, int] | None = None
+
+    @property
+    def spec(self) -> fid.FidSpec:
+        """The fingerprint of what the number means."""
+        s, settings = self.config.sampler, self.settings
+        return fid.FidSpec(
+            extractor=self.extractor.name,
+            extractor_sha256=self.extractor.sha256,
+            resize=self.extractor.resize,
+            num_images=settings.num_images,
+            reference=f"{self.info.fingerprint}:{self.num_real}",
+            sampler=f"{s.method} {s.num_steps} steps, sigma {s.sigma_min:g}..{s.sigma_max:g}, rho {s.rho:g}, start "
+            f"{s.start}, bnr {self.config.process.bnr:g}",
+            nfe=nfe(s.method, s.num_steps),
+            ema=f"half-life {self.config.train.ema_half_life_nimg}, ramp {self.config.train.ema_ramp}",
+            seed=settings.seed,
+        )
+
+    def __call__(self, weights: dict[str, Tensor], nimg: int) -> dict[str, Any]:
+        """Metrics of one evaluation; on rank 0 also samples/NIMG.png. A collective."""
+        begun = time.monotonic()
+        self.network.load_state_dict(weights)
+        settings, world = self.settings, self.world
+        indices = range(world.rank, settings.num_images, world.size)
+        images = generate(
+            self.network,
+            self.config,
+            self.info,
+            indices,
+            sample_labels(settings.seed, indices, self.config.data.num_classes),
+            seed=settings.seed,
+            device=world.device,
+            batch_size=settings.batch_size,
+            progress=self._progress("sampling", len(indices)),
+        )
+        sampled = time.monotonic()
+        rows = gather(world, fid.features(self.extractor, images, settings.batch_size))
+        shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]
+        real, floor, floor_n = self.real_statistics()
+        distance = fid.frechet_distance(fid.Statistics.of(np.concatenate(rows)), real)
+        grid = self.run / "samples" / f"{nimg:012d}.png"
+        if world.is_main:
+            pictures = np.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
+            save_grid(pictures, grid, columns=settings.grid)
+        self.say(
+            f"nimg {nimg}  {self.spec.name} {distance:.2f}, floor {floor:.2f} (real against real, {floor_n} each), "
+            f"n {settings.num_images}, NFE {self.spec.nfe}, spec {self.spec.hash}; {grid}"
+        )
+        return {
+            "frechet": distance,
+            "floor": floor,
+            "floor_n": floor_n,
+            "name": self.spec.name,
+            "spec": self.spec.hash,
+            "grid": str(grid.relative_to(self.run)),
+            "sampling_s": sampled - begun,
+            "seconds": time.monotonic() - begun,
+        }
+
+    def _shown(self, indices: range, images: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:
+        return [(i, image) for i, image in zip(indices, images, strict=True) if i < self.settings.grid**2]
+
+    def _progress(self, what: str, total: int) -> Callable[[int], None]:
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, desc=f"{what} (rank 0)", unit="image", disable=None if self.world.is_main else True)
+
+        def advance(done: int) -> None:
+            bar.update(done)
+            if bar.n >= total:
+                bar.close()
+
+        return advance
+
+    def real_statistics(self) -> tuple[fid.Statistics, float, int]:
+        """Statistics of the real images, the floor and the number of images on each side of it. A collective.
+
+        Kept in the run's folder, so that a resumed run does not compute them again.
+        """
+        if self._real is None:
+            kept = gather(self.world, self._load() if self.world.is_main else None)[0]
+            self._real = kept or self._measure()
+        return self._real
+
+    @property
+    def _file(self) -> Path:
+        source = f"{self.extractor.sha256[:12]}-{self.info.fingerprint[:12]}-{self.num_real}-{self.settings.num_images}"
+        return self.run / f"reference-{source}.npz"
+
+    def _load(self) -> tuple[fid.Statistics, float, int] | None:
+        try:
+            with np.load(self._file) as file:
+                n, total, outer = int(file["n"]), file["total"], file["outer"]
+                return fid.Statistics(n, total, outer), float(file["floor"]), int(file["floor_n"])
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+    def _measure(self) -> tuple[fid.Statistics, float, int]:
+        chosen = np.arange(self.info.num_images)
+        if self.num_real < self.info.num_images:
+            chosen = np.sort(rng.generator(0, "reference").permutation(self.info.num_images)[: self.num_real])
+        mine = chosen[self.world.rank :: self.world.size]
+        size, parts = self.settings.batch_size, []
+        advance = self._progress("real features", len(mine))
+        for low in range(0, len(mine), size):
+            parts.append(fid.features(self.extractor, self.read(mine[low : low + size]), size))
+            advance(len(parts[-1]))
+        rows = np.concatenate(gather(self.world, np.concatenate(parts)))
+        floor, floor_n = fid.floor(rows, self.settings.num_images, seed=0)
+        real = fid.Statistics.of(rows)
+        if self.world.is_main:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_suffix(".part.npz")
+            np.savez(temporary, n=real.n, total=real.total, outer=real.outer, floor=floor, floor_n=floor_n)
+            temporary.replace(self._file)
+        return real, floor, floor_n

@@ -1,0 +1,77 @@
+"""metrics.jsonl, the truth about a run: append-only lines, each with nimg, attempt and a timestamp; atomic JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from warm_dist.errors import OutputError
+
+
+class MetricsLog:
+    """Appends lines {"time", "attempt", "nimg", "kind", …}; used by rank 0 alone."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        self.path, self.attempt = path, attempt
+        _mend_last_line(path)
+
+    def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
+        """Append one line. Raises OutputError if the disk refuses."""
+        line = {"time": round(time.time(), 3), "attempt": self.attempt, "nimg": nimg, "kind": kind, **values}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+
+def _mend_last_line(path: Path) -> None:
+    """End a line that a killed process left half-written, so that the next one stands alone (readers skip it)."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """One line's record, or None for a half-written one."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and {"time", "attempt", "nimg", "kind"} <= record.keys() else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records by rising nimg, of each (kind, nimg) that of the highest attempt; none if there is no file."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = parse_line(line)
+            if record is not None:
+                key = (record["kind"], record["nimg"])
+                if key not in best or record["attempt"] >= best[key]["attempt"]:
+                    best[key] = record
+    return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replace a file as a whole: it is never seen half-written. Raises OutputError if the folder refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None when it does not exist or holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
