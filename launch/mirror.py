@@ -1,0 +1,161 @@
+"""Show a run in MLflow: `python launch/mirror.py RUN` sends what is missing (after an outage, say); --follow goes along.
+
+Training starts `--follow` by itself when tracking.mlflow_url is set. It is a process of its own: whatever happens to
+MLflow, the run neither waits nor stops. It ends after the run's end, or its starter's, with a bounded number of tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from warm_dist import errors, owned
+from warm_dist.config import TrackingConfig
+from warm_dist.errors import ConfigError, OutputError, UnreachableError
+from warm_dist.metrics import read_json, read_metrics
+from warm_dist.tracking import CLIENT_ENV, Mirror
+
+POLL_S = 1.0
+LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
+LAST_TRIES = 3
+LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at its last tries
+
+
+def start_mirror(run: Path) -> subprocess.Popen[bytes]:
+    """Start `launch/mirror.py RUN --follow` for the calling process; its messages go to RUN/mirror.log.
+
+    A session of its own keeps Ctrl-C away from it. Not through `owned.start`: after its owner's end it has work to do.
+    """
+    with (run / "mirror.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(run), "--follow"],
+            env={**CLIENT_ENV, **os.environ, owned.OWNER: owned.identity(os.getpid()), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/quickstart")
+    parser.add_argument("--follow", action="store_true", help="go along with the run until its exit.json appears")
+    parser.add_argument("--url", help="another server than the run's tracking.mlflow_url")
+    args = parser.parse_args()
+    tracking = _tracking(args.run)
+    url = args.url or tracking.mlflow_url
+    if not url:
+        raise ConfigError(f"{args.run}: its tracking.mlflow_url is null; name a server with --url")
+    mirror = Mirror(args.run, url, tracking.experiment, tracking.run_name)
+    attempt = _attempt(args.run)
+    owner = os.environ.get(owned.OWNER) if args.follow else None
+    if args.follow:
+        os.nice(10)  # training first
+    if owner:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
+    with _only_mirror(args.run):
+        if args.follow:
+            _follow(mirror, owner)
+        _finish(mirror, attempt, owner)
+    return errors.EXIT_OK
+
+
+def _follow(mirror: Mirror, owner: str | None) -> None:
+    """Until the run or its owner ends; a server that is down is asked again after 1, 2, 4 … 30 s."""
+    pause, trouble = POLL_S, ""
+    while not _ended(mirror.run, owner):
+        try:
+            mirror.sync(running=True)
+            if trouble:
+                _say("MLflow answers again")
+            pause, trouble = POLL_S, ""
+        except UnreachableError as error:
+            if not trouble:
+                _say(f"{error}; the run goes on, and so do the tries")
+            pause, trouble = min(2 * pause, LONGEST_PAUSE_S), str(error)
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline and not _ended(mirror.run, owner):
+            time.sleep(POLL_S / 4)
+
+
+def _finish(mirror: Mirror, attempt: int, owner: str | None) -> None:
+    """Send all that is there and how the run ended, if it has. Raises UnreachableError with the command to catch up."""
+    for trial in range(1, LAST_TRIES + 1):
+        try:
+            end = _end(mirror.run, attempt, owner)
+            mirror.sync(running=False)
+            if end:
+                curves = mirror.run / "curves.png"
+                from warm_dist.figures import loss_curve
+
+                loss_curve(read_metrics(mirror.run / "metrics.jsonl"), curves)
+                mirror.finish(*end, files=[curves])
+            return
+        except UnreachableError as error:
+            if trial == LAST_TRIES:
+                raise UnreachableError(
+                    f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
+                ) from None
+            time.sleep(trial)
+
+
+def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
+    """Status, tags and time of the run's end; None while it goes on, or as far as anybody knows."""
+    exit_file = read_json(run / "exit.json")
+    if exit_file and exit_file.get("attempt", 0) >= _attempt(run):
+        status = {0: "FINISHED", 75: "KILLED"}.get(exit_file["code"], "FAILED")
+        tags = {"exit.code": str(exit_file["code"]), "exit.reason": str(exit_file["reason"])}
+        return status, tags, (run / "exit.json").stat().st_mtime
+    if owner and not owned.alive(owner) and _attempt(run) == attempt:
+        return "KILLED", {"exit.reason": "the process ended without an exit.json"}, time.time()
+    return None
+
+
+def _ended(run: Path, owner: str | None) -> bool:
+    exit_file = read_json(run / "exit.json")
+    return bool(exit_file and exit_file.get("attempt", 0) >= _attempt(run)) or (
+        owner is not None and not owned.alive(owner)
+    )
+
+
+def _attempt(run: Path) -> int:
+    return int((read_json(run / "run.json") or {}).get("attempt", 0))
+
+
+def _tracking(run: Path) -> TrackingConfig:
+    config = read_json(run / "config.json")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{run}: no config.json there; RUN is the folder that the config calls output")
+    return TrackingConfig.model_validate(config.get("tracking", {}))
+
+
+@contextlib.contextmanager
+def _only_mirror(run: Path) -> Iterator[None]:
+    deadline = time.monotonic() + LOCK_S
+    with (run / "mirror.lock").open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
+                time.sleep(POLL_S / 4)
+        yield
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

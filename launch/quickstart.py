@@ -1,0 +1,189 @@
+"""`make quickstart`: S3 and MLflow, real images packed, `deepspeed launch/train.py`, and where to look.
+
+Interrupted (Ctrl-C, SIGTERM, even kill -9), it goes on where it was; finished, it shows the results again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.store import open_store
+from launch.services import Services, free_port, services
+from warm_dist import errors, owned
+from warm_dist.config import Config, load_config
+from warm_dist.errors import ConfigError, DataError, Stopped
+from warm_dist.metrics import read_json, read_metrics
+
+LAUNCH = Path(__file__).resolve().parent
+SAVE_S = 120.0  # how long a run that was told to stop may take to save
+# sh lets the launcher itself ignore SIGTERM, which goes to its whole group: it then stays until its ranks have saved
+PATIENT = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of S3, MLflow and the run")
+    parser.add_argument("--config", type=Path, default=LAUNCH.parent / "configs" / "quickstart.json")
+    parser.add_argument("--num-ranks", type=int, default=2, help="processes (with CUDA at most one a GPU)")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
+    args = parser.parse_args()
+    if args.num_ranks < 1:
+        raise ConfigError(f"--num-ranks {args.num_ranks}: must be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    output = args.root / Path(load_config(args.config, args.set).output).name
+    quickstart = Quickstart(args.root, args.config, [f"output={output}", *args.set], args.num_ranks)
+    try:
+        return quickstart.run()
+    except KeyboardInterrupt:
+        raise Stopped("stopped; the same command goes on") from None
+
+
+class Quickstart:
+    """The phases, each timed, and the report on them."""
+
+    def __init__(self, root: Path, config: Path, overrides: list[str], num_ranks: int) -> None:
+        self.root, self.config_path, self.overrides = root, config, overrides
+        self.config: Config = load_config(config, overrides)
+        self.output = Path(self.config.output)
+        self.gpus = _gpus()
+        self.num_ranks = min(num_ranks, self.gpus) if self.gpus else num_ranks
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> int:
+        """The exit code of the training."""
+        begun = time.monotonic()
+        with ExitStack() as stack:
+            with self._timed("services"):
+                servers = stack.enter_context(services(self.root))
+            os.environ.update(servers.s3.env)  # boto3's own chain, here and in the children
+            with self._timed("pack"):
+                self._pack(servers)
+            started = time.time()
+            with self._timed("train"):
+                code = self._train(servers)
+            self.seconds["evaluate"] = sum(r["seconds"] for r in self._metrics("eval") if r["time"] >= started)
+            self.seconds["train"] -= self.seconds["evaluate"]
+            with self._timed("mirror"):
+                self._catch_up(servers)
+        if code == errors.EXIT_OK:
+            print(self._report(time.monotonic() - begun), flush=True)
+        return code
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - begun
+
+    def _pack(self, servers: Services) -> None:
+        folder, _, name = self.config.data.manifest.rpartition("/")
+        endpoint = servers.s3.endpoint_url
+        try:
+            open_store(folder, endpoint).stat(name)
+        except DataError:  # the manifest comes last: without it there is nothing, or half of it
+            command = [sys.executable, "-m", "data_pipelines.pack", "openmoji", folder]
+            command += ["--resolution", str(self.config.data.resolution), "--endpoint-url", endpoint]
+            code = subprocess.run(command).returncode
+            if code:
+                raise errors.PeerError("packing has failed, see above", code, resumable=False) from None
+
+    def _train(self, servers: Services) -> int:
+        """The training command of the README, on our servers. Returns the run's exit code, which launchers hide."""
+        settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_ranks)]
+        command += ["--master_port", str(free_port()), str(LAUNCH / "train.py"), "--config", str(self.config_path)]
+        command += [part for setting in [*self.overrides, *settings] for part in ("--set", setting)]
+        print(f"quickstart: {' '.join(command)}", flush=True)
+        exit_file = self.output / "exit.json"
+        before = _modified(exit_file)
+        process = owned.start([*PATIENT, *command], self._environment())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = self._stop(process)
+        finally:
+            owned.stop(process)
+        end = read_json(exit_file) if _modified(exit_file) != before else None
+        code = end["code"] if end else code or errors.EXIT_UNEXPECTED
+        if code:
+            reason = end["reason"] if end else "the run left no exit.json"
+            print(f"quickstart: training ended with code {code}: {reason}", file=sys.stderr, flush=True)
+        return int(code)
+
+    def _environment(self) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+        ours = {"OMP_NUM_THREADS": str(threads)} | ({} if self.gpus else {"DS_ACCELERATOR": "cpu"})
+        return {**os.environ, **ours}
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> int:
+        """Tell the run to save and end; again every few seconds, since a launcher that is just starting hears nothing."""
+        print("quickstart: stopping; the run saves first (Ctrl-C again to kill it)", flush=True)
+        deadline = time.monotonic() + SAVE_S
+        while time.monotonic() < deadline:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(5)
+        return owned.stop(process)
+
+    def _catch_up(self, servers: Services) -> None:
+        """What the run's own mirror has not sent yet, while the server is still there."""
+        if (self.output / "config.json").exists():
+            subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
+
+    def _metrics(self, kind: str) -> list[dict[str, Any]]:
+        return [r for r in read_metrics(self.output / "metrics.jsonl") if r["kind"] == kind]
+
+    def _report(self, total_s: float) -> str:
+        phases = "   ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        rates = [r["images_per_s"] for r in self._metrics("train") if r.get("images_per_s")]
+        rate = f"{statistics.median(rates):.0f} images/s over {self.num_ranks} processes" if rates else ""
+        port = "" if self.root == Path("runs") else f" (python launch/ui.py --root {self.root})"
+        return "\n".join(
+            [
+                f"quickstart: finished in {total_s:.0f} s",
+                f"  {phases}   {rate}",
+                *self._distances(),
+                f"  MLflow   make ui{port}",
+            ]
+        )
+
+    def _distances(self) -> list[str]:
+        evaluations = self._metrics("eval")
+        if not evaluations or self.config.eval is None:
+            return []
+        last, sampler = evaluations[-1], self.config.sampler
+        first = next(r for r in evaluations if r["spec"] == last["spec"])  # other specs are never compared
+        floor, n = last["floor"], self.config.eval.num_images
+        excess = (last["frechet"] - floor) / (first["frechet"] - floor)
+        return [
+            f"  {last['name']}, n = {n:,}, {sampler.method} {sampler.num_steps} steps, spec {last['spec']}",
+            f"    before training {first['frechet']:8.2f}   (nimg {first['nimg']:,})",
+            f"    after training  {last['frechet']:8.2f}   (nimg {last['nimg']:,})",
+            f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images each)",
+            f"    excess over the floor: {100 * excess:.1f} % of that before training",
+            f"  samples  {self.output / last['grid']}",
+        ]
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    errors.run(main)

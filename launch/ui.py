@@ -1,0 +1,34 @@
+"""`make ui`: MLflow and the S3 behind it on the data of the quickstart, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from pathlib import Path
+
+from launch.services import services
+from warm_dist import errors
+from warm_dist.errors import ConfigError, UnreachableError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where the quickstart has put its data")
+    parser.add_argument("--port", type=int, default=5000, help="MLflow's port (make ui UI_PORT=N)")
+    args = parser.parse_args()
+    if not (args.root / "mlflow.db").exists():
+        raise ConfigError(f"{args.root}: no MLflow data there yet; run make quickstart first, or name its --root")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with services(args.root, args.port) as running:
+            print(f"MLflow: {running.mlflow_url} (Ctrl-C ends it)", flush=True)
+            while running.mlflow.poll() is None:
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        return errors.EXIT_OK
+    raise UnreachableError(f"MLflow has ended by itself; see {args.root / 'mlflow.log'}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

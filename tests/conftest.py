@@ -1,0 +1,42 @@
+"""What many tests share: one embedded S3 server, and one small data set on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from data_pipelines.manifest import NAME, Manifest
+from data_pipelines.s3_server import S3Server
+
+
+class Packed(NamedTuple):
+    """A packed data set."""
+
+    url: str
+    endpoint_url: str
+    manifest: Manifest
+
+    @property
+    def manifest_url(self) -> str:
+        return f"{self.url}/{NAME}"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server with the bucket `warm-dist`; its credentials are in the environment."""
+    with S3Server(tmp_path_factory.mktemp("s3"), "warm-dist") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def digits(s3: S3Server) -> Packed:
+    """scikit-learn's 1,797 digits, 8x8 grey, 10 classes, in shards of 500."""
+    from data_pipelines.pack import pack
+    from data_pipelines.sources import open_source
+
+    url = "s3://warm-dist/digits8"
+    return Packed(url, s3.endpoint_url, pack(open_source("digits", 8), url, s3.endpoint_url, shard_size=500))

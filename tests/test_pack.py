@@ -1,0 +1,300 @@
+"""Packing, indexing, verifying: exact statistics, the same bytes every time, and never half a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from scipy.fft import dctn
+
+from data_pipelines.index import Indexer
+from data_pipelines.manifest import NAME, decode, read_manifest, write_manifest
+from data_pipelines.pack import BAD, pack
+from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.store import FileStore, open_store
+from data_pipelines.verify import verify
+from warm_dist.errors import BucketError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from conftest import Packed
+
+
+def noise_source(count: int, size: int = 8, channels: int = 3, bad: tuple[int, ...] = ()) -> Source:
+    def samples() -> Iterator[Sample | BadImage]:
+        for number in range(count):
+            if number in bad:
+                yield BadImage(f"n{number}", "cut short")
+            else:
+                pixels = np.random.default_rng(number).integers(0, 256, (size, size, channels), np.uint8)
+                yield Sample(f"folder.v2/n{number}.png", number % 3, pixels // (1 + number % 2))
+
+    return Source(count, ("a", "b", "c"), "made up", samples)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("channels", "payload"), [(3, "npy"), (1, "png")])
+def test_statistics_equal_a_direct_computation(tmp_path: Path, channels: int, payload: str) -> None:
+    source = noise_source(50, channels=channels)
+    info = pack(source, str(tmp_path), shard_size=16, payload=payload).info
+    x = np.stack([item.image for item in source]).transpose(0, 3, 1, 2) / 127.5 - 1
+    mean = x.mean((0, 2, 3))
+    spectrum = (dctn(x - mean[:, None, None], axes=(2, 3), norm="ortho") ** 2).mean((0, 1))
+    assert (info.resolution, info.channels, info.num_classes, info.num_images) == (8, channels, 3, 50)
+    np.testing.assert_allclose(info.channel_mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(info.mean_image, x.mean(0), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(info.power_spectrum, spectrum, rtol=1e-10)
+    assert info.sigma_data == pytest.approx(math.sqrt(spectrum.mean()), rel=1e-12)
+
+
+def test_manifest_survives_the_round_trip_and_places_every_payload(tmp_path: Path) -> None:
+    source = noise_source(21)
+    written = pack(source, str(tmp_path), shard_size=8)
+    read = read_manifest(f"{tmp_path}/{NAME}")
+    assert read.info.fingerprint == written.info.fingerprint == contents(tmp_path)[NAME]
+    for field in dataclasses.fields(written):
+        if field.name != "info":
+            assert np.array_equal(getattr(read, field.name), getattr(written, field.name)), field.name
+    for field in dataclasses.fields(written.info):
+        assert np.array_equal(getattr(read.info, field.name), getattr(written.info, field.name)), field.name
+    assert [shard.num_images for shard in read.shards] == [8, 8, 5]
+    assert read.class_names == ("a", "b", "c")
+    assert read.attribution == "made up"
+    for row, sample in enumerate(source):
+        data = (tmp_path / read.shards[read.shard[row]].name).read_bytes()
+        payload = data[read.offset[row] : read.offset[row] + read.length[row]]
+        assert np.array_equal(decode(payload), sample.image)
+        assert read.label[row] == sample.label
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    import webdataset
+
+    source = noise_source(21)
+    manifest = pack(source, str(tmp_path), shard_size=8)
+    urls = [str(tmp_path / shard.name) for shard in manifest.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == manifest.key.tolist()
+    assert [sample["cls"] for sample in samples] == manifest.label.tolist()
+    assert all(np.array_equal(sample["npy"], item.image) for sample, item in zip(samples, source, strict=True))
+
+
+def test_packing_again_gives_the_same_bytes_and_replacing_leaves_nothing_behind(tmp_path: Path) -> None:
+    pack(noise_source(21), str(tmp_path / "a"), shard_size=8)
+    pack(noise_source(21), str(tmp_path / "b"), shard_size=8)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    pack(noise_source(21), str(tmp_path / "a"), shard_size=8)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    pack(noise_source(13), str(tmp_path / "a"), shard_size=5)
+    pack(noise_source(13), str(tmp_path / "c"), shard_size=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "c")
+
+
+def test_bad_images_are_listed_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = pack(noise_source(20, bad=(3, 7)), str(tmp_path), max_bad=0.1)
+    assert manifest.info.num_images == 18
+    listed = [{"key": "n3", "reason": "cut short"}, {"key": "n7", "reason": "cut short"}]
+    assert json.loads((tmp_path / BAD).read_text()) == listed
+    assert "left out: n3: cut short\nleft out: n7: cut short" in capsys.readouterr().err
+    pack(noise_source(20), str(tmp_path))
+    assert not (tmp_path / BAD).exists()
+
+
+def test_a_failed_packing_leaves_the_former_data_whole_and_none_of_its_own(tmp_path: Path) -> None:
+    pack(noise_source(21), str(tmp_path), shard_size=8)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"1 of 40 images do not decode.*--max-bad 0\.025"):
+        pack(noise_source(40, bad=(39,)), str(tmp_path), shard_size=4)
+    assert contents(tmp_path) == before | {BAD: contents(tmp_path)[BAD]}
+    (tmp_path / BAD).unlink()
+
+    def breaks() -> Iterator[Sample | BadImage]:
+        yield from list(noise_source(10))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(dataclasses.replace(noise_source(10), samples=breaks), str(tmp_path), shard_size=4)
+    assert contents(tmp_path) == before
+    assert verify(read_manifest(f"{tmp_path}/{NAME}"), FileStore(tmp_path)) == []
+
+
+def test_what_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images"):
+        pack(noise_source(0), str(tmp_path))
+    with pytest.raises(ConfigError, match="is 8x8, --resolution is 16"):
+        pack(noise_source(2), str(tmp_path), resolution=16)
+    with pytest.raises(ConfigError, match="shard_size 0"):
+        pack(noise_source(2), str(tmp_path), shard_size=0)
+    sizes = [Sample("a", -1, np.zeros((size, size, 3), np.uint8)) for size in (8, 16)]
+    with pytest.raises(DataError, match=r"shape \(16, 16, 3\), where \(8, 8, 3\) is needed"):
+        pack(Source(2, (), "", lambda: iter(sizes)), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def png(seed: int, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_foreign_shards_get_a_manifest(tmp_path: Path) -> None:
+    name = "a-very-long-folder-name-that-does-not-fit-into-an-ustar-header/" * 3  # GNU and pax extensions
+    foreign_tar(
+        tmp_path / "x.tar", {f"{name}one.png": png(1), f"{name}one.cls": b"4", "d/two.PNG": png(2), "d/two.cls": b"0\n"}
+    )
+    foreign_tar(tmp_path / "y.tar", {"three.json": b"{}", "three.cls": b"1", "three.png": png(3)})
+    command = [sys.executable, "-m", "data_pipelines.index", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = read_manifest(f"{tmp_path}/{NAME}")
+    assert manifest.key.tolist() == [f"{name}one", "d/two", "three"]
+    assert manifest.label.tolist() == [4, 0, 1]
+    assert (manifest.info.num_classes, manifest.payload, manifest.info.resolution) == (5, "png", 8)
+    assert verify(manifest, FileStore(tmp_path)) == []
+    pack(noise_source(3), str(tmp_path))  # takes the place, but deletes nothing that it did not write
+    assert {"x.tar", "y.tar"} <= set(contents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"a.png": png(1), "a.jpg": png(1)}, "needs one image"),
+        ({"a.cls": b"1"}, "needs one image"),
+        ({"a.png": png(1), "a.cls": b"cat"}, "the label 'cat'"),
+        ({"a.png": b"no image"}, "image 'a' in shard x.tar: does not decode"),
+        ({"a.png": png(1), "b.png": png(2, 16)}, "image 'b' in shard x.tar.*is needed"),
+    ],
+)
+def test_foreign_shards_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], words: str) -> None:
+    foreign_tar(tmp_path / "x.tar", members)
+    with pytest.raises(DataError, match=words):
+        Indexer().add(tmp_path / "x.tar", "x.tar")
+
+
+def test_truncated_tars_and_garbage_inside_are_noticed(tmp_path: Path) -> None:
+    foreign_tar(tmp_path / "whole.tar", {f"{n}.png": png(n) for n in range(4)})
+    whole = (tmp_path / "whole.tar").read_bytes()
+    second = whole.index(b"1.png")
+    for damaged in (
+        whole[: second + 20],
+        whole[:second],
+        whole[: second + 600],
+        whole[:second] + os.urandom(512) + whole[second + 512 :],
+    ):
+        (tmp_path / "x.tar").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.tar: (not a readable tar|truncated)"):
+            Indexer().add(tmp_path / "x.tar", "x.tar")
+
+
+def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
+    good = pack(noise_source(21), str(tmp_path), shard_size=8)
+    store = open_store(str(tmp_path / "lies"))
+    broken_label, outside = good.label.copy(), good.offset.copy()
+    broken_label[4], outside[20] = 3, 10**9
+    for change, words in (
+        ({"label": broken_label}, "labels from 0 to 3"),
+        ({"offset": outside}, "places image '00000020-folder-v2-n20-png' in shard .* outside"),
+        ({"shards": good.shards[:2]}, "shard by shard"),
+        ({"info": dataclasses.replace(good.info, sigma_data=math.nan)}, "not finite"),
+        ({"info": dataclasses.replace(good.info, sigma_data=0.9)}, "sigma_data 0.9"),
+        ({"info": dataclasses.replace(good.info, num_images=22)}, "header counts 22"),
+    ):
+        with pytest.raises(DataError, match=words):
+            write_manifest(store, dataclasses.replace(good, **change))
+    data = (tmp_path / NAME).read_bytes()
+    table = pq.read_table(tmp_path / NAME)
+    header = table.schema.metadata[b"warm-dist"]
+
+    def parquet(table: pa.Table) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        return buffer.getvalue()
+
+    newer = header.replace(b'"version": 1', b'"version": 9')
+    halved = header[: len(header) // 2]
+    for damaged, words in (
+        (data[:-100], "not a readable Parquet"),
+        (b"", "not a readable Parquet"),
+        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 1"),
+        (parquet(table.replace_schema_metadata({"warm-dist": halved})), "damaged header"),
+        (parquet(table.replace_schema_metadata({})), "no warm-dist header"),
+        (parquet(table.drop_columns(["crc32"])), r"lacks the columns \['crc32'\]"),
+        (parquet(table[:20]), "has 20 rows, its header counts 21"),
+    ):
+        store.write(NAME, damaged)
+        with pytest.raises(DataError, match=words):
+            read_manifest(f"{store.url}/{NAME}")
+
+
+def test_verify_lists_every_damage_and_exits_with_3(tmp_path: Path) -> None:
+    manifest = pack(noise_source(21), str(tmp_path), shard_size=8)
+    path = tmp_path / manifest.shards[1].name
+    data = bytearray(path.read_bytes())
+    data[manifest.offset[9] + 200] ^= 1
+    path.write_bytes(data)
+    (tmp_path / manifest.shards[2].name).unlink()
+    command = [sys.executable, "-m", "data_pipelines.verify", f"{tmp_path}/{NAME}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == DataError.exit_code
+    assert f"image '{manifest.key[9]}' in shard {path.name}: crc32 differs" in done.stderr
+    assert f"shard {path.name}: sha256 differs" in done.stderr
+    assert f"{manifest.shards[2].name}: does not exist" in done.stderr
+    assert "3 damages" in done.stderr
+
+
+def test_packing_to_s3(digits: Packed) -> None:
+    assert digits.manifest.info.num_images == 1797
+    assert verify(digits.manifest, open_store(digits.url, digits.endpoint_url)) == []
+    read = read_manifest(digits.manifest_url, digits.endpoint_url)
+    assert read.info.fingerprint == digits.manifest.info.fingerprint
+    with pytest.raises(BucketError, match="no-such-bucket"):
+        pack(noise_source(2), "s3://no-such-bucket/x", digits.endpoint_url)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes(png(1))
+    (tmp_path / "in" / "bad.png").write_bytes(png(1)[:50])
+    command = [
+        sys.executable,
+        "-m",
+        "data_pipelines.pack",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--resolution",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == DataError.exit_code
+    assert "left out: bad.png" in done.stderr
+    assert "DataError: 1 of 2 images do not decode" in done.stderr
+    assert list(contents(tmp_path / "out")) == [BAD]
+    done = subprocess.run([*command, "--max-bad", "0.5", "--payload", "png"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 images 4x4x3, 0 classes, 1 shards" in done.stdout
+    assert open_source(str(tmp_path / "in"), 4).length == 2

@@ -1,0 +1,160 @@
+"""The servers of quickstart and ui as a user meets them: one line, loopback only, clean ends, clear refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import quickstart, services, ui
+from warm_dist import owned
+from warm_dist.errors import ConfigError, OutputError, PortError
+from warm_dist.metrics import MetricsLog
+
+UI = str(Path(ui.__file__))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a quickstart has used: there is an MLflow database, empty as it may be."""
+    path = tmp_path_factory.mktemp("root")
+    (path / "mlflow.db").touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def shown(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `launch/ui.py` and the line it prints."""
+    command = [sys.executable, UI, "--root", str(root), "--port", str(services.free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield process, process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def descendants(pid: int) -> set[int]:
+    """The process and all below it."""
+    family, grown = {pid}, True
+    parents = {int(p.name): owned._children(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    while grown:
+        more = {child for parent in family for child in parents.get(parent, [])} - family
+        family, grown = family | more, bool(more)
+    return family
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Hexadecimal addresses of every listening TCP socket of these processes, IPv4 and IPv6."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(link))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+@pytest.mark.slow
+def test_ui_serves_on_loopback_alone(shown: tuple[subprocess.Popen[str], str], root: Path) -> None:
+    process, line = shown
+    assert line.startswith("MLflow: http://127.0.0.1:")
+    assert line.endswith(" (Ctrl-C ends it)\n")
+    with urllib.request.urlopen(line.split()[1], timeout=30) as page:
+        assert b"MLflow" in page.read()
+    family = descendants(process.pid)
+    assert len(family) == 6, "ui, and for each server its supervisor; weed; mlflow and its one worker: no job runners"
+    assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
+
+
+@pytest.mark.slow
+def test_a_second_one_is_refused(shown: tuple[subprocess.Popen[str], str], root: Path) -> None:
+    with pytest.raises(OutputError, match="another make quickstart or make ui"), services.services(root):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_ui_cleanly(
+    number: signal.Signals, root: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """SIGTERM while it serves, Ctrl-C while it starts: 0 each time, and no process is left."""
+    if number == signal.SIGTERM:
+        process, _ = request.getfixturevalue("shown")
+    else:
+        command = [sys.executable, UI, "--root", str(root), "--port", str(services.free_port())]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while len(descendants(process.pid)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    family = [owned.identity(pid) for pid in descendants(process.pid)]
+    process.send_signal(number)
+    assert process.wait(30) == 0
+    assert not [who for who in family[1:] if owned.alive(who)]
+
+
+def test_a_port_in_use_is_named_with_the_flag_to_change(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortError, match=rf"port {port}: .* in use; choose another, --port or make ui UI_PORT=N"):
+            services._checked(port)
+    assert services._checked(port) == port
+
+
+def test_ui_without_data_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ui.py", "--root", str(tmp_path / "runs")])
+    with pytest.raises(ConfigError, match="run make quickstart first"):
+        ui.main()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match="file/runs: cannot be written"),
+        services.services(tmp_path / "file" / "runs"),
+    ):
+        pass
+
+
+def test_the_report_compares_equal_specs(tmp_path: Path) -> None:
+    run = quickstart.Quickstart(
+        tmp_path, quickstart.LAUNCH.parent / "configs/quickstart.json", [f"output={tmp_path}/q"], 2
+    )
+    run.output.mkdir()
+    metrics = MetricsLog(run.output / "metrics.jsonl", 1)
+    common = {"floor": 15.0, "floor_n": 1230, "name": "Fréchet distance (lite0)", "seconds": 9.0}
+    metrics.write(0, "eval", frechet=999.0, spec="other", grid="samples/0.png", **common)
+    metrics.write(32, "eval", frechet=215.0, spec="same", grid="samples/32.png", **common)
+    for nimg, rate in ((64, 100.0), (96, 300.0), (128, 200.0)):
+        metrics.write(nimg, "train", loss=1.0, images_per_s=rate)
+    metrics.write(128, "eval", frechet=65.0, spec="same", grid="samples/128.png", **common)
+    run.seconds = {"services": 1.0, "train": 2.0}
+    report = run._report(3.0)
+    for part in (
+        "services 1.0 s   train 2.0 s   200 images/s",
+        "Fréchet distance (lite0), n = 2,048, heun 18 steps, spec same",
+        "before training   215.00   (nimg 32)",
+        "after training     65.00   (nimg 128)",
+        "floor              15.00   (real against real, 1,230 images each)",
+        "excess over the floor: 25.0 %",
+        f"{run.output}/samples/128.png",
+        "make ui",
+    ):
+        assert part in report

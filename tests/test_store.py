@@ -1,0 +1,222 @@
+"""Storage: what is written is read, what breaks off is resumed, and each failure has its own name."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_pipelines import store as store_module
+from data_pipelines.s3_server import S3Server
+from data_pipelines.store import S3Store, Store, open_store, split_url
+from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "file":
+        return open_store(str(tmp_path / "out"))
+    server = request.getfixturevalue("s3")
+    return open_store(f"s3://warm-dist/store/{tmp_path.name}", server.endpoint_url)
+
+
+def test_write_read_list_stat_delete(store: Store) -> None:
+    store.write("a/b.bin", b"0123456789")
+    store.write("c.bin", b"x")
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.read("a/b.bin", 3) == b"3456789"
+    assert store.read("a/b.bin", 3, 4) == b"3456"
+    assert store.read("a/b.bin", 3, 0) == b""
+    assert {path: stat.size for path, stat in store.list().items()} == {"a/b.bin": 10, "c.bin": 1}
+    assert list(store.list("a/")) == ["a/b.bin"]
+    assert store.stat("a/b.bin") == store.list()["a/b.bin"]
+    store.delete("a/b.bin")
+    store.delete("a/b.bin")
+    assert list(store.list()) == ["c.bin"]
+
+
+def test_upload_and_download_of_a_file_in_several_parts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(9 << 20)  # boto3 sends 8 MiB a part
+    (tmp_path / "local").write_bytes(data)
+    store.upload("big.bin", tmp_path / "local")
+    monkeypatch.setattr(store_module, "PIECE_BYTES", 2_000_000)
+    store.download("big.bin", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+
+
+def test_missing_short_and_replaced_objects(store: Store) -> None:
+    with pytest.raises(DataError, match=r"none\.bin: does not exist"):
+        store.read("none.bin")
+    with pytest.raises(DataError, match=r"none\.bin: does not exist"):
+        store.stat("none.bin")
+    store.write("a.bin", b"0123456789")
+    with pytest.raises(DataError, match=r"a\.bin: bytes 5 to 15 were asked for, it ends at 10"):
+        store.read("a.bin", 5, 10)
+    etag = store.stat("a.bin").etag
+    assert store.read("a.bin", 0, 2, etag) == b"01"
+    store.write("a.bin", b"9876543210")
+    with pytest.raises(DataError, match=r"a\.bin: was replaced"):
+        store.read("a.bin", 0, 2, etag)
+
+
+def test_a_failed_file_write_leaves_the_former_file_and_no_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a/b.bin", b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        store.write("a/b.bin", b"new")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b.bin"]
+    assert store.read("a/b.bin") == b"old"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        open_store(str(tmp_path / "file")).write("a.bin", b"1")
+
+
+def test_deleting_the_last_file_removes_its_folder(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a/b/c.bin", b"1")
+    store.delete("a/b/c.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_urls(tmp_path: Path) -> None:
+    assert split_url("s3://bucket/a/manifest.parquet") == ("s3://bucket/a", "manifest.parquet")
+    assert split_url("manifest.parquet") == (".", "manifest.parquet")
+    assert split_url("/manifest.parquet") == ("/", "manifest.parquet")
+    assert open_store(f"file://{tmp_path}").url == str(tmp_path)
+    with pytest.raises(ConfigError, match="unknown scheme 'gs'"):
+        open_store("gs://bucket/prefix")
+
+
+@pytest.mark.parametrize("bucket", ["your-bucket", "<bucket>", "my-your-name"])
+def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(S3Store, "_connect", lambda *_: pytest.fail("a client was made"))
+    with pytest.raises(ConfigError, match=r"placeholder; set data\.manifest"):
+        open_store(f"s3://{bucket}/data")
+
+
+def test_missing_bucket_for_every_operation(s3: S3Server) -> None:
+    store = open_store("s3://no-such-bucket/data", s3.endpoint_url)
+    for operation in (
+        lambda: store.read("a"),
+        lambda: store.write("a", b"1"),
+        lambda: store.stat("a"),
+        lambda: store.list(),
+    ):
+        with pytest.raises(BucketError, match="bucket 'no-such-bucket' does not exist"):
+            operation()
+
+
+def test_wrong_credentials_are_named_and_the_secret_is_not(s3: S3Server) -> None:
+    for credentials in (("WRONGKEY", "verysecret"), (s3.env["AWS_ACCESS_KEY_ID"], "verysecret")):
+        store = S3Store("warm-dist", "", s3.endpoint_url, credentials)
+        for operation in (lambda store=store: store.read("a"), lambda store=store: store.list()):
+            with pytest.raises(AccessError, match="refuses these credentials") as caught:
+                operation()
+            assert "verysecret" not in str(caught.value)
+
+
+def test_no_credentials_at_all(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AccessError, match="no usable S3 credentials found"):
+        open_store("s3://warm-dist", s3.endpoint_url).list()
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(AccessError, match="ProfileNotFound"):
+        open_store("s3://warm-dist", s3.endpoint_url)
+
+
+def test_an_endpoint_that_does_not_answer() -> None:
+    store = S3Store("warm-dist", "", "http://127.0.0.1:9", ("key", "secret"), attempts=2)
+    with pytest.raises(UnreachableError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
+        store.read("a")
+    assert caught.value.resumable
+
+
+class Unsteady(http.server.BaseHTTPRequestHandler):
+    """Serves one object, breaks off after `limit` bytes of each answer, and remembers the conditions it was asked with."""
+
+    content = bytes(range(256)) * 2000
+    limit = 200_000
+    requests: list[tuple[str | None, str | None]]
+    etag = "first"
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.requests.append((asked, self.headers["If-Match"]))
+        if self.headers["If-Match"] not in (None, f'"{self.etag}"'):
+            self.send_response(412)
+            self.end_headers()
+            return
+        first, _, last = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+        body = self.content[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{self.etag}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.limit])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "BACKOFF_S", 0.001)
+
+
+@contextmanager
+def unsteady(**attributes: object) -> Iterator[tuple[Store, type[Unsteady]]]:
+    handler = type("Handler", (Unsteady,), {"requests": [], **attributes})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield S3Store("bucket", "", f"http://127.0.0.1:{server.server_port}", ("key", "secret")), handler
+        server.shutdown()
+
+
+def test_a_body_that_breaks_off_is_resumed_from_the_same_object() -> None:
+    with unsteady() as (store, handler):
+        assert store.read("a") == Unsteady.content
+        assert len(handler.requests) == 3
+        assert handler.requests[0] == (None, None)
+        assert all(asked is not None and match == '"first"' for asked, match in handler.requests[1:])
+        handler.requests.clear()
+        assert store.read("a", 1000, 300_000) == Unsteady.content[1000:301_000]
+        assert handler.requests[0][0] == "bytes=1000-300999"
+
+
+def test_a_body_that_never_gets_through_is_given_up() -> None:
+    with unsteady(limit=0) as (store, handler):
+        with pytest.raises(UnreachableError, match="the body broke off 5 times"):
+            store.read("a")
+        assert len(handler.requests) == store_module.ATTEMPTS
+
+
+def test_an_object_replaced_between_two_parts_is_not_glued_together() -> None:
+    with unsteady() as (store, handler):
+        original = handler.do_GET
+
+        def once_then_other(self: Unsteady) -> None:
+            original(self)
+            type(self).etag = "second"
+
+        handler.do_GET = once_then_other  # type: ignore[method-assign]
+        with pytest.raises(DataError, match="was replaced"):
+            store.read("a")

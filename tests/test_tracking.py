@@ -1,0 +1,371 @@
+"""The MLflow mirror against a real server: every value exactly once, whatever is killed, lost or down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch import mirror as command
+from launch.mirror import start_mirror
+from launch.services import Services, free_port, services
+from warm_dist import owned
+from warm_dist.errors import ConfigError, OutputError, UnreachableError
+from warm_dist.figures import save_grid
+from warm_dist.metrics import MetricsLog, read_json, write_json
+from warm_dist.tracking import CLIENT_ENV, Mirror, public
+
+MIRROR = str(Path(command.__file__))
+STEPS = list(range(32, 32 * 41, 32))
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with services(tmp_path_factory.mktemp("services")) as servers:
+        yield servers
+
+
+@pytest.fixture
+def client(running: Services, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in CLIENT_ENV.items():
+        monkeypatch.setenv(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=running.mlflow_url)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder at its first attempt, nothing logged yet; its MLflow experiment has the test's name."""
+    return make_run(tmp_path / "run", "http://user:hunter2@127.0.0.1:1/?token=hunter2")
+
+
+def make_run(path: Path, url: str, attempt: int = 1, **train: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    tracking = {"mlflow_url": url, "experiment": path.parent.name, "run_name": "trial"}
+    data = {"endpoint_url": "https://key:hunter2@s3.example/x?X-Amz-Signature=hunter2"}
+    write_json(path / "config.json", {"train": {"lr": 1e-3, **train}, "data": data, "tracking": tracking})
+    facts = {"commit": "c0ffee", "fingerprint": "f" * 64, "world_size": 2, "num_parameters": 7}
+    write_json(path / "run.json", {"attempt": attempt, **facts})
+    return path
+
+
+def log(path: Path, steps: list[int], attempt: int = 1, scale: float = 1.0) -> None:
+    metrics = MetricsLog(path / "metrics.jsonl", attempt)
+    for nimg in steps:
+        metrics.write(nimg, "train", loss=scale / nimg, loss_blurry=scale / nimg / 2, grad_norm=None)
+
+
+def end(path: Path, code: int, attempt: int = 1) -> None:
+    tree = {"code": code, "reason": f"code {code}", "nimg": 1, "resumable": code == 75, "attempt": attempt}
+    write_json(path / "exit.json", tree)
+
+
+def catch_up(path: Path, url: str, **env: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, MIRROR, str(path), "--url", url]
+    return subprocess.run(line, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def found(client: Any, path: Path) -> Any:
+    """The one MLflow run of the folder, found by its experiment: a second one would be a duplicate."""
+    experiment = client.get_experiment_by_name(path.parent.name)
+    (only,) = client.search_runs([experiment.experiment_id])
+    return only
+
+
+def history(client: Any, path: Path, key: str = "train/loss") -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client.get_metric_history(found(client, path).info.run_id, key))
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Proxy:
+    """A port in front of the server that can be closed, or lose every reply after the request has arrived."""
+
+    def __init__(self, url: str) -> None:
+        self.target = int(url.rpartition(":")[2])
+        self.loses_replies_to = b"never"
+        self.open: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._forward, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _forward(self, near: socket.socket) -> None:
+        far = socket.create_connection(("127.0.0.1", self.target))
+        self.open.append(near)
+        doomed = threading.Event()
+
+        def replies() -> None:
+            with contextlib.suppress(OSError):
+                while part := far.recv(1 << 20):
+                    if doomed.is_set():
+                        break
+                    near.sendall(part)
+                near.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=replies, daemon=True).start()
+        with contextlib.suppress(OSError), far:
+            while part := near.recv(1 << 20):
+                if self.loses_replies_to in part:
+                    doomed.set()
+                far.sendall(part)
+
+    def close(self) -> None:
+        for sock in [self.listener, *self.open]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, run: Path) -> None:
+    log(run, STEPS[:30])  # the first attempt was killed after its save at STEPS[19] …
+    (run / "metrics.jsonl").open("a").write('{"time": 1, "nimg": 9')
+    log(run, STEPS[20:], attempt=2, scale=2.0)  # … and the second logged ten steps again
+    MetricsLog(run / "metrics.jsonl", 2).write(STEPS[-1], "eval", frechet=70.5, floor=14.4, spec="abc123def456")
+    make_run(run, "http://127.0.0.1:1", attempt=2, lr_ramp_nimg=64)
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    save_grid(images, run / "samples" / "000000001280.png", columns=2)
+    end(run, 0, attempt=2)
+
+    done = catch_up(run, running.mlflow_url)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    shown = found(client, run)
+    expected = [(n, 1 / n) for n in STEPS[:20]] + [(n, 2 / n) for n in STEPS[20:]]
+    assert history(client, run) == expected, "the highest attempt's value of each nimg, once"
+    assert history(client, run, "eval/frechet") == [(STEPS[-1], 70.5)]
+    assert set(shown.data.metrics) == {"train/loss", "train/loss_blurry", "eval/frechet", "eval/floor"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "kind" in line]
+    stamps = {m.step: m.timestamp for m in client.get_metric_history(shown.info.run_id, "train/loss")}
+    assert stamps == {r["nimg"]: int(r["time"] * 1000) for r in lines if r["kind"] == "train"}, "the lines' own times"
+    assert shown.info.status == "FINISHED"
+    assert shown.info.run_name == "trial"
+    assert shown.data.params["train.lr"] == "0.001"
+    wanted = {
+        "commit": "c0ffee",
+        "fingerprint": "f" * 64,
+        "world_size": "2",
+        "attempt": "2",
+        "eval.spec": "abc123def456",
+    }
+    assert wanted.items() <= shown.data.tags.items()
+
+    for name in ("samples/000000001280.png", "config.json", "curves.png"):
+        url = f"{running.mlflow_url}/get-artifact?run_uuid={shown.info.run_id}&path={name}"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            content = reply.read()
+        if name != "config.json":
+            assert content == (run / name).read_bytes()
+        else:
+            assert json.loads(content)["data"]["endpoint_url"] == "https://s3.example/x"
+
+    (run / "mirror.json").unlink()
+    assert catch_up(run, running.mlflow_url).returncode == 0
+    assert found(client, run).info.run_id == shown.info.run_id, "found again without its mirror.json"
+    assert history(client, run) == expected
+
+
+@pytest.mark.slow
+def test_no_secret_reaches_the_server(running: Services, client: Any, run: Path) -> None:
+    log(run, STEPS[:1])
+    write_json(run / "exit.json", {"code": 7, "reason": "https://key:hunter2@s3/x refused", "attempt": 1})
+    os.environ["AWS_SECRET_ACCESS_KEY"] = "hunter2"
+    try:
+        assert catch_up(run, running.mlflow_url).returncode == 0
+    finally:
+        del os.environ["AWS_SECRET_ACCESS_KEY"]
+    shown = found(client, run)
+    assert shown.info.status == "FAILED"
+    assert shown.data.tags["exit.reason"] == "https://s3/x refused"
+    everything = json.dumps(shown.to_dictionary()) + client.download_artifacts(shown.info.run_id, "config.json")
+    root = running.s3.directory.parent
+    assert "hunter2" not in everything
+    assert b"hunter2" not in (root / "mlflow.db").read_bytes()
+    secret = running.s3.env["AWS_SECRET_ACCESS_KEY"].encode()
+    assert secret not in (root / "mlflow.db").read_bytes() + (root / "mlflow.log").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again(running: Services, client: Any, run: Path) -> None:
+    make_run(run, running.mlflow_url)
+    log(run, STEPS[:20])
+    first = start_mirror(run)
+    wait_until(lambda: (read_json(run / "mirror.json") or {}).get("offset"))
+    first.kill()
+    first.wait()
+    log(run, STEPS[20:])
+    (run / "mirror.json").write_text('{"run_id": "", "offset": 0}')  # and its memory is gone, too
+    second = start_mirror(run)
+    wait_until(lambda: (read_json(run / "mirror.json") or {}).get("offset"))
+    second.terminate()  # deepspeed's launcher signals everything that its ranks have started
+    assert found(client, run).info.status == "RUNNING"
+    log(run, [9999])
+    end(run, 75)
+    assert second.wait(60) == 0
+    assert history(client, run) == [(n, 1 / n) for n in [*STEPS, 9999]]
+    assert found(client, run).info.status == "KILLED"
+    assert (run / "mirror.log").read_text() == ""
+
+
+@pytest.mark.slow
+def test_the_end_of_the_owner_ends_the_mirror(running: Services, client: Any, run: Path) -> None:
+    make_run(run, running.mlflow_url)
+    log(run, STEPS)
+    code = (
+        f"from pathlib import Path; from launch.mirror import start_mirror; print(start_mirror(Path({str(run)!r})).pid)"
+    )
+    owner = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert owner.returncode == 0, owner.stderr
+    mirror = owned.identity(int(owner.stdout))
+    wait_until(lambda: not owned.alive(mirror))
+    assert history(client, run) == [(n, 1 / n) for n in STEPS]
+    assert found(client, run).info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_outages_and_lost_replies(running: Services, client: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    proxy = Proxy(running.mlflow_url)
+    mirror = Mirror(run, proxy.url, run.parent.name, "trial")
+    log(run, STEPS[:10])
+    assert mirror.sync(running=True) == 20
+    assert mirror.sync(running=True) == 0
+    log(run, STEPS[10:20])
+    proxy.loses_replies_to = b"log-batch"  # the server takes the values, and nobody hears of it
+    with pytest.raises(UnreachableError):
+        mirror.sync(running=True)
+    wait_until(lambda: len(history(client, run)) == 20)
+    log(run, STEPS[20:30])
+    proxy.loses_replies_to = b"never"
+    assert mirror.sync(running=True) == 20, "ten values of two keys: those that arrived are not sent again"
+    assert history(client, run) == [(n, 1 / n) for n in STEPS[:30]]
+
+    proxy.close()
+    log(run, STEPS[30:])
+    end(run, 0)
+    monkeypatch.setattr(command, "LAST_TRIES", 1)
+    with pytest.raises(UnreachableError, match=r"python launch/mirror\.py"):
+        command._finish(Mirror(run, proxy.url, run.parent.name), 1, None)
+    assert catch_up(run, running.mlflow_url).returncode == 0
+    assert history(client, run) == [(n, 1 / n) for n in STEPS]
+    assert found(client, run).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_second_attempt_goes_on_in_the_same_run(running: Services, client: Any, run: Path) -> None:
+    log(run, STEPS[:20])
+    end(run, 75)
+    assert catch_up(run, running.mlflow_url).returncode == 0
+    assert found(client, run).info.status == "KILLED"
+    (run / "exit.json").unlink()
+    make_run(run, running.mlflow_url, attempt=2, lr=5e-4, clip=1.0)
+    log(run, STEPS[10:], attempt=2, scale=2.0)
+    mirror = Mirror(run, running.mlflow_url, run.parent.name)
+    mirror.sync(running=True)
+    shown = found(client, run)
+    assert shown.info.status == "RUNNING"
+    assert history(client, run) == [(n, 1 / n) for n in STEPS[:20]] + [(n, 2 / n) for n in STEPS[20:]]
+    assert (shown.data.params["train.lr"], shown.data.tags["changed.train.lr"]) == ("0.001", "0.0005")
+    assert shown.data.params["train.clip"] == "1.0"
+
+    (run / "metrics.jsonl").unlink()  # the folder is emptied and used for another run
+    log(run, [32], scale=3.0)
+    assert Mirror(run, running.mlflow_url, run.parent.name).sync(running=True) == 2
+    assert len(client.search_runs([shown.info.experiment_id])) == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_stays_away_costs_one_sentence(run: Path) -> None:
+    log(run, STEPS)
+    end(run, 0)
+    done = catch_up(run, f"http://127.0.0.1:{free_port()}", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert done.returncode == UnreachableError.exit_code
+    assert len(done.stderr.splitlines()) == 1
+    assert f"python launch/mirror.py {run}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_how_a_run_has_ended(run: Path) -> None:
+    me, nobody = owned.identity(os.getpid()), "999999999:1"
+    assert command._end(run, 1, me) is None
+    assert not command._ended(run, me)
+    assert command._ended(run, nobody)
+    killed = command._end(run, 1, nobody)
+    assert killed is not None
+    assert killed[0] == "KILLED"
+    assert command._end(run, 0, nobody) is None, "a later attempt is under way"
+    for code, status in ((0, "FINISHED"), (75, "KILLED"), (1, "FAILED"), (11, "FAILED")):
+        end(run, code)
+        found_end = command._end(run, 1, None)
+        assert found_end is not None
+        assert found_end[:2] == (status, {"exit.code": str(code), "exit.reason": f"code {code}"})
+    make_run(run, "", attempt=2)
+    assert command._end(run, 2, me) is None, "the exit of the attempt before says nothing"
+    assert not command._ended(run, me)
+
+
+def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
+    mirror = Mirror(run, "http://127.0.0.1:1", "x")
+    assert mirror._new_records() == ([], 0)
+    file = run / "metrics.jsonl"
+    line = '{"time": 1.5, "attempt": 1, "nimg": 32, "kind": "train", "loss": 0.5}\n'
+    file.write_text(line + line[:20])
+    records, mirror._offset = mirror._new_records()
+    assert [r["nimg"] for r in records] == [32]
+    assert mirror._offset == len(line)
+    assert mirror._new_records() == ([], len(line))
+    file.write_text(line + line[:20] + "\n" + line)
+    records, mirror._offset = mirror._new_records()
+    assert len(records) == 1
+    assert mirror._offset == file.stat().st_size
+
+
+def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LOCK_S", 0.0)
+    with command._only_mirror(run), pytest.raises(OutputError, match="another mirror"), command._only_mirror(run):
+        pass
+    with command._only_mirror(run):
+        pass
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mirror.py", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        command.main()
+    make_run(tmp_path, "")
+    with pytest.raises(ConfigError, match="name a server with --url"):
+        command.main()
+
+
+def test_public_takes_secrets_out_of_urls_only() -> None:
+    tree = {"a": ["http://u:p@h:1/x?sig=1#f", 3, None], "b": "see https://h/x?k=1 and s3://b/k, 5 @ 3? yes #1"}
+    assert public(tree) == {"a": ["http://h:1/x", 3, None], "b": "see https://h/x and s3://b/k, 5 @ 3? yes #1"}
+
+
+def test_importing_the_mirror_is_cheap() -> None:
+    """It runs beside training: torch, mlflow and matplotlib would cost seconds and memory before they are needed."""
+    code = "import sys, launch.mirror; print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
