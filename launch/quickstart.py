@@ -20,7 +20,7 @@ from typing import Any
 from data_pipelines.store import open_store
 from launch.services import Services, free_port, services
 from warm_dist import errors, owned
-from warm_dist.config import Config, load_config
+from warm_dist.config import Config, dump, load_config
 from warm_dist.errors import ConfigError, DataError, Stopped
 from warm_dist.metrics import read_json, read_metrics
 
@@ -99,6 +99,9 @@ class Quickstart:
 
     def _train(self, servers: Services) -> int:
         """The training command of the README, on our servers. Returns the run's exit code, which launchers hide."""
+        if self._finished():
+            print(f"quickstart: {self.output} is finished; delete it to train again", flush=True)
+            return errors.EXIT_OK
         settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_ranks)]
         command += ["--master_port", str(free_port()), str(LAUNCH / "train.py"), "--config", str(self.config_path)]
@@ -119,6 +122,16 @@ class Quickstart:
             reason = end["reason"] if end else "the run left no exit.json"
             print(f"quickstart: training ended with code {code}: {reason}", file=sys.stderr, flush=True)
         return int(code)
+
+    def _finished(self) -> bool:
+        """Did this very config end well? Only our servers' addresses may differ."""
+        end, tree = read_json(self.output / "exit.json"), read_json(self.output / "config.json")
+        if not (end and tree and end["code"] == errors.EXIT_OK):
+            return False
+        ours = dump(self.config)
+        for section, key in (("data", "endpoint_url"), ("tracking", "mlflow_url")):
+            tree[section][key] = ours[section][key]
+        return bool(tree == ours)
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.num_ranks)

@@ -22,10 +22,13 @@ import pytest
 from PIL import Image
 from scipy.fft import dctn
 
+from data_pipelines import index
+from data_pipelines import pack as pack_module
+from data_pipelines import verify as verify_module
 from data_pipelines.index import Indexer
 from data_pipelines.manifest import NAME, decode, read_manifest, write_manifest
 from data_pipelines.pack import BAD, pack
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.sources import BadImage, Sample, Source
 from data_pipelines.store import FileStore, open_store
 from data_pipelines.verify import verify
 from warm_dist.errors import BucketError, ConfigError, DataError
@@ -162,15 +165,14 @@ def png(seed: int, size: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def test_foreign_shards_get_a_manifest(tmp_path: Path) -> None:
+def test_foreign_shards_get_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "a-very-long-folder-name-that-does-not-fit-into-an-ustar-header/" * 3  # GNU and pax extensions
     foreign_tar(
         tmp_path / "x.tar", {f"{name}one.png": png(1), f"{name}one.cls": b"4", "d/two.PNG": png(2), "d/two.cls": b"0\n"}
     )
     foreign_tar(tmp_path / "y.tar", {"three.json": b"{}", "three.cls": b"1", "three.png": png(3)})
-    command = [sys.executable, "-m", "data_pipelines.index", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr(sys, "argv", ["index", str(tmp_path)])
+    assert index.main() == 0
     manifest = read_manifest(f"{tmp_path}/{NAME}")
     assert manifest.key.tolist() == [f"{name}one", "d/two", "three"]
     assert manifest.label.tolist() == [4, 0, 1]
@@ -251,20 +253,19 @@ def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
             read_manifest(f"{store.url}/{NAME}")
 
 
-def test_verify_lists_every_damage_and_exits_with_3(tmp_path: Path) -> None:
+def test_verify_lists_every_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = pack(noise_source(21), str(tmp_path), shard_size=8)
     path = tmp_path / manifest.shards[1].name
     data = bytearray(path.read_bytes())
     data[manifest.offset[9] + 200] ^= 1
     path.write_bytes(data)
     (tmp_path / manifest.shards[2].name).unlink()
-    command = [sys.executable, "-m", "data_pipelines.verify", f"{tmp_path}/{NAME}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == DataError.exit_code
-    assert f"image '{manifest.key[9]}' in shard {path.name}: crc32 differs" in done.stderr
-    assert f"shard {path.name}: sha256 differs" in done.stderr
-    assert f"{manifest.shards[2].name}: does not exist" in done.stderr
-    assert "3 damages" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["verify", f"{tmp_path}/{NAME}"])
+    with pytest.raises(DataError, match="3 damages") as caught:
+        verify_module.main()
+    assert f"image '{manifest.key[9]}' in shard {path.name}: crc32 differs" in str(caught.value)
+    assert f"shard {path.name}: sha256 differs" in str(caught.value)
+    assert f"{manifest.shards[2].name}: does not exist" in str(caught.value)
 
 
 def test_packing_to_s3(digits: Packed) -> None:
@@ -276,25 +277,18 @@ def test_packing_to_s3(digits: Packed) -> None:
         pack(noise_source(2), "s3://no-such-bucket/x", digits.endpoint_url)
 
 
-def test_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").write_bytes(png(1))
     (tmp_path / "in" / "bad.png").write_bytes(png(1)[:50])
-    command = [
-        sys.executable,
-        "-m",
-        "data_pipelines.pack",
-        str(tmp_path / "in"),
-        str(tmp_path / "out"),
-        "--resolution",
-        "4",
-    ]
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--resolution", "4"]
+    command = [sys.executable, "-m", "data_pipelines.pack", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == DataError.exit_code
     assert "left out: bad.png" in done.stderr
     assert "DataError: 1 of 2 images do not decode" in done.stderr
     assert list(contents(tmp_path / "out")) == [BAD]
-    done = subprocess.run([*command, "--max-bad", "0.5", "--payload", "png"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1 images 4x4x3, 0 classes, 1 shards" in done.stdout
-    assert open_source(str(tmp_path / "in"), 4).length == 2
+    monkeypatch.setattr(sys, "argv", ["pack", *arguments, "--max-bad", "0.5", "--payload", "png"])
+    assert pack_module.main() == 0
+    assert "1 images 4x4x3, 0 classes, 1 shards" in capsys.readouterr().out

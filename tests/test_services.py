@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,24 +21,11 @@ from warm_dist.metrics import MetricsLog
 UI = str(Path(ui.__file__))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that a quickstart has used: there is an MLflow database, empty as it may be."""
-    path = tmp_path_factory.mktemp("root")
-    (path / "mlflow.db").touch()
-    return path
-
-
-@pytest.fixture(scope="module")
-def shown(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `launch/ui.py` and the line it prints."""
+def start_ui(root: Path) -> subprocess.Popen[str]:
+    """`launch/ui.py` on a folder that a quickstart has used: there is an MLflow database, empty as it may be."""
+    (root / "mlflow.db").touch()
     command = [sys.executable, UI, "--root", str(root), "--port", str(services.free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield process, process.stdout.readline()
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def descendants(pid: int) -> set[int]:
@@ -70,43 +56,39 @@ def listening(pids: set[int]) -> set[str]:
     return found
 
 
-@pytest.mark.slow
-def test_ui_serves_on_loopback_alone(shown: tuple[subprocess.Popen[str], str], root: Path) -> None:
-    process, line = shown
-    assert line.startswith("MLflow: http://127.0.0.1:")
-    assert line.endswith(" (Ctrl-C ends it)\n")
-    with urllib.request.urlopen(line.split()[1], timeout=30) as page:
-        assert b"MLflow" in page.read()
-    family = descendants(process.pid)
-    assert len(family) == 6, "ui, and for each server its supervisor; weed; mlflow and its one worker: no job runners"
-    assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
+def ends_cleanly(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """The exit code is 0 and no process of its tree is left."""
+    family = [owned.identity(pid) for pid in descendants(process.pid) - {process.pid}]
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    return process.returncode == 0 and not [who for who in family if owned.alive(who)]
 
 
 @pytest.mark.slow
-def test_a_second_one_is_refused(shown: tuple[subprocess.Popen[str], str], root: Path) -> None:
-    with pytest.raises(OutputError, match="another make quickstart or make ui"), services.services(root):
-        pass
+def test_ui_serves_on_loopback_alone_and_ends_on_sigterm(tmp_path: Path) -> None:
+    with start_ui(tmp_path) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("MLflow: http://127.0.0.1:")
+        assert line.endswith(" (Ctrl-C ends it)\n")
+        with urllib.request.urlopen(line.split()[1], timeout=30) as page:
+            assert b"MLflow" in page.read()
+        family = descendants(process.pid)
+        assert len(family) == 6, "ui; for each server a supervisor; weed; mlflow and its one worker: no job runners"
+        assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
+        with pytest.raises(OutputError, match="another make quickstart or make ui"), services.services(tmp_path):
+            pass
+        assert ends_cleanly(process, signal.SIGTERM)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_ui_cleanly(
-    number: signal.Signals, root: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """SIGTERM while it serves, Ctrl-C while it starts: 0 each time, and no process is left."""
-    if number == signal.SIGTERM:
-        process, _ = request.getfixturevalue("shown")
-    else:
-        command = [sys.executable, UI, "--root", str(root), "--port", str(services.free_port())]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_ui_while_it_starts(tmp_path: Path) -> None:
+    with start_ui(tmp_path) as process:
         deadline = time.monotonic() + 60
         while len(descendants(process.pid)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    family = [owned.identity(pid) for pid in descendants(process.pid)]
-    process.send_signal(number)
-    assert process.wait(30) == 0
-    assert not [who for who in family[1:] if owned.alive(who)]
+        assert ends_cleanly(process, signal.SIGINT)
 
 
 def test_a_port_in_use_is_named_with_the_flag_to_change(tmp_path: Path) -> None:

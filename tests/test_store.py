@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,3 +222,16 @@ def test_an_object_replaced_between_two_parts_is_not_glued_together() -> None:
         handler.do_GET = once_then_other  # type: ignore[method-assign]
         with pytest.raises(DataError, match="was replaced"):
             store.read("a")
+
+
+@pytest.mark.slow
+def test_only_the_store_knows_boto3_and_imports_are_cheap() -> None:
+    code = "import sys, data_pipelines.loader, data_pipelines.pack; print([m for m in ('boto3', 'pyarrow', 'webdataset', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    package = Path(__file__).parent.parent / "data_pipelines"
+    knowing = {
+        path.name
+        for path in package.glob("*.py")
+        if "import boto" in path.read_text() or "from boto" in path.read_text()
+    }
+    assert knowing == {"store.py"}

@@ -56,7 +56,10 @@ def make_run(path: Path, url: str, attempt: int = 1, **train: Any) -> Path:
     path.mkdir(exist_ok=True)
     tracking = {"mlflow_url": url, "experiment": path.parent.name, "run_name": "trial"}
     data = {"endpoint_url": "https://key:hunter2@s3.example/x?X-Amz-Signature=hunter2"}
-    write_json(path / "config.json", {"train": {"lr": 1e-3, **train}, "data": data, "tracking": tracking})
+    write_json(
+        path / "config.json",
+        {"$schema": "schema.json", "train": {"lr": 1e-3, **train}, "data": data, "tracking": tracking},
+    )
     facts = {"commit": "c0ffee", "fingerprint": "f" * 64, "world_size": 2, "num_parameters": 7}
     write_json(path / "run.json", {"attempt": attempt, **facts})
     return path

@@ -289,3 +289,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema that editors read by way of the `$schema` key."""
     return Config.model_json_schema(by_alias=True)
+
+
+if __name__ == "__main__":  # python -m warm_dist.config > configs/schema.json
+    print(json.dumps(json_schema(), indent=2))

@@ -66,7 +66,7 @@ def generate(
     path = constant_bnr(ratio)
     sigmas = [*edm_grid(options.num_steps, options.sigma_min, options.sigma_max, options.rho), 0.0]
     spectrum = data_spectrum(info, config.process.sigma_data).to(device)
-    channel_mean = torch.from_numpy(info.channel_mean).to(device)
+    channel_mean = torch.tensor(info.channel_mean, device=device)
     fitted = info if options.start == "measured" else None
     shape = (info.channels, info.resolution, info.resolution)
     out = np.empty((len(indices), *shape), np.uint8)

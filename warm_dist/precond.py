@@ -63,7 +63,7 @@ def coefficients(spectrum: Tensor, level: Level) -> Coefficients:
 def data_spectrum(info: DataInfo, sigma_data: str | float) -> Tensor:
     """The power spectrum to precondition with, (H, W) float64: measured, or 1/f² of the given sigma_data."""
     if sigma_data == "measured":
-        return torch.from_numpy(info.power_spectrum).double()
+        return torch.tensor(info.power_spectrum, dtype=torch.float64)
     return fallback_spectrum(info.resolution, info.resolution, float(sigma_data))
 
 

@@ -86,8 +86,8 @@ def start(noise: Tensor, sigma: float, alpha: float, info: DataInfo | None) -> T
     if info is None:
         return sigma * noise
     a = torch.exp(-eigenvalues(*noise.shape[-2:], device=noise.device) * alpha**2 / 2)
-    centred = torch.from_numpy(info.mean_image - info.channel_mean[:, None, None]).to(noise)
+    centred = torch.tensor(info.mean_image - info.channel_mean[:, None, None]).to(noise)
     mean = dct(centred)
-    spectrum = torch.from_numpy(info.power_spectrum).to(noise)
+    spectrum = torch.tensor(info.power_spectrum).to(noise)
     variance = (spectrum - mean.square().mean(0)).clamp_min(0)
     return idct(a * mean + (a.square() * variance + sigma**2).sqrt() * dct(noise))

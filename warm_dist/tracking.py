@@ -135,7 +135,8 @@ class Mirror:
     def _describe(self, known: dict[str, str]) -> None:
         """Parameters, tags and the config file. MLflow never changes a parameter: a later attempt's value is a tag."""
         config = public(read_json(self.run / "config.json") or {})
-        params = {key: str(value)[:_MAX_VALUE] for key, value in flatten(config).items()}
+        # "$schema" is an editor's affair, and a name that MLflow refuses
+        params = {key: str(value)[:_MAX_VALUE] for key, value in flatten(config).items() if not key.startswith("$")}
         info = read_json(self.run / "run.json") or {}
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {_RUN_TAG: self._identity()} if self._identity() else {}

@@ -75,7 +75,7 @@ def prepare(batch: Batch, config: Config, info: DataInfo, device: torch.device) 
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    x0 = centre(send(images), torch.from_numpy(info.channel_mean).to(device))
+    x0 = centre(send(images), torch.tensor(info.channel_mean, device=device))
     level = training_level(send(normal), config.process.bnr, config.process.p_mean, config.process.p_std)
     return Prepared(x0, level, send(noise), send(labels), batch)
 

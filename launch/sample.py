@@ -1,0 +1,95 @@
+"""Sample images from a weights file: `launch/sample.py --weights F --n 64 --nfe 35 --bnr 0.5 --seed 0 [--label 3]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from warm_dist import errors
+from warm_dist.errors import ConfigError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="a file that launch/export.py or a finished run wrote"
+    )
+    parser.add_argument("--n", type=int, default=64, help="number of images")
+    parser.add_argument("--nfe", type=int, help="network evaluations an image; default: the config's sampler")
+    parser.add_argument("--bnr", type=float, help="blur-to-noise ratio; default: the one it was trained at")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="image k of a seed is the same for any --n and --batch-size"
+    )
+    parser.add_argument("--label", type=int, help="class of every image; default: drawn at random")
+    parser.add_argument("--method", choices=["heun", "first_order"], help="default: the config's")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+    if (
+        args.n < 1
+        or args.batch_size < 1
+        or args.seed < 0
+        or (args.bnr is not None and not 0 <= args.bnr < float("inf"))
+    ):
+        raise ConfigError("--n and --batch-size must be positive, --seed and --bnr not negative")
+    if args.out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"--out {args.out}: needs the ending .png or .npy")
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from warm_dist.distributed import set_threads
+    from warm_dist.figures import save_grid
+    from warm_dist.generate import generate, load_weights, sample_labels
+    from warm_dist.sampler import nfe, num_steps_for
+
+    set_threads()
+    network, config, info = load_weights(args.weights)
+    changes = {"method": args.method} if args.method else {}
+    sampler = config.sampler.model_copy(update=changes)
+    if args.nfe is not None:
+        num_steps = num_steps_for(sampler.method, args.nfe)
+        if num_steps is None:
+            odd = "an odd number from 3 on (2 N - 1)" if sampler.method == "heun" else "2 or more"
+            raise ConfigError(f"--nfe {args.nfe}: {sampler.method} needs {odd}")
+        sampler = sampler.model_copy(update={"num_steps": num_steps})
+    if args.label is not None and not 0 <= args.label < config.data.num_classes:
+        raise ConfigError(f"--label {args.label}: this network has {config.data.num_classes} classes")
+    if args.bnr is not None and args.bnr != config.process.bnr:
+        print(f"note: trained at BNR {config.process.bnr:g} alone; BNR {args.bnr:g} is outside what it has seen")
+    indices = range(args.n)
+    labels = sample_labels(args.seed, indices, config.data.num_classes)
+    if args.label is not None:
+        labels[:] = args.label
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tqdm(total=args.n, unit="image", disable=None) as bar:
+        images = generate(
+            network.to(device),
+            config,
+            info,
+            indices,
+            labels,
+            seed=args.seed,
+            device=device,
+            batch_size=args.batch_size,
+            sampler=sampler,
+            bnr=args.bnr,
+            progress=bar.update,
+        )
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.out.suffix == ".npy":
+            np.save(args.out, images)
+        else:
+            save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
+    except OSError as error:
+        raise errors.OutputError(f"{args.out}: cannot be written ({error.strerror})") from None
+    print(
+        f"{args.out}: {args.n} images, {sampler.method}, NFE {nfe(sampler.method, sampler.num_steps)}, seed {args.seed}"
+    )
+    return errors.EXIT_OK
+
+
+if __name__ == "__main__":
+    errors.run(main)

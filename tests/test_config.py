@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+from warm_dist.config import dump, flatten, json_schema, known_keys, load_config, validate
+from warm_dist.errors import ConfigError
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
+QUICKSTART = str(ROOT / "configs" / "quickstart.json")
+
+
+def refusal(*overrides: str, path: str | Path = QUICKSTART) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value)
+
+
+def test_the_promised_configs_are_there():
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "cifar10", "ffhq64", "lsun_church128", "imagenet64"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_complete_and_at_bnr_half(path):
+    config = load_config(path)
+    assert validate(dump(config)) == config
+    assert config.process.bnr == 0.5
+    assert config.description
+    assert config.schema_url == "schema.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "total", "half_life", "dropout", "nfe_steps"),
+    [
+        ("cifar10", 512, 1e-3, 200e6, 0.5e6, 0.13, 18),
+        ("ffhq64", 256, 2e-4, 200e6, 0.5e6, 0.05, 40),
+        ("imagenet64", 4096, 1e-4, 2500e6, 50e6, 0.1, 40),
+    ],
+)
+def test_published_hyper_parameters(name, batch, lr, total, half_life, dropout, nfe_steps):
+    c = load_config(ROOT / "configs" / f"{name}.json")
+    assert (c.train.batch_size, c.train.lr, c.train.ema_half_life_nimg) == (batch, lr, half_life)
+    assert c.train.total_nimg == pytest.approx(total, rel=1e-5)  # rounded up to whole batches
+    assert (c.network.dropout, c.sampler.num_steps) == (dropout, nfe_steps)
+
+
+def test_the_schema_file_is_the_models():
+    kept = json.loads((ROOT / "configs" / "schema.json").read_text())
+    assert kept == json_schema(), "run: python -m warm_dist.config > configs/schema.json"
+
+
+def test_misspelt_keys_are_named_with_the_nearest_one():
+    assert "unknown key 'trian'; did you mean 'train'?" in refusal("trian=1")
+    assert "unknown key 'train.batchsize'; did you mean 'train.batch_size'?" in refusal("train.batchsize=32")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size=true", "'train.batch_size'"),
+        ("train.lr=fast", "'train.lr'"),
+        ("process.bnr=-1", "greater than or equal to 0"),
+        ("process.sigma_data=guess", "'measured'"),
+        ("network.arch=resnet", "'ddpmpp' or 'adm'"),
+        ("data.num_lanes=5", "not a multiple of data.num_lanes 5"),
+        ("train.total_nimg=33", "train.total_nimg 33 is not a multiple"),
+        ("eval.eval_nimg=33", "eval.eval_nimg 33 is not a multiple"),
+        ("data.resolution=15", "cannot be halved"),
+        ("network.attention_resolutions=[7]", "the network works at [16, 8, 4]"),
+        ("eval.extractor=inception", "eval.extractor_sha256"),
+        ("sampler.sigma_max=0.001", "sigma_min must be below"),
+        ("process.bnr=NaN", "must be finite"),
+        ("process.bnr=1e999", "must be finite"),
+        ("train.lr.x=1", "is not a section"),
+        ("nonsense", "a.b=VALUE"),
+    ],
+)
+def test_bad_values_are_refused_with_their_path(override, words):
+    assert words in refusal(override)
+
+
+def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
+    for text, words in [
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ("{", "not JSON, line 1"),
+        ("[]", "needs an object"),
+        ("{}", "missing key 'data'"),
+    ]:
+        (tmp_path / "c.json").write_text(text)
+        assert words in refusal(path=tmp_path / "c.json")
+    assert "cannot be read" in refusal(path=tmp_path / "absent.json")
+
+
+def test_overrides_are_json_or_else_strings():
+    c = load_config(
+        QUICKSTART,
+        ["train.lr=2e-3", "network.channel_mult=[1,1]", "output=runs/x", "eval=null", "process.sigma_data=0.5"],
+    )
+    assert (c.train.lr, c.network.channel_mult, c.output, c.eval, c.process.sigma_data) == (
+        2e-3,
+        (1, 1),
+        "runs/x",
+        None,
+        0.5,
+    )
+
+
+def test_every_error_is_reported_at_once():
+    message = refusal("train.lr=-1", "process.bnr=-1", "foo=1")
+    assert all(word in message for word in ("'train.lr'", "'process.bnr'", "'foo'"))
+
+
+def test_flatten_gives_the_keys_of_set():
+    flat = flatten(dump(load_config(QUICKSTART)))
+    assert flat["process.bnr"] == 0.5
+    assert flat.keys() <= set(known_keys())
+
+
+def test_no_key_could_hold_a_secret():
+    assert not [
+        key
+        for key in known_keys()
+        if any(word in key.lower() for word in ("secret", "password", "token", "access_key"))
+    ]
