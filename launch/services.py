@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import socket
@@ -11,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +32,22 @@ class Services:
     mlflow: subprocess.Popen[bytes]
 
 
-@contextlib.contextmanager
+@contextmanager
 def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
     """Start both on the data in `root` (s3/, mlflow.db), stop both at the end; their logs are there too.
 
     ui_port: MLflow's; None picks a free one. Raises PortError if it is in use, OutputError if `root` cannot be written
     or another quickstart or ui uses it, UnreachableError with the end of the log if a server does not start.
     """
-    with _claimed(root), S3Server(root / "s3", BUCKET) as s3:
-        port = _checked(ui_port) if ui_port is not None else free_port()
+    with ExitStack() as stack:
+        stack.enter_context(_claimed(root))
+        port = free_port() if ui_port is None else _checked(ui_port)
+        s3 = stack.enter_context(S3Server(root / "s3", BUCKET))
         url, log = f"http://{HOST}:{port}", root / "mlflow.log"
         process = owned.start(_command(root, port), _environment(s3), log)
-        try:
-            _wait_until_healthy(url, process, log)
-            yield Services(s3, url, process)
-        finally:
-            owned.stop(process)
+        stack.callback(owned.stop, process)
+        _wait_until_healthy(url, process, log)
+        yield Services(s3, url, process)
 
 
 def free_port() -> int:
@@ -101,7 +101,7 @@ def _checked(port: int) -> int:
     return port
 
 
-@contextlib.contextmanager
+@contextmanager
 def _claimed(root: Path) -> Iterator[None]:
     """The folder's lock; dropped with the file, so also by kill -9."""
     try:

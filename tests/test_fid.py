@@ -45,7 +45,7 @@ def test_diagonal_gaussians_have_the_closed_form() -> None:
     assert fid.frechet_distance(fid.Statistics.of(x), fid.Statistics.of(y)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("n", "dim"), [(400, 256), (100, 256)], ids=["full rank", "fewer images than features"])
+@pytest.mark.parametrize(("n", "dim"), [(200, 96), (40, 96)], ids=["full rank", "fewer images than features"])
 def test_distance_from_itself_is_nothing_and_it_is_symmetric(n: int, dim: int) -> None:
     a, b = (fid.Statistics.of(correlated(n, dim, seed)) for seed in (0, 1))
     assert abs(fid.frechet_distance(a, a)) < 1e-6

@@ -1,0 +1,403 @@
+"""launch/train.py for real: digits on S3, the deepspeed launcher, torchrun and plain python, kills and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.processes import ROOT, free_port
+from warm_dist import errors
+from warm_dist.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from tests.conftest import Packed
+
+pytestmark = pytest.mark.slow
+STEPS, BATCH = 20, 8
+
+
+@pytest.fixture(scope="module")
+def config_file(digits: Packed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = {
+        "output": "unset",
+        "data": {
+            "manifest": digits.manifest_url,
+            "endpoint_url": digits.endpoint_url,
+            "resolution": 8,
+            "channels": 1,
+            "num_classes": 10,
+            "num_lanes": 8,
+            "chunk": 16,
+        },
+        "process": {"bnr": 0.5},
+        "network": {
+            "arch": "ddpmpp",
+            "channels": 16,
+            "channel_mult": [1, 2],
+            "num_blocks": 1,
+            "attention_resolutions": [4],
+        },
+        "train": {
+            "total_nimg": BATCH * STEPS,
+            "batch_size": BATCH,
+            "lr": 1e-3,
+            "lr_ramp_nimg": 32,
+            "label_dropout": 0.1,
+            "eps": 1e-4,
+            "clip": 1.0,
+            "ema_half_life_nimg": 100,
+            "log_nimg": BATCH,
+            "save_nimg": BATCH * 4,
+        },
+    }
+    path = tmp_path_factory.mktemp("config") / "digits.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def launcher(name: str, ranks: int = 2) -> list[str]:
+    bin_folder = Path(sys.executable).parent
+    if name == "deepspeed":
+        return [str(bin_folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    if name == "torchrun":
+        endpoint = f"127.0.0.1:{free_port()}"
+        return [
+            str(bin_folder / "torchrun"),
+            f"--nproc-per-node={ranks}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+        ]
+    return [sys.executable]
+
+
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    bin_folder = str(Path(sys.executable).parent)
+    return env | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{bin_folder}:{env['PATH']}"}
+
+
+def start(command: list[str], config: Path, run: Path | None, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+    sets = [f"--set={item}" for item in ([f"output={run}"] if run else []) + list(overrides)]
+    return subprocess.Popen(
+        [*command, str(ROOT / "launch" / "train.py"), "--config", str(config), *sets],
+        env=environment() | options.get("env", {}),
+        cwd=options.get("cwd", ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def train(command: list[str], config: Path, run: Path | None, *overrides: str, **options: Any) -> tuple[int, str, str]:
+    return finish(start(command, config, run, *overrides, **options))
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    return json.loads((run / "exit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Plain python, LocalEngine, one process: 20 losses."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    code, out, err = train(launcher("python"), config_file, run, "engine=local")
+    assert code == 0, err
+    assert "Warning" not in err
+    assert f"nimg {BATCH * STEPS}/{BATCH * STEPS}" in out
+    assert outcome(run) == {"code": 0, "reason": "finished", "nimg": BATCH * STEPS, "resumable": False, "attempt": 1}
+    return losses(run)
+
+
+def ranks(config: Path, run: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Two ranks as a launcher starts them, without the launcher."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    envs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [start(launcher("python"), config, run, *overrides, env=env) for env in envs]
+
+
+def agree(found: list[float], reference: list[float]) -> None:
+    assert len(found) == len(reference) == STEPS
+    assert max(abs(a - b) / b for a, b in zip(found, reference, strict=True)) < 5e-6
+
+
+def test_deepspeed_on_two_ranks_equals_local_on_one(config_file, reference, tmp_path):
+    # every stage: tests/distributed, where one set of processes serves them all, and below in the soak
+    code, _, err = train(launcher("deepspeed"), config_file, tmp_path / "run", "parallel.zero_stage=2")
+    assert code == 0, err
+    agree(losses(tmp_path / "run"), reference)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_at_every_stage_equals_local_on_one(config_file, reference, tmp_path, stage):
+    code, _, err = train(launcher("deepspeed"), config_file, tmp_path / "run", f"parallel.zero_stage={stage}")
+    assert code == 0, err
+    agree(losses(tmp_path / "run"), reference)
+
+
+def test_torchrun_on_two_ranks_equals_local_on_one(config_file, reference, tmp_path):
+    code, _, err = train(launcher("torchrun"), config_file, tmp_path / "run", "engine=local")
+    assert code == 0, err
+    agree(losses(tmp_path / "run"), reference)
+
+
+def wait_for(what: str, condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        if process.poll() is not None and not condition():
+            break
+        time.sleep(0.02)
+    raise AssertionError(f"{what}: {finish(process)[2][-2000:]}")
+
+
+def reached(run: Path) -> int:
+    records = read_metrics(run / "metrics.jsonl")
+    return records[-1]["nimg"] if records else 0
+
+
+def test_sigterm_and_kill_9_then_the_same_command_goes_on(config_file, tmp_path):
+    """Stopped by SIGTERM under the launcher, then killed with -9, then finished: bit-equal to an unbroken run."""
+    run, whole, dropout = tmp_path / "broken", tmp_path / "whole", "network.dropout=0.1"
+    process = start(launcher("deepspeed"), config_file, run, "train.total_nimg=8000000", dropout)
+    wait_for("some steps", lambda: reached(run) >= BATCH * 6, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+    wait_for(
+        "exit.json", (run / "exit.json").exists, start(["true"], config_file, None)
+    )  # its ranks save after it ended
+    told = outcome(run)
+    assert (told["code"], told["resumable"]) == (errors.Stopped.exit_code, True)
+    assert "SIGTERM" in told["reason"]
+
+    stopped_at = reached(run)
+    pair = ranks(config_file, run, "train.total_nimg=8000000", dropout)
+    wait_for("more steps", lambda: reached(run) >= stopped_at + BATCH * 6, pair[0])
+    for process in pair:
+        process.kill()
+    for process in pair:
+        finish(process)
+    assert not (run / "exit.json").exists()
+
+    total = f"train.total_nimg={(reached(run) // BATCH + 6) * BATCH}"
+    ends = [[finish(process) for process in ranks(config_file, folder, total, dropout)] for folder in (run, whole)]
+    assert [code for end in ends for code, _, _ in end] == [0, 0, 0, 0], ends
+    assert "resumed at nimg" in ends[0][0][1]
+    assert losses(run) == losses(whole)
+    weights = [(folder / "weights" / "ema.safetensors").read_bytes() for folder in (run, whole)]
+    data = [blob[8 + int.from_bytes(blob[:8], "little") :] for blob in weights]  # the header names the output folder
+    assert data[0] == data[1]
+
+
+def test_a_finished_run_is_not_trained_again(config_file, tmp_path):
+    run = tmp_path / "run"
+    for attempt in (1, 2):
+        code, out, err = train(launcher("python"), config_file, run, "engine=local", "train.total_nimg=32")
+        assert code == 0, err
+        assert outcome(run)["attempt"] == attempt
+    assert out.count("nimg 32/32") == 0
+    assert len(losses(run)) == 4
+
+
+def test_evaluation_pictures_and_weights(config_file, tmp_path):
+    run = tmp_path / "run"
+    settings = [
+        "eval.eval_nimg=160",
+        "eval.num_images=64",
+        "eval.extractor=pixels",
+        "eval.grid=4",
+        "sampler.num_steps=3",
+    ]
+    code, out, err = train(launcher("python"), config_file, run, *settings)
+    assert code == 0, err
+    evaluations = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval"]
+    assert [r["nimg"] for r in evaluations] == [0, 160]
+    assert evaluations[0]["spec"] == evaluations[1]["spec"]
+    assert 0 < evaluations[0]["floor"] < evaluations[0]["frechet"]
+    assert "Fréchet distance (pixels)" in out
+    assert (run / evaluations[1]["grid"]).read_bytes().startswith(b"\x89PNG")
+    sample = [sys.executable, str(ROOT / "launch" / "sample.py"), "--weights", str(run / "weights" / "ema.safetensors")]
+    for name, extra in (
+        ("a.npy", ["--n", "5", "--batch-size", "2"]),
+        ("b.npy", ["--n", "3"]),
+        ("c.npy", ["--n", "3", "--label", "7"]),
+    ):
+        done = subprocess.run([*sample, "--nfe", "5", "--bnr", "0.5", "--seed", "3", "--out", str(tmp_path / name), *extra],
+                              capture_output=True, text=True, env=environment(), timeout=60, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    a, b, c = (np.load(tmp_path / name).astype(int) for name in ("a.npy", "b.npy", "c.npy"))
+    assert a.shape == (5, 1, 8, 8)
+    assert np.abs(a[:3] - b).max() <= 1  # another batch size may round differently, the noise is the same
+    assert (np.abs(b - c) > 0).any()
+    export = [
+        sys.executable,
+        str(ROOT / "launch" / "export.py"),
+        str(run),
+        "--out",
+        str(tmp_path / "again.safetensors"),
+    ]
+    assert subprocess.run(export, env=environment(), timeout=60, check=False, capture_output=True).returncode == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (run / "weights" / "ema.safetensors").read_bytes()
+
+
+BAD = {
+    "misspelt key": ({}, ["train.batchsize=8"], errors.ConfigError, "did you mean 'train.batch_size'"),
+    "placeholder bucket": (
+        {},
+        ["data.manifest=s3://your-bucket/a/manifest.parquet"],
+        errors.ConfigError,
+        "set data.manifest",
+    ),
+    "missing bucket": ({}, ["data.manifest=s3://absent/a/manifest.parquet"], errors.BucketError, "absent"),
+    "wrong S3 key": ({"AWS_SECRET_ACCESS_KEY": "wrong"}, [], errors.AccessError, "refuse"),
+    "missing manifest": ({}, ["data.manifest=s3://warm-dist/none/manifest.parquet"], errors.DataError, "none"),
+    "S3 down": ({}, ["data.endpoint_url=http://127.0.0.1:1"], errors.UnreachableError, "127.0.0.1:1"),
+    "wrong resolution": ({}, ["data.resolution=16"], errors.ConfigError, "data.resolution"),
+    "unwritable output": ({}, ["output=/proc/run"], errors.OutputError, "/proc/run"),
+    "illegal world size": (
+        {"WORLD_SIZE": "3", "RANK": "0"},
+        [],
+        errors.WorldSizeError,
+        "legal world sizes: 1, 2, 4, 8",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str]]:
+    """All bad inputs at once: the run's folder, exit code and stderr of each."""
+    root = tmp_path_factory.mktemp("bad")
+    started = {
+        case: start(launcher("python"), config_file, root / case, "engine=local", *overrides, env=env)
+        for case, (env, overrides, _, _) in BAD.items()
+    }
+    ended = {case: finish(process) for case, process in started.items()}
+    return {case: (root / case, code, err) for case, (code, _, err) in ended.items()}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error_with_its_own_code(refusals, case):
+    _, _, error, words = BAD[case]
+    run, code, err = refusals[case]
+    assert code == error.exit_code, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith(f"{error.__name__}: ")
+    assert words in lines[0]
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in err
+    assert not (run / "checkpoints").exists()
+    if run.exists():
+        assert outcome(run)["code"] == code
+
+
+def test_port_in_use(config_file, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        code, _, err = train(launcher("python"), config_file, tmp_path / "run", env=env)
+    assert code == errors.PortError.exit_code
+    assert err.startswith(f"PortError: 127.0.0.1:{env['MASTER_PORT']} cannot be bound")
+    assert len(err.splitlines()) == 1
+
+
+def test_an_undecodable_image_ends_training_with_its_key(s3, digits, config_file, tmp_path):
+    """A shard's bytes change after packing: the crc of one image, seen by one of two ranks, ends both with its key."""
+    from data_pipelines.store import open_store
+
+    store = open_store(digits.url, digits.endpoint_url)
+    copy = open_store("s3://warm-dist/damaged", digits.endpoint_url)
+    for name in store.list():
+        copy.write(name, store.read(name))
+    row = 700
+    shard = digits.manifest.shards[int(digits.manifest.shard[row])].name
+    blob = bytearray(copy.read(shard))
+    blob[int(digits.manifest.offset[row]) + 140] ^= 0xFF
+    copy.write(shard, bytes(blob))
+    run = tmp_path / "run"
+    settings = ["data.manifest=s3://warm-dist/damaged/manifest.parquet", "train.total_nimg=2000"]
+    ends = [finish(process) for process in ranks(config_file, run, *settings)]
+    assert [code for code, _, _ in ends] == [errors.DataError.exit_code] * 2, ends
+    assert outcome(run)["code"] == errors.DataError.exit_code
+    key = digits.manifest.key[row]
+    assert str(key) in outcome(run)["reason"]
+    assert err.count("DataError: ") == 1
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(config_file, tmp_path):
+    first = start(launcher("python"), config_file, tmp_path / "run", "engine=local", "train.total_nimg=8000000")
+    try:
+        wait_for("a step", lambda: reached(tmp_path / "run") >= BATCH, first)
+        code, _, err = train(launcher("python"), config_file, tmp_path / "run", "engine=local")
+        assert code == errors.OutputError.exit_code
+        assert "another process is training in it" in err
+    finally:
+        os.killpg(first.pid, signal.SIGINT)
+        code, _, err = finish(first)
+    assert code == errors.Stopped.exit_code
+    assert err.count("Stopped: SIGINT") == 1
+
+
+def test_other_data_or_network_is_refused_on_resume(config_file, tmp_path):
+    run = tmp_path / "run"
+    assert train(launcher("python"), config_file, run, "engine=local", "train.total_nimg=32")[0] == 0
+    code, _, err = train(launcher("python"), config_file, run, "engine=local", "network.channels=8")
+    assert code == errors.CheckpointError.exit_code
+    assert "network" in err
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    (checkpoints[-1] / "rank_0.safetensors").write_bytes(b"damaged")
+    code, _, err = train(launcher("python"), config_file, run, "engine=local", "train.total_nimg=64")
+    assert code == errors.CheckpointError.exit_code
+    assert "no intact checkpoint" in err
+
+
+def test_dry_run_needs_neither_data_nor_gpu():
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "--dry-run",
+        "--config",
+        str(ROOT / "configs" / "imagenet64.json"),
+    ]
+    done = subprocess.run([*command, "--world-size", "32"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "batch 4096 = 32 ranks x 32 images x 4 accumulations" in done.stdout
+    assert "parameters: 295,941,318" in done.stdout
+    assert done.stdout.count("ZeRO ") == 4
+    refused = subprocess.run([*command, "--world-size", "12"], capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == errors.WorldSizeError.exit_code
+    assert "legal world sizes: 1, 2, 4" in refused.stderr
+
+
+def test_exit_codes_are_distinct():
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.WarmDistError)
+    ]
+    codes = [kind.exit_code for kind in kinds if kind not in (errors.WarmDistError, errors.PeerError)]
+    assert len(set(codes)) == len(codes) >= 11
