@@ -1,0 +1,127 @@
+"""The quickstart as a user runs it, in small: interrupted, gone on, finished, and its pictures seen through `make ui`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import ROOT, free_port
+from warm_dist.errors import Stopped
+from warm_dist.metrics import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+SMALL = {
+    "network.channels": 8,
+    "network.channel_mult": [1, 2],
+    "train.total_nimg": 9600,
+    "train.lr_decay_nimg": 0,
+    "train.log_nimg": 160,
+    "train.save_nimg": 3200,
+    "eval.eval_nimg": 9600,
+    "eval.num_images": 64,
+    "eval.extractor": "pixels",
+    "eval.grid": 4,
+    "sampler.num_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart") / "runs"
+
+
+def quickstart(root: Path) -> subprocess.Popen[str]:
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
+    command = [sys.executable, str(ROOT / "launch" / "quickstart.py"), "--root", str(root), *sets]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> tuple[str, str]:
+    """Ctrl-C in mid-training, then the same command to its end: what both printed."""
+    outputs = []
+    for interrupt in (True, False):
+        process = quickstart(root)
+        try:
+            metrics, deadline = root / "quickstart" / "metrics.jsonl", time.monotonic() + 150
+            while interrupt and process.poll() is None and time.monotonic() < deadline:
+                if any(r["nimg"] >= 640 for r in read_metrics(metrics)):
+                    os.killpg(process.pid, signal.SIGINT)
+                    break
+                time.sleep(0.05)
+            outputs.append(process.communicate(timeout=180)[0])
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        expected = Stopped.exit_code if interrupt else 0
+        assert process.returncode == expected, outputs[-1][-3000:]
+    return outputs[0], outputs[1]
+
+
+def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
+    first, second = finished
+    assert "resumed at nimg" in second
+    assert "2460 images" in first
+    assert "2460 images" not in second  # packed once
+    lines = [r["nimg"] for r in read_metrics(root / "quickstart" / "metrics.jsonl") if r["kind"] == "train"]
+    assert lines == list(range(160, 9601, 160))
+    assert "Traceback" not in first + second
+
+
+def test_it_prints_what_the_issue_of_a_run_is(root, finished):
+    second = finished[1]
+    for words in ("before training", "after training", "floor", "excess over the floor", "make ui", "images/s"):
+        assert words in second
+    grid = Path(re.search(r"samples  (\S+\.png)", second)[1])
+    assert grid.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def ui(root: Path, finished: Any) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, str(ROOT / "launch" / "ui.py"), "--root", str(root), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line == f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.read()
+
+
+def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root, ui):
+    api = f"{ui}/api/2.0/mlflow"
+    body = json.dumps({"experiment_ids": ["1"], "max_results": 5}).encode()
+    request = urllib.request.Request(f"{api}/runs/search", body, {"Content-Type": "application/json"})
+    (run,) = json.loads(get(request))["runs"]
+    assert run["info"]["status"] == "FINISHED"
+    assert "process.bnr" in {p["key"] for p in run["data"]["params"]}
+    assert "mlflow.source.git.commit" in {t["key"] for t in run["data"]["tags"]} or "commit" in {
+        t["key"] for t in run["data"]["tags"]
+    }
+    run_id = run["info"]["run_id"]
+    history = json.loads(get(f"{api}/metrics/get-history?run_id={run_id}&metric_key=train/loss&max_results=1000"))[
+        "metrics"
+    ]
+    assert sorted(int(m["step"]) for m in history) == list(range(160, 9601, 160))
+    grid = root / "quickstart" / "samples" / "000000009600.png"
+    assert get(f"{ui}/get-artifact?path=samples/{grid.name}&run_uuid={run_id}") == grid.read_bytes()
