@@ -51,7 +51,7 @@ def save(root: Path, world: World, engine: Engine, ema: EMA, nimg: int, num_step
     folder = folder_of(root, nimg)
     tensors = {f"{key}/{f.name}@{f.start}": getattr(f, key) for f in engine.owned() for key in STATE}
     tensors |= {f"ema/{f.name}@{f.start}": v for f, v in zip(ema.fragments, ema.values, strict=True)}
-    needed = sum(t.numel() * 4 for t in tensors.values())
+    needed = sum(t.numel() * 4 for t in tensors.values()) * world.size  # the folder is shared
 
     def prepare() -> None:
         try:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, TCPStore
 
+from warm_dist import owned
 from warm_dist.errors import PortError, UnreachableError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,8 +45,7 @@ def init(timeout_s: int) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    use_device(device)
     for key, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, str(value))
     if os.environ["MASTER_ADDR"] in LOOPBACK:
@@ -93,6 +93,12 @@ def _store(rank: int, size: int, timeout: timedelta) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def use_device(device: torch.device) -> None:
+    """Make it this thread's own: a new thread would pin memory by way of GPU 0, on every rank."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def set_threads() -> None:
@@ -190,7 +196,12 @@ class StopSignal:
         self.name: str | None = None
 
     def install(self) -> StopSignal:
-        """Take over both signals (main thread only). A launcher's second signal changes nothing: a save is under way."""
+        """Take over both signals (main thread only). A launcher's second signal changes nothing: a save is under way.
+
+        A rank whose launcher was killed with -9 gets SIGTERM too: it saves and ends instead of training on alone.
+        """
+        if "LOCAL_RANK" in os.environ:  # a launcher started us, not a shell that may close
+            owned.end_with_parent(signal.SIGTERM)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         return self

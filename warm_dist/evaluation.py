@@ -13,8 +13,8 @@ from torch import Tensor
 
 from warm_dist import fid, rng
 from warm_dist.config import Config, EvalConfig
-from warm_dist.distributed import World, gather
-from warm_dist.errors import ConfigError
+from warm_dist.distributed import StopSignal, World, any_rank, gather
+from warm_dist.errors import ConfigError, Stopped
 from warm_dist.figures import save_grid
 from warm_dist.generate import build_network, generate, sample_labels
 from warm_dist.sampler import nfe
@@ -22,6 +22,24 @@ from warm_dist.types import DataInfo
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
+
+
+class Polls:
+    """Asks all ranks after every batch whether to stop; ranks with a batch less ask as often."""
+
+    def __init__(self, world: World, stop: StopSignal, settings: EvalConfig) -> None:
+        self.world, self.stop = world, stop
+        largest_share = -(-settings.num_images // world.size)
+        self.left = -(-largest_share // settings.batch_size)
+
+    def once(self) -> None:
+        self.left -= 1
+        if any_rank(self.world, self.stop.name is not None):
+            raise Stopped(f"{self.stop.name or 'a peer'} during evaluation; run the same command again to go on")
+
+    def rest(self) -> None:
+        while self.left > 0:
+            self.once()
 
 
 class Evaluator:
@@ -59,12 +77,22 @@ class Evaluator:
             seed=settings.seed,
         )
 
-    def __call__(self, weights: dict[str, Tensor], nimg: int) -> dict[str, Any]:
-        """Metrics of one evaluation; on rank 0 also samples/NIMG.png. A collective."""
+    def __call__(self, weights: dict[str, Tensor], nimg: int, stop: StopSignal) -> dict[str, Any]:
+        """Metrics of one evaluation; on rank 0 also samples/NIMG.png. A collective.
+
+        Raises Stopped on all ranks, between two batches of samples, when one was asked to stop.
+        """
         begun = time.monotonic()
         self.network.load_state_dict(weights)
         settings, world = self.settings, self.world
+        self.say(f"nimg {nimg}  sampling {settings.num_images} images, {self.spec.nfe} network evaluations each")
         indices = range(world.rank, settings.num_images, world.size)
+        show, polls = self._progress("sampling", len(indices)), Polls(world, stop, settings)
+
+        def progress(done: int) -> None:
+            show(done)
+            polls.once()
+
         images = generate(
             self.network,
             self.config,
@@ -74,8 +102,9 @@ class Evaluator:
             seed=settings.seed,
             device=world.device,
             batch_size=settings.batch_size,
-            progress=self._progress("sampling", len(indices)),
+            progress=progress,
         )
+        polls.rest()
         sampled = time.monotonic()
         rows = gather(world, fid.features(self.extractor, images, settings.batch_size))
         shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]

@@ -55,6 +55,11 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> int:
     return process.wait(2 * GRACE_S)
 
 
+def end_with_parent(signum: int) -> None:
+    """Have the kernel send this process `signum` when its parent is gone (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
 def identity(pid: int) -> str:
     """`pid:start time`, which no later process with the same pid has; empty when there is no such process, or a zombie."""
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from warm_dist import checkpoint, rng
 from warm_dist.config import Config, dump
-from warm_dist.distributed import Flags, StopSignal, World, gather
+from warm_dist.distributed import Flags, StopSignal, World, gather, use_device
 from warm_dist.ema import EMA
 from warm_dist.engine import build_engine, micro_batches
 from warm_dist.errors import CheckpointError, NumericsError, Stopped
@@ -26,8 +26,8 @@ from warm_dist.precond import data_spectrum
 from warm_dist.process import training_level
 from warm_dist.types import Batch, DataInfo, Level
 
-Evaluate = Callable[[dict[str, Tensor], int], dict[str, Any]]
-"""EMA weights (whole, by name) and nimg → the metrics of one evaluation. A collective."""
+Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
+"""EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
 
 
 class Prepared(NamedTuple):
@@ -97,7 +97,7 @@ class Trainer:
         self.traces: deque[Trace] = deque(maxlen=4)  # a non-finite step is known two steps later
         self._bad = torch.zeros(1, dtype=torch.bool)
         self._copied: torch.cuda.Event | None = None
-        self.train_s, self.window_nimg = 0.0, 0
+        self.train_s, self.window_nimg, self.saved_nimg = 0.0, 0, 0
 
     @property
     def checkpoints(self) -> Path:
@@ -125,7 +125,7 @@ class Trainer:
         if meta["nimg"] % self.config.train.batch_size:
             raise CheckpointError(f"{folder}: nimg {meta['nimg']} is not a multiple of train.batch_size")
         checkpoint.load(folder, meta, self.engine, self.ema)
-        self.nimg, self.num_steps = meta["nimg"], meta["num_steps"]
+        self.nimg, self.num_steps, self.saved_nimg = meta["nimg"], meta["num_steps"], meta["nimg"]
         window = meta["window"]
         if len(window) == self.world.size:
             mine = window[self.world.rank]
@@ -143,6 +143,7 @@ class Trainer:
             "data": self.info.to_json(),
             "window": gather(self.world, self.sums.tolist()),
         }
+        self.saved_nimg = self.nimg
         checkpoint.save(self.checkpoints, self.world, self.engine, self.ema, self.nimg, self.num_steps, meta)
         if self.world.is_main:
             checkpoint.prune(self.checkpoints, self.config.train.keep_last)
@@ -231,14 +232,14 @@ class Trainer:
         Raises Stopped after a save when a signal came, NumericsError, DataError and what else its parts raise.
         """
         total = self.config.train.total_nimg
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        with ThreadPoolExecutor(1, "prepare", initializer=use_device, initargs=(self.world.device,)) as pool:
             ahead: deque[Future[Prepared]] = deque()
 
             def advance() -> None:
                 source = lambda: prepare(next(batches), self.config, self.info, self.world.device)  # noqa: E731
                 ahead.append(pool.submit(source))
 
-            self._evaluate_if_due(log, evaluate, evaluated)
+            self._evaluate_if_due(log, stop, evaluate, evaluated)
             for _ in range(min(2, (total - self.nimg) // self.config.train.batch_size)):
                 advance()
             self.window_nimg = self.nimg
@@ -250,13 +251,13 @@ class Trainer:
                 self.step(data)
                 stopping = self.check(stop)
                 self.train_s += time.monotonic() - clock
-                stopping = self._milestones(log, evaluate, evaluated, stopping)
+                stopping = self._milestones(log, stop, evaluate, evaluated, stopping)
                 if stopping and self.nimg < total:
                     raise Stopped(f"{stop.name or 'a peer'} at nimg {self.nimg}; run the same command again to go on")
                 clock = time.monotonic()
 
     def _milestones(
-        self, log: MetricsLog | None, evaluate: Evaluate | None, evaluated: set[int], stopping: bool
+        self, log: MetricsLog | None, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int], stopping: bool
     ) -> bool:
         train = self.config.train
         last = self.nimg == train.total_nimg
@@ -267,8 +268,8 @@ class Trainer:
             self._flush(log)
         if saving:
             self.save()
-        if not stopping:
-            self._evaluate_if_due(log, evaluate, evaluated)
+        if not stopping or last:  # the evaluation asks for itself whether to stop
+            self._evaluate_if_due(log, stop, evaluate, evaluated)
         return stopping
 
     def _flush(self, log: MetricsLog | None) -> None:
@@ -299,13 +300,20 @@ class Trainer:
             f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         )
 
-    def _evaluate_if_due(self, log: MetricsLog | None, evaluate: Evaluate | None, evaluated: set[int]) -> None:
+    def _evaluate_if_due(
+        self, log: MetricsLog | None, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int]
+    ) -> None:
         settings = self.config.eval
         if evaluate is None or settings is None or self.nimg in evaluated:
             return
         if self.nimg % settings.eval_nimg and self.nimg != self.config.train.total_nimg:
             return
-        values = evaluate(self.ema.full(self.world, self.shapes), self.nimg)
+        try:
+            values = evaluate(self.ema.full(self.world, self.shapes), self.nimg, stop)
+        except Stopped:
+            if self.nimg > self.saved_nimg:
+                self.save()
+            raise
         evaluated.add(self.nimg)
         if log is not None:
             log.write(self.nimg, "eval", **values)

@@ -1,0 +1,59 @@
+"""The README's commands: targets, scripts and options exist as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from itertools import pairwise
+
+import pytest
+
+from tests.processes import ROOT
+from warm_dist import errors
+from warm_dist.config import load_config
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+COMMANDS = [line.strip().split("  #")[0] for line in BLOCKS.splitlines() if line.strip()]
+
+
+@cache
+def help_of(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_is_real(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    assert words[0] in (".venv/bin/python", ".venv/bin/deepspeed", ".venv/bin/torchrun")
+    words = [word for word in words[1:] if not word.startswith("--nproc")]
+    script = tuple(words[:2]) if words[0] == "-m" else (words[0],)
+    options = [word for word in words[len(script) :] if word.startswith("--")]
+    text = help_of(*script)
+    assert all(re.search(rf"{option}\b", text) for option in options)
+    if script == ("launch/train.py",):
+        sets = [value for flag, value in pairwise(words) if flag == "--set"]
+        load_config(ROOT / words[words.index("--config") + 1], sets)
+
+
+def test_every_exit_code_is_in_the_readme():
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.M)}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.WarmDistError)
+    ]
+    assert told == {0} | {kind.exit_code for kind in kinds}
+
+
+def test_files_named_in_the_readme_exist():
+    named = re.findall(r"`((?:warm_dist|launch|data_pipelines|configs)/[\w./]+)`", README)
+    assert len(named) > 8
+    assert not [path for path in named if not (ROOT / path).exists()]
