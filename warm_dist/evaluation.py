@@ -13,8 +13,8 @@ from torch import Tensor
 
 from warm_dist import fid, rng
 from warm_dist.config import Config, EvalConfig
-from warm_dist.distributed import StopSignal, World, any_rank, gather
-from warm_dist.errors import ConfigError, Stopped
+from warm_dist.distributed import StopSignal, World, any_rank, gather, on_main
+from warm_dist.errors import ConfigError, OutputError, Stopped
 from warm_dist.figures import save_grid
 from warm_dist.generate import build_network, generate, sample_labels
 from warm_dist.sampler import nfe
@@ -108,8 +108,8 @@ class Evaluator:
         sampled = time.monotonic()
         rows = gather(world, fid.features(self.extractor, images, settings.batch_size))
         shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]
-        real, floor, floor_n = self.real_statistics()
-        distance = fid.frechet_distance(fid.Statistics.of(np.concatenate(rows)), real)
+        self._need_real()
+        distance, floor, floor_n = on_main(world, lambda: self._compare(np.concatenate(rows)))
         grid = self.run / "samples" / f"{nimg:012d}.png"
         if world.is_main:
             pictures = np.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
@@ -144,15 +144,20 @@ class Evaluator:
 
         return advance
 
-    def real_statistics(self) -> tuple[fid.Statistics, float, int]:
-        """Statistics of the real images, the floor and the number of images on each side of it. A collective.
+    def _compare(self, rows: NDArray[np.float32]) -> tuple[float, float, int]:
+        assert self._real is not None
+        real, floor, floor_n = self._real
+        return fid.frechet_distance(fid.Statistics.of(rows), real), floor, floor_n
 
-        Kept in the run's folder, so that a resumed run does not compute them again.
+    def _need_real(self) -> None:
+        """Have rank 0 hold the real images' statistics, the floor and the number of images on each side of it.
+
+        Kept in the run's folder, so that a resumed run does not compute them again. A collective.
         """
-        if self._real is None:
-            kept = gather(self.world, self._load() if self.world.is_main else None)[0]
-            self._real = kept or self._measure()
-        return self._real
+        if self.world.is_main and self._real is None:
+            self._real = self._load()
+        if any_rank(self.world, self.world.is_main and self._real is None):
+            self._measure()
 
     @property
     def _file(self) -> Path:
@@ -167,7 +172,7 @@ class Evaluator:
         except (OSError, ValueError, KeyError, EOFError):
             return None
 
-    def _measure(self) -> tuple[fid.Statistics, float, int]:
+    def _measure(self) -> None:
         chosen = np.arange(self.info.num_images)
         if self.num_real < self.info.num_images:
             chosen = np.sort(rng.generator(0, "reference").permutation(self.info.num_images)[: self.num_real])
@@ -178,11 +183,15 @@ class Evaluator:
             parts.append(fid.features(self.extractor, self.read(mine[low : low + size]), size))
             advance(len(parts[-1]))
         rows = np.concatenate(gather(self.world, np.concatenate(parts)))
+        on_main(self.world, lambda: self._keep(rows))
+
+    def _keep(self, rows: NDArray[np.float32]) -> None:
         floor, floor_n = fid.floor(rows, self.settings.num_images, seed=0)
         real = fid.Statistics.of(rows)
-        if self.world.is_main:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(".part.npz")
+        self._real = real, floor, floor_n
+        temporary = self._file.with_suffix(".part.npz")
+        try:
             np.savez(temporary, n=real.n, total=real.total, outer=real.outer, floor=floor, floor_n=floor_n)
             temporary.replace(self._file)
-        return real, floor, floor_n
+        except OSError as error:
+            raise OutputError(f"{self._file}: cannot be written ({error.strerror})") from None
