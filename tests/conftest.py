@@ -11,6 +11,21 @@ from data_pipelines.manifest import NAME, Manifest
 from data_pipelines.s3_server import S3Server
 
 
+LONGEST = ("test_train", "test_quickstart", "test_engines", "test_tracking", "test_services")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick files first; with several workers the longest first, so that none is left alone with one at the end."""
+    parallel = bool(config.getoption("numprocesses", None))
+
+    def cost(item: pytest.Item) -> int:
+        name = item.path.stem
+        rank = len(LONGEST) - LONGEST.index(name) if name in LONGEST else 0
+        return -rank if parallel else rank
+
+    items.sort(key=cost)
+
+
 class Packed(NamedTuple):
     """A packed data set."""
 
