@@ -103,7 +103,7 @@ class Quickstart:
             print(f"quickstart: {self.output} is finished; delete it to train again", flush=True)
             return errors.EXIT_OK
         settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.num_ranks)]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(self.num_ranks)]
         command += ["--master_port", str(free_port()), str(LAUNCH / "train.py"), "--config", str(self.config_path)]
         command += [part for setting in [*self.overrides, *settings] for part in ("--set", setting)]
         print(f"quickstart: {' '.join(command)}", flush=True)

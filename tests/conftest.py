@@ -10,7 +10,6 @@ import pytest
 from data_pipelines.manifest import NAME, Manifest
 from data_pipelines.s3_server import S3Server
 
-
 LONGEST = ("test_train", "test_quickstart", "test_engines", "test_tracking", "test_services")
 
 

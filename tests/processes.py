@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.services import free_port
+
+__all__ = ["ROOT", "free_port", "run_ranks"]
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_ranks(command: Sequence[str], size: int, timeout_s: float = 240) -> list[subprocess.CompletedProcess[str]]:
