@@ -141,7 +141,8 @@ def interrupted(world: World, root: Path) -> dict[str, Any]:
     """Stopped by one rank's signal between two log lines and resumed, at every stage: equal to the unbroken run."""
     out = {}
     for stage in range(4):
-        changes = {"parallel__zero_stage": stage, "network__dropout": 0.1, "train__log_nimg": BATCH * 4}
+        changes = {"parallel__zero_stage": stage, "network__dropout": 0.1, "train__log_nimg": BATCH * 3}
+        changes["train__total_nimg"] = BATCH * 12
         unbroken, expected = train(world, config(root / f"whole{stage}-{world.size}", **changes))
         broken = config(root / f"broken{stage}-{world.size}", **changes)
         first, _ = train(world, broken, until=BATCH * 7)
