@@ -68,9 +68,9 @@ class Attempt:
             try:
                 self.number = distributed.on_main(self.world, self._claim)
                 self._train()
-            except RuntimeError as error:
-                if self.world.size == 1:
-                    raise
+            except (RuntimeError, errors.UnreachableError) as error:
+                if self.world.size == 1 or not distributed.is_peer_loss(error):
+                    raise  # our own fault (a bug, no memory left) keeps its traceback and is not called resumable
                 raise self._peer_error(error) from error
         except BaseException as error:
             failure = error
@@ -87,7 +87,7 @@ class Attempt:
         number, self._lock = run_folder.claim(self.path)
         return number
 
-    def _peer_error(self, error: RuntimeError) -> errors.WarmDistError:
+    def _peer_error(self, error: Exception) -> errors.WarmDistError:
         """A broken collective is usually a peer's end; the peer has written why."""
         from warm_dist.metrics import read_json
 

@@ -158,6 +158,17 @@ def barrier(world: World, what: str) -> None:
         raise UnreachableError(f"rank {world.rank} waited in vain at '{what}': {str(error).splitlines()[0]}") from error
 
 
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether a collective broke because another rank is gone, and not this rank's own code.
+
+    torch raises plain RuntimeErrors for gloo; only their words tell them from any other.
+    """
+    if isinstance(error, UnreachableError | dist.DistError):
+        return True
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 class Flags:
     """Facts that one rank knows and all must adopt, sent without stopping the step and read one step later.
 
