@@ -24,7 +24,7 @@ from data_pipelines.manifest import Manifest, Shard, decode, write_manifest
 from data_pipelines.store import Store, open_store
 from warm_dist.errors import DataError, run
 from warm_dist.spectrum import dct
-from warm_dist.types import DataInfo
+from warm_dist.types import LOW_MODES, DataInfo
 
 IMAGES = ("npy", "png", "jpg", "jpeg", "webp")
 OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # the names that `Indexer.add` makes
@@ -49,6 +49,7 @@ class Measure:
         self.count = 0
         self.total: NDArray[np.float64] = np.zeros(())  # (C, H, W), of pixels in [-1, 1]
         self.squares: NDArray[np.float64] = np.zeros(())  # (C, H, W), of DCT coefficients
+        self.products: NDArray[np.float64] = np.zeros(())  # (K, K), of the lowest coefficients
 
     def add(self, images: Sequence[NDArray[np.uint8]]) -> None:
         """images: (H, W, C) each, all of one shape."""
@@ -57,7 +58,10 @@ class Measure:
             x = np.stack(images[start : start + step]).transpose(0, 3, 1, 2) / 127.5 - 1
             self.count += len(x)
             self.total = self.total + x.sum(0)
-            self.squares = self.squares + dct(torch.from_numpy(x)).square().sum(0).numpy()
+            u = dct(torch.from_numpy(x)).numpy()
+            self.squares = self.squares + (u**2).sum(0)
+            low = u[..., :LOW_MODES, :LOW_MODES].reshape(len(u), -1)
+            self.products = self.products + low.T @ low
 
     def info(self, num_classes: int) -> DataInfo:
         """Everything but the fingerprint, which the written manifest has."""
@@ -68,6 +72,10 @@ class Measure:
         power = self.squares / self.count
         power[:, 0, 0] = np.maximum(power[:, 0, 0] - height * width * channel_mean**2, 0)
         spectrum = power.mean(0)
+        mean = dct(torch.from_numpy(mean_image)).numpy()[:, :LOW_MODES, :LOW_MODES]
+        low_covariance = self.products / self.count - np.outer(mean, mean)
+        low_mean = mean.copy()
+        low_mean[:, 0, 0] = 0  # the channel mean is the DC, and nothing else
         return DataInfo(
             resolution=height,
             channels=channels,
@@ -77,6 +85,8 @@ class Measure:
             mean_image=mean_image,
             power_spectrum=spectrum,
             sigma_data=math.sqrt(spectrum.mean()),
+            low_mean=low_mean.ravel(),
+            low_covariance=low_covariance,
             fingerprint="",
         )
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from data_pipelines.store import Store, open_store, split_url
 from warm_dist.errors import DataError
-from warm_dist.types import DataInfo
+from warm_dist.types import LOW_MODES, DataInfo
 
 NAME = "manifest.parquet"
-VERSION = 1
+VERSION = 2
 _HEADER = b"warm-dist"  # the key of the JSON header in the Parquet schema's metadata
+_ARRAYS = ("mean_image", "power_spectrum", "low_mean", "low_covariance")
 _COLUMNS = {
     "shard": np.int32,
     "key": object,
@@ -103,7 +104,7 @@ def _header(manifest: Manifest) -> dict[str, Any]:
     info = asdict(manifest.info)
     del info["fingerprint"]  # the hash of these very bytes
     info["channel_mean"] = manifest.info.channel_mean.tolist()
-    for name in ("mean_image", "power_spectrum"):
+    for name in _ARRAYS:
         info[name] = b64encode(getattr(manifest.info, name).astype("<f8").tobytes()).decode()
     return {
         "version": VERSION,
@@ -137,7 +138,9 @@ def _parse(data: bytes) -> Manifest:
             )
         fields = dict(header["info"])
         size, channels = int(fields["resolution"]), int(fields["channels"])
-        for name, shape in (("mean_image", (channels, size, size)), ("power_spectrum", (size, size))):
+        low = channels * min(LOW_MODES, size) ** 2
+        shapes = ((channels, size, size), (size, size), (low,), (low, low))
+        for name, shape in zip(_ARRAYS, shapes, strict=True):
             fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
         fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
         manifest = Manifest(
@@ -172,7 +175,7 @@ def _check(manifest: Manifest) -> None:
     lowest, highest = int(manifest.label.min()), int(manifest.label.max())
     if (lowest, highest) != (-1, -1) if info.num_classes == 0 else not 0 <= lowest <= highest < info.num_classes:
         raise _Damage(f"has labels from {lowest} to {highest}, its header counts {info.num_classes} classes")
-    statistics = (info.channel_mean, info.mean_image, info.power_spectrum, np.array(info.sigma_data))
+    statistics = (info.channel_mean, np.array(info.sigma_data), *(getattr(info, name) for name in _ARRAYS))
     if not all(np.isfinite(statistic).all() for statistic in statistics):
         raise _Damage("has statistics that are not finite")
     if info.power_spectrum.min() < 0 or not math.isclose(

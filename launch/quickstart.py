@@ -20,7 +20,8 @@ from typing import Any
 from data_pipelines.store import open_store
 from launch.services import Services, free_port, services
 from warm_dist import errors, owned
-from warm_dist.config import Config, dump, load_config
+from warm_dist.config import Config
+from warm_dist.config_file import dump, load_config
 from warm_dist.errors import ConfigError, DataError, Stopped
 from warm_dist.metrics import read_json, read_metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launch import sampling
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -12,7 +13,7 @@ from warm_dist.errors import ConfigError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--weights", type=Path, required=True, help="a file that launch/export.py or a finished run wrote"
+        "--weights", type=Path, required=True, help="a file of launch/export.py, or a finished run's folder"
     )
     parser.add_argument("--n", type=int, default=64, help="number of images")
     parser.add_argument("--nfe", type=int, help="network evaluations an image; default: the config's sampler")
@@ -21,7 +22,10 @@ def main() -> int:
         "--seed", type=int, default=0, help="image k of a seed is the same for any --n and --batch-size"
     )
     parser.add_argument("--label", type=int, help="class of every image; default: drawn at random")
-    parser.add_argument("--method", choices=["heun", "first_order"], help="default: the config's")
+    parser.add_argument(
+        "--method", help="heun, first_order, multistep, churn, ancestral or cold; default: the config's"
+    )
+    sampling.add_set(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
@@ -41,40 +45,34 @@ def main() -> int:
 
     from warm_dist.distributed import set_threads
     from warm_dist.figures import save_grid
-    from warm_dist.generate import generate, load_weights, sample_labels
-    from warm_dist.sampler import nfe, num_steps_for
+    from warm_dist.generate import describe_sampling, generate, load_guide, load_weights, sample_labels
+    from warm_dist.sampler import nfe
 
     set_threads()
-    network, config, info = load_weights(args.weights)
-    changes = {"method": args.method} if args.method else {}
-    sampler = config.sampler.model_copy(update=changes)
-    if args.nfe is not None:
-        num_steps = num_steps_for(sampler.method, args.nfe)
-        if num_steps is None:
-            odd = "an odd number from 3 on (2 N - 1)" if sampler.method == "heun" else "2 or more"
-            raise ConfigError(f"--nfe {args.nfe}: {sampler.method} needs {odd}")
-        sampler = sampler.model_copy(update={"num_steps": num_steps})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_weights(sampling.weights_path(args.weights), device)
+    config = model.config
+    sampler = sampling.sampler_for(config, args.set, args.method, args.nfe, args.bnr)
+    guide = load_guide(sampler, model.info, device)
     if args.label is not None and not 0 <= args.label < config.data.num_classes:
         raise ConfigError(f"--label {args.label}: this network has {config.data.num_classes} classes")
-    if args.bnr is not None and args.bnr != config.process.bnr:
-        print(f"note: trained at BNR {config.process.bnr:g} alone; BNR {args.bnr:g} is outside what it has seen")
+    note = sampling.training_note(config, sampler)
+    if note:
+        print(note)
     indices = range(args.n)
     labels = sample_labels(args.seed, indices, config.data.num_classes)
     if args.label is not None:
         labels[:] = args.label
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         images = generate(
-            network.to(device),
-            config,
-            info,
+            model,
             indices,
             labels,
             seed=args.seed,
             device=device,
             batch_size=args.batch_size,
             sampler=sampler,
-            bnr=args.bnr,
+            guide=guide,
             progress=bar.update,
         )
     try:
@@ -86,7 +84,8 @@ def main() -> int:
     except OSError as error:
         raise errors.OutputError(f"{args.out}: cannot be written ({error.strerror})") from None
     print(
-        f"{args.out}: {args.n} images, {sampler.method}, NFE {nfe(sampler.method, sampler.num_steps)}, seed {args.seed}"
+        f"{args.out}: {args.n} images, NFE {nfe(sampler.method, sampler.num_steps)}, seed {args.seed}, "
+        f"{describe_sampling(config, sampler)}"
     )
     return errors.EXIT_OK
 

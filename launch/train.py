@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from warm_dist import errors
-from warm_dist.config import Config, load_config
+from warm_dist.config import Config
+from warm_dist.config_file import load_config
 
 
 def parse() -> argparse.Namespace:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from data_pipelines.manifest import NAME, Manifest
 from data_pipelines.s3_server import S3Server
+
+# two workers on two cores: threads beyond these only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = ("test_train", "test_quickstart", "test_engines", "test_tracking", "test_services")
 

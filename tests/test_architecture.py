@@ -13,13 +13,13 @@ import pytest
 from tests.processes import ROOT
 
 LEVELS = [
-    {"errors", "types"},
+    {"errors", "types", "bnr"},
     {"config", "rng", "spectrum", "owned"},
-    {"process", "distributed"},
+    {"config_file", "process", "distributed", "augment", "analysis"},
     {"blocks", "metrics"},
     {"networks", "precond", "engine", "tracking", "run_folder"},
-    {"loss", "sampler", "ema", "plan"},
-    {"checkpoint", "fid", "figures"},
+    {"loss", "per_frequency", "sampler", "ema", "plan", "edm_weights"},
+    {"checkpoint", "fid", "figures", "guidance"},
     {"generate"},
     {"evaluation", "trainer"},
 ]

@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from tests.distributed.worker import config, info
 from warm_dist import checkpoint
-from warm_dist.config import dump
+from warm_dist.config_file import dump
 from warm_dist.distributed import World
 from warm_dist.ema import EMA
 from warm_dist.engine import LocalEngine

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
-from warm_dist.config import dump, flatten, json_schema, known_keys, load_config, validate
+from warm_dist.config import json_schema
+from warm_dist.config_file import dump, flatten, known_keys, load_config, validate
 from warm_dist.errors import ConfigError
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
@@ -61,15 +62,25 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("train.batch_size=true", "'train.batch_size'"),
         ("train.lr=fast", "'train.lr'"),
         ("process.bnr=-1", "greater than or equal to 0"),
+        ('process.bnr={"kind":"cool"}', "whose kind is 'number', 'power'"),
+        ('process.bnr={"kind":"power","bnr":1,"exponent":-1}', "'process.bnr.exponent'"),
+        ('process.bnr={"kind":"table","sigma":[1,2],"bnr":[1,0.4]}', "must not fall as sigma rises"),
+        ('process.bnr={"kind":"uniform","low":2,"high":1}', "must be below the high end"),
+        ('process.bnr={"kind":"uniform","low":0,"high":1}', "sampler.bnr is needed"),
+        ('sampler.bnr={"kind":"uniform","low":0,"high":1}', "'sampler.bnr'"),
+        ("sampler.method=cold", "needs process.bnr cold"),
+        ("sampler.grid=[3,2]", "grid has 2 entries, num_steps is 18"),
+        ("sampler.grid=linear", "'edm' or 'log_linear'"),
+        ("sampler.guidance=2", "train.label_dropout above 0"),
         ("process.sigma_data=guess", "'measured'"),
-        ("network.arch=resnet", "'ddpmpp' or 'adm'"),
+        ("network.arch=resnet", "'ddpmpp', 'ncsnpp' or 'adm'"),
         ("data.num_lanes=5", "not a multiple of data.num_lanes 5"),
         ("train.total_nimg=33", "train.total_nimg 33 is not a multiple"),
         ("eval.eval_nimg=33", "eval.eval_nimg 33 is not a multiple"),
         ("data.resolution=15", "cannot be halved"),
         ("network.attention_resolutions=[7]", "the network works at [16, 8, 4]"),
         ("eval.extractor=inception", "eval.extractor_sha256"),
-        ("sampler.sigma_max=0.001", "sigma_min must be below"),
+        ("sampler.sigma_max=0.001", "must be below sigma_max"),
         ("process.bnr=NaN", "must be finite"),
         ("process.bnr=1e999", "must be finite"),
         ("train.lr.x=1", "is not a section"),

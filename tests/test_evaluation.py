@@ -57,6 +57,9 @@ def test_a_stop_ends_it_between_two_batches(evaluator):
 
 
 def test_what_changes_the_number_changes_the_spec(evaluator):
-    other = config(Path("x"), eval=EVAL, sampler={"num_steps": 3})
-    changed = Evaluator(other, evaluator.world, evaluator.info, evaluator.read, evaluator.run, print)
-    assert changed.spec.hash != evaluator.spec.hash
+    plain = evaluator.config.sampler
+    changes = [{"num_steps": 3}, {"method": "multistep"}, {"bnr": 0.3}, {"grid": "log_linear"}, {"guidance": 2.0}]
+    changes += [{"method": "ancestral"}, {"method": "ancestral", "eta": 0.5}, {"start": "plain"}, {"rho": 5.0}]
+    specs = {evaluator.spec(plain.model_copy(update=change)).hash for change in [{}, *changes]}
+    assert len(specs) == len(changes) + 1
+    assert evaluator.spec(plain.model_copy(update={"eta": 0.5})).hash == evaluator.spec(plain).hash  # heun knows no eta

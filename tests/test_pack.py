@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from scipy.fft import dctn
 
@@ -32,6 +33,7 @@ from data_pipelines.sources import BadImage, Sample, Source
 from data_pipelines.store import FileStore, open_store
 from data_pipelines.verify import verify
 from warm_dist.errors import BucketError, ConfigError, DataError
+from warm_dist.spectrum import dct
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -64,6 +66,9 @@ def test_statistics_equal_a_direct_computation(tmp_path: Path, channels: int, pa
     np.testing.assert_allclose(info.channel_mean, mean, rtol=1e-12)
     np.testing.assert_allclose(info.mean_image, x.mean(0), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(info.power_spectrum, spectrum, rtol=1e-10)
+    low = dct(torch.from_numpy(x - mean[:, None, None]))[..., :4, :4].reshape(len(x), -1).numpy()
+    np.testing.assert_allclose(info.low_mean, low.mean(0), atol=1e-12)
+    np.testing.assert_allclose(info.low_covariance, np.cov(low.T, bias=True), atol=1e-11)
     assert info.sigma_data == pytest.approx(math.sqrt(spectrum.mean()), rel=1e-12)
 
 
@@ -237,12 +242,12 @@ def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
         pq.write_table(table, buffer)
         return buffer.getvalue()
 
-    newer = header.replace(b'"version": 1', b'"version": 9')
+    newer = header.replace(b'"version": 2', b'"version": 9')
     halved = header[: len(header) // 2]
     for damaged, words in (
         (data[:-100], "not a readable Parquet"),
         (b"", "not a readable Parquet"),
-        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 1"),
+        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 2"),
         (parquet(table.replace_schema_metadata({"warm-dist": halved})), "damaged header"),
         (parquet(table.replace_schema_metadata({})), "no warm-dist header"),
         (parquet(table.drop_columns(["crc32"])), r"lacks the columns \['crc32'\]"),

@@ -3,9 +3,9 @@ import torch
 
 from tests.gaussian import gaussian_denoise
 from warm_dist.loss import loss, targets
-from warm_dist.precond import Coefficients, coefficients, heads
-from warm_dist.spectrum import dct, eigenvalues, fallback_spectrum, idct
-from warm_dist.types import Level
+from warm_dist.precond import Coefficients, coefficients, heads, inconsistency, level_inputs
+from warm_dist.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
+from warm_dist.types import Heads, Level
 
 SPECTRUM = fallback_spectrum(32, 32)
 
@@ -28,7 +28,7 @@ def test_coefficients_at_bnr_half_and_sigma_one():
 
 def test_residual_scale_needs_no_floor_at_small_sigma():
     c = coefficients(SPECTRUM, level(0.002, 0.0002))
-    limit = 0.25 * c.c_noise.mul(4).exp() ** 2 / 2 * 1.1273
+    limit = 0.25 * torch.tensor([0.002, 0.0002], dtype=torch.float64) ** 2 / 2 * 1.1273
     torch.testing.assert_close(c.c_out_r, limit, rtol=2e-4, atol=0)
 
 
@@ -38,10 +38,11 @@ def test_at_bnr_zero_the_denoiser_is_edms_and_the_residual_nothing():
     torch.testing.assert_close(c.c_skip_b, data**2 / (sigma**2 + data**2), rtol=1e-12, atol=0)
     torch.testing.assert_close(c.c_out_b, sigma * data / (sigma**2 + data**2).sqrt(), rtol=1e-12, atol=0)
     torch.testing.assert_close(c.c_in, 1 / (sigma**2 + data**2).sqrt(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(c.c_noise, sigma.log() / 4)
     assert torch.equal(c.c_out_r, torch.zeros(3, dtype=torch.float64))
     assert torch.equal(c.c_skip_r, torch.zeros(3, dtype=torch.float64))
-    assert torch.equal(c.c_blur, torch.zeros(3, dtype=torch.float64))
+    c_noise, c_blur = level_inputs(level(0.002, 1.0, 80.0, bnr=0.0), torch.zeros(3, 1, dtype=torch.float64))
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    assert torch.equal(c_blur, torch.zeros(3, dtype=torch.float64))
 
 
 def second_moments(sigma: float, bnr: float) -> tuple[float, float, float]:
@@ -68,7 +69,7 @@ def exact_network(at: Level):
     c = coefficients(SPECTRUM, at)
     denoise = gaussian_denoise(SPECTRUM)
 
-    def network(x, c_noise, c_blur, labels):
+    def network(x, c_noise, c_blur):
         expand = lambda v: v[:, None, None, None]  # noqa: E731
         x = x.double() / expand(c.c_in)
         out = denoise(x, at)
@@ -98,16 +99,16 @@ def test_loss_of_the_exact_gaussian_heads(sigma, l_b, l_r):
         data, noise = loss(network, SPECTRUM, idct(u), at, zero), loss(network, SPECTRUM, zero, at, idct(u))
         blurry = (SPECTRUM[k] * data.blurry + noise.blurry) * 32**2
         residual = (SPECTRUM[k] * data.residual + noise.residual) * 32**2
-        assert float(blurry) == pytest.approx(float((a**2 * variance)[k] / c.c_out_b**2), rel=1e-4)  # heads are float32
-        assert float(residual) == pytest.approx(float(((1 - a) ** 2 * variance)[k] / c.c_out_r**2), rel=1e-4, abs=1e-9)
+        assert float(blurry) == pytest.approx(float((a**2 * variance)[k] / c.c_out_b**2), rel=1e-9)
+        assert float(residual) == pytest.approx(float(((1 - a) ** 2 * variance)[k] / c.c_out_r**2), rel=1e-9, abs=1e-15)
 
 
 def test_heads_undo_the_preconditioning():
     at = level(1.0)
     x = torch.randn(1, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours, exact = heads(exact_network(at), SPECTRUM, x, at), gaussian_denoise(SPECTRUM)(x, at)
-    torch.testing.assert_close(ours.blurry, exact.blurry, atol=1e-6, rtol=0)
-    torch.testing.assert_close(ours.residual, exact.residual, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.blurry, exact.blurry, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours.residual, exact.residual, atol=1e-12, rtol=0)
 
 
 def test_loss_targets_keep_their_digits_in_float32():
@@ -124,7 +125,7 @@ def test_bnr_zero_loss_is_edms():
     x0, noise = (torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=generator) for _ in range(2))
     at = level(0.01, 0.3, 1.0, 30.0, bnr=0.0)
 
-    def network(x, c_noise, c_blur, labels):
+    def network(x, c_noise, c_blur):
         return torch.cat([torch.sin(x * 3) + c_noise[:, None, None, None], torch.full_like(x, 7.0)], dim=1)
 
     ours = loss(network, SPECTRUM, x0, at, noise)
@@ -132,11 +133,11 @@ def test_bnr_zero_loss_is_edms():
     noisy = x0 + sigma * noise
     c_in, c_skip = 1 / (sigma**2 + data**2).sqrt(), data**2 / (sigma**2 + data**2)
     c_out = sigma * data / (sigma**2 + data**2).sqrt()
-    denoised = c_skip * noisy + c_out * (torch.sin((c_in * noisy).float().double() * 3) + sigma.log() / 4)
+    denoised = c_skip * noisy + c_out * (torch.sin(c_in * noisy * 3) + sigma.log() / 4)
     weight = (sigma**2 + data**2) / (sigma * data) ** 2
     edm = (weight * (denoised - x0) ** 2).mean((1, 2, 3))
-    torch.testing.assert_close(ours.blurry.double(), edm, rtol=1e-6, atol=0)
-    assert torch.equal(ours.residual, torch.zeros(4))
+    torch.testing.assert_close(ours.blurry, edm, rtol=1e-12, atol=0)
+    assert torch.equal(ours.residual, torch.zeros(4).double())
     torch.testing.assert_close(ours.total, ours.blurry)
 
 
@@ -145,10 +146,46 @@ def test_balanced_weight_is_bounded_by_the_denoisers():
     x0 = torch.zeros(2, 1, 32, 32)
     noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def network(x, c_noise, c_blur, labels):
+    def network(x, c_noise, c_blur):
         return torch.zeros(2, 2, 32, 32)
 
     c = coefficients(SPECTRUM, at)
     result = loss(network, SPECTRUM, x0, at, noise, residual_weight="balanced")
     weight = (c.c_out_r / c.c_out_b).square().clamp_max(1).float()
     torch.testing.assert_close(result.total, result.blurry + weight * result.residual)
+
+
+def test_denoiser_weight_is_the_ratio_of_the_heads_scales():
+    at = level(0.01, 20.0)
+    c = coefficients(SPECTRUM, at)
+    q = (c.c_out_r / c.c_out_b).square().float()
+    assert float(q[1]) > 1  # where "balanced" stops
+    noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    silent = lambda *inputs: torch.zeros(2, 2, 32, 32)  # noqa: E731
+    result = loss(silent, SPECTRUM, torch.zeros(2, 1, 32, 32), at, noise, residual_weight="denoiser")
+    torch.testing.assert_close(result.total, result.blurry + q * result.residual)
+
+
+def test_sampler_weight_is_the_gain_of_the_error_in_a_step():
+    # an error e of R̂ alone changes dx/d ln σ at constant BNR by −α² Λ A e: its square, in units of c_out,b
+    at, e = level(0.7), torch.randn(1, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    c, zero = coefficients(SPECTRUM, at), torch.zeros(1, 1, 32, 32, dtype=torch.float64)
+    _, t_b, t_r = targets(zero, at, zero, c)
+
+    def network(x, c_noise, c_blur):
+        return torch.cat([t_b, t_r + e / c.c_out_r[:, None, None, None]], dim=1)
+
+    weighted = loss(network, SPECTRUM, zero, at, zero, residual_weight="sampler").total
+    step = 1e-6
+    blurs = [torch.exp(-eigenvalues(32, 32) * (0.35 * (1 + k * step)) ** 2 / 2) for k in (-0.5, 0.5)]
+    slope = (blurs[1] - blurs[0]) / step * dct(e)
+    assert float(weighted) == pytest.approx(float((slope**2).mean() / c.c_out_b**2), rel=1e-6)
+
+
+def test_inconsistency_is_zero_for_one_image_and_one_for_a_lost_residual():
+    x0, at = torch.randn(2, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), level(1.0, 3.0)
+    blurry, residual = blur(x0, at.alpha), unblurred(x0, at.alpha)
+    torch.testing.assert_close(inconsistency(Heads(blurry, residual), at), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    wrong = Heads(blurry, residual + 0.1 * blurry)  # A x̂0 = b̂ + 0.1 A b̂
+    expected = 0.1 * blur(blurry, at.alpha).flatten(1).norm(dim=1) / blurry.flatten(1).norm(dim=1)
+    torch.testing.assert_close(inconsistency(wrong, at), expected)

@@ -1,8 +1,13 @@
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from warm_dist.process import constant_bnr, corrupt, level_at, training_level, transition
+from warm_dist.bnr import Cold, ConstantBNR, LogUniformBNR, PowerBNR, UniformBNR
+from warm_dist.config import ProcessConfig
+from warm_dist.process import Point, cold_points, corrupt, level_at, points, raised, training_level, transition
 from warm_dist.spectrum import blur, dct, eigenvalues, idct
 from warm_dist.types import Level
 
@@ -42,14 +47,41 @@ def test_transition_goes_forward_only():
         transition(x, levels(1.0, 0.5), levels(0.9, 0.5), x)
 
 
+def drawn(bnr: Any, n: int = 20000) -> tuple[Level, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    normal, uniform = torch.from_numpy(rng.standard_normal(n)), torch.from_numpy(rng.random(n))
+    return training_level(ProcessConfig(bnr=bnr), normal, uniform, 16), uniform
+
+
 def test_training_levels_are_log_normal_on_the_path():
-    normal = torch.from_numpy(np.random.default_rng(0).standard_normal(20000))
-    level = training_level(normal, 0.5, -1.2, 1.2)
+    level, _ = drawn(0.5)
     assert float(level.sigma.log().mean()) == pytest.approx(-1.2, abs=0.03)  # 3.5 standard errors
     assert float(level.sigma.log().std()) == pytest.approx(1.2, abs=0.03)
     torch.testing.assert_close(level.alpha, 0.5 * level.sigma)
+    level, _ = drawn(PowerBNR(kind="power", bnr=0.5, exponent=0.5))
+    torch.testing.assert_close(level.alpha, 0.5 * level.sigma**1.5)
 
 
-def test_path_and_level():
-    level = level_at(3.0, constant_bnr(0.5))
+def test_each_image_draws_its_own_bnr():
+    level, uniform = drawn(UniformBNR(kind="uniform", low=0.5, high=2.0))
+    torch.testing.assert_close(level.alpha / level.sigma, 0.5 + 1.5 * uniform)
+    level, uniform = drawn(LogUniformBNR(kind="log_uniform", low=0.1, high=2.0))
+    torch.testing.assert_close((level.alpha / level.sigma).log(), math.log(0.1) + math.log(20) * uniform)
+    assert float(level.sigma.log().std()) == pytest.approx(1.2, abs=0.03)
+
+
+def test_cold_levels_keep_sigma_and_draw_alpha():
+    level, uniform = drawn(Cold(kind="cold"))
+    assert torch.equal(level.sigma, torch.full_like(uniform, 0.02))
+    torch.testing.assert_close(level.alpha.log(), math.log(0.1) + math.log(8 / 0.1) * uniform)  # W/2 = 8
+
+
+def test_points_end_at_the_origin_and_churn_rises_along_the_path():
+    path = ConstantBNR(bnr=0.5)
+    assert points(path, [3.0, 1.0]) == [(3.0, 1.5), (1.0, 0.5), (0.0, 0.0)]
+    assert raised(path, Point(3.0, 1.5), 1.2) == pytest.approx((3.6, 1.8))
+    cold = Cold(kind="cold")
+    assert cold_points(cold, [8.0, 0.1]) == [(0.02, 8.0), (0.02, 0.1), (0.0, 0.0)]
+    assert raised(cold, Point(0.02, 4.0), 1.2) == pytest.approx((0.02, 4.8))
+    level = level_at(Point(3.0, 1.5))
     assert (float(level.sigma), float(level.alpha)) == (3.0, 1.5)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import ROOT
 from warm_dist import errors
-from warm_dist.config import load_config
+from warm_dist.config_file import load_config
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))

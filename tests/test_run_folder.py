@@ -4,7 +4,7 @@ import pytest
 
 from tests.processes import ROOT
 from warm_dist import plan, run_folder
-from warm_dist.config import load_config
+from warm_dist.config_file import load_config
 from warm_dist.errors import ConfigError, DataError, OutputError, Stopped, WorldSizeError
 
 QUICKSTART = load_config(ROOT / "configs" / "quickstart.json")

@@ -56,11 +56,45 @@ def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def resample(x: Tensor, mode: str | None) -> Tensor:
-    """Box filter: "up" doubles by repetition, "down" halves by averaging, None keeps."""
+def fourier(values: Tensor, frequencies: Tensor) -> Tensor:
+    """Cosines and sines of (B,) values at (channels/2,) random frequencies, (B, channels). Source: NCSN++ (arXiv 2011.13456)."""
+    angles = values.float()[:, None] * (2 * math.pi * frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def filter_kernel(taps: tuple[int, ...]) -> Tensor:
+    """The separable low-pass filter of the taps, (1, 1, n, n), of sum 1."""
+    row = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(row, row) / row.sum() ** 2)[None, None]
+
+
+def resample(x: Tensor, mode: str | None, kernel: Tensor | None = None) -> Tensor:
+    """ "up" doubles, "down" halves, None keeps; kernel: a low-pass filter of even size n, or None for a box (n = 2)."""
+    if mode is None:
+        return x
+    if kernel is None:
+        return (
+            functional.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else functional.avg_pool2d(x, 2)
+        )
+    padding, per_channel = (kernel.shape[-1] - 1) // 2, kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     if mode == "up":
-        return functional.interpolate(x, scale_factor=2, mode="nearest")
-    return functional.avg_pool2d(x, 2) if mode == "down" else x
+        return functional.conv_transpose2d(x, 4 * per_channel, stride=2, padding=padding, groups=x.shape[1])
+    return functional.conv2d(x, per_channel, stride=2, padding=padding, groups=x.shape[1])
+
+
+class AuxiliaryDown(nn.Module):
+    """NCSN++'s image pyramid: a 3x3 convolution, then the low-pass filter at half the resolution."""
+
+    kernel: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, o: BlockOptions) -> None:
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(in_channels, out_channels, 3, padding=2), o.init)
+        self.register_buffer("kernel", filter_kernel(o.filter), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return functional.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
 
 
 class Attention(nn.Module):
@@ -82,7 +116,7 @@ class Attention(nn.Module):
 
 
 class BlockOptions:
-    """What all blocks of one network share; the two presets are EDM's DDPM++ and ADM."""
+    """What all blocks of one network share; the presets are EDM's DDPM++, NCSN++ and ADM."""
 
     def __init__(self, arch: str, emb_channels: int, dropout: float) -> None:
         adm = arch == "adm"
@@ -90,6 +124,7 @@ class BlockOptions:
         self.adaptive_scale = adm  # the embedding scales and shifts (ADM), or only shifts
         self.channels_per_head = 64 if adm else None  # None: one head
         self.project_resampled = not adm  # a 1x1 convolution on every resampling skip
+        self.filter = (1, 3, 3, 1) if arch == "ncsnpp" else (1, 1)
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
         self.eps = 1e-5 if adm else 1e-6
         self.init = kaiming_init(math.sqrt(1 / 3)) if adm else xavier_init()
@@ -100,11 +135,15 @@ class BlockOptions:
 class Block(nn.Module):
     """Residual block: norm, SiLU, (resampling) convolution, embedding, norm, SiLU, dropout, convolution; attention."""
 
+    kernel: Tensor | None
+
     def __init__(
         self, in_channels: int, out_channels: int, o: BlockOptions, mode: str | None = None, attention: bool = False
     ) -> None:
         super().__init__()
         self.options, self.mode = o, mode
+        smooth = mode is not None and len(o.filter) > 2
+        self.register_buffer("kernel", filter_kernel(o.filter) if smooth else None, persistent=False)
         self.norm0 = group_norm(in_channels, o.eps)
         self.conv0 = initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), o.init)
         self.affine = initialised(nn.Linear(o.emb_channels, out_channels * (2 if o.adaptive_scale else 1)), o.init)
@@ -121,7 +160,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         o = self.options
-        h = self.conv0(resample(functional.silu(self.norm0(x)), self.mode))
+        h = self.conv0(resample(functional.silu(self.norm0(x)), self.mode, self.kernel))
         params = self.affine(emb)[:, :, None, None]
         if o.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
@@ -129,6 +168,6 @@ class Block(nn.Module):
         else:
             h = functional.silu(self.norm1(h + params))
         h = self.conv1(self.dropout(h))
-        skip = resample(x, self.mode)
+        skip = resample(x, self.mode, self.kernel)
         h = torch.add(h, self.skip(skip) if self.skip is not None else skip) * o.skip_scale
         return h if self.attention is None else (h + self.attention(h)) * o.skip_scale

@@ -1,28 +1,30 @@
-"""One JSON file describes a run: one fact, one key; strict, frozen, and every mistake named by its dotted path.
+"""What describes a run: one fact, one key; strict and frozen. `config_file` reads it.
 
 No secret has a key here: S3 credentials come through boto3's own chain (environment, profile, instance role).
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from warm_dist.bnr import (
+    AnyBNR,
+    Cold,
+    LogUniformBNR,
+    NonNegative,
+    PathBNR,
+    PositiveFloat,
+    Section,
+    UniformBNR,
+)
 from warm_dist.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class DataConfig(Section):
@@ -41,19 +43,26 @@ class DataConfig(Section):
 
 
 class ProcessConfig(Section):
-    bnr: NonNegative = Field(description="blur-to-noise ratio alpha/sigma; 0 is EDM")
+    bnr: AnyBNR = Field(
+        description="blur-to-noise ratio alpha/sigma in training: a number (0 is EDM), a path over sigma, drawn per image, or cold"
+    )
     sigma_data: Literal["measured"] | PositiveFloat = Field(
         "measured", description="'measured' uses the manifest's power spectrum; a number, a 1/f^2 spectrum of that size"
     )
     p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
     p_std: PositiveFloat = 1.2
-    residual_weight: Literal["one", "balanced"] = Field(
-        "one", description="weight of the residual head's loss: 1, or min(1, c_out,R^2 / c_out,b^2)"
+    preconditioning: Literal["two_head", "per_frequency"] = Field(
+        "two_head", description="per_frequency: the ablation with one head, scaled for every DCT mode"
+    )
+    residual_weight: Literal["one", "balanced", "denoiser", "sampler"] = Field(
+        "one",
+        description="weight of the residual head's loss: 1; min(1, c_out,R^2 / c_out,b^2); that ratio; or that ratio "
+        "times the share of the error which reaches a sample",
     )
 
 
 class NetworkConfig(Section):
-    arch: Literal["ddpmpp", "adm"]
+    arch: Literal["ddpmpp", "ncsnpp", "adm"]
     channels: Positive
     channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)]
     num_blocks: Positive
@@ -73,6 +82,9 @@ class TrainConfig(Section):
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     horizontal_flips: bool = False
+    augment: Fraction = Field(
+        0.0, description="probability of each of EDM's augmentations; the network is told of them"
+    )
     label_dropout: Fraction = Field(0.0, description="share of images whose class is hidden")
     ema_half_life_nimg: Positive
     ema_ramp: PositiveFloat | None = Field(0.05, description="half-life at most so many times nimg (EDM's ramp)")
@@ -84,18 +96,48 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
     timeout_s: Positive = Field(120, description="how long a rank waits for another before it gives up")
 
 
+Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+Grid = Annotated[
+    Annotated[Literal["edm", "log_linear"], Tag("grid name")] | Annotated[Levels, Tag("grid list")],
+    Discriminator(lambda value: "grid list" if isinstance(value, list | tuple) else "grid name"),
+]
+
+
 class SamplerConfig(Section):
-    method: Literal["heun", "first_order"] = "heun"
+    method: Literal["heun", "first_order", "multistep", "churn", "ancestral", "cold"] = "heun"
     num_steps: Annotated[int, Field(ge=2)] = 18
+    bnr: PathBNR | None = Field(None, description="the path to sample along; null: the one of training")
+    grid: Grid = Field(
+        "edm", description="levels of sigma (cold: of alpha); a list falls and has num_steps entries, 0 comes after it"
+    )
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
     start: Literal["measured", "plain"] = Field(
         "measured", description="initial noise per mode with the data's mean and spectrum, or sigma_max^2 I"
     )
+    eta: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="ancestral only: 0 is DDIM")
+    s_churn: NonNegative = Field(40.0, description="churn only, with the next three: EDM's names")
+    s_min: NonNegative = 0.05
+    s_max: PositiveFloat = 50.0
+    s_noise: PositiveFloat = 1.003
+    guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
+    guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
+
+    @model_validator(mode="after")
+    def _grid(self) -> SamplerConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
+        if isinstance(self.grid, tuple):
+            if any(low >= high for high, low in pairwise(self.grid)):
+                raise ValueError("grid must fall from each entry to the next")
+            if len(self.grid) != self.num_steps:
+                raise ValueError(f"grid has {len(self.grid)} entries, num_steps is {self.num_steps}")
+        return self
 
 
 class EvalConfig(Section):
@@ -162,128 +204,29 @@ class Config(Section):
         for resolution in net.attention_resolutions:
             if resolution not in resolutions:
                 raise ValueError(f"network.attention_resolutions has {resolution}; the network works at {resolutions}")
-        if self.sampler.sigma_min >= self.sampler.sigma_max:
-            raise ValueError("sampler.sigma_min must be below sampler.sigma_max")
         if train.lr_decay_nimg > train.total_nimg:
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
+        check_sampling(self, self.sampler)
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
-
-    Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    tree = parse_json(text, str(path))
-    for override in overrides or []:
-        _apply(tree, override)
-    return validate(tree, str(path))
-
-
-def parse_json(text: str, name: str) -> dict[str, Any]:
-    """JSON object → dict; duplicate keys, NaN and Infinity are ConfigErrors."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in items:
-            if key in out:
-                raise ConfigError(f"{name}: the key {key!r} stands twice in one object")
-            out[key] = value
-        return out
-
-    def constant(value: str) -> float:
-        raise ConfigError(f"{name}: {value} is not a number that JSON knows")
-
-    try:
-        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: holds a {type(tree).__name__}, needs an object")
-    return tree
-
-
-def validate(tree: dict[str, Any], name: str = "config") -> Config:
-    """dict → Config, or a ConfigError with one line per mistake."""
-    try:
-        # by way of JSON, so that lists become tuples while strictness about types stays
-        return Config.model_validate_json(json.dumps(tree, allow_nan=False))
-    except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise ConfigError(f"{name}: {error}") from None
-        lines = dict.fromkeys(_explain(dict(item)) for item in error.errors())
-        raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
-
-
-def _explain(item: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"] if part not in ("constrained-float", "literal['measured']")]
-    path = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.5) or difflib.get_close_matches(
-            location[-1], [key.split(".")[-1] for key in known_keys()], n=1
+def check_sampling(config: Config, sampler: SamplerConfig) -> None:
+    """Raises ConfigError when a network trained by `config` cannot be sampled as `sampler` says."""
+    trained = config.process.bnr
+    if isinstance(trained, UniformBNR | LogUniformBNR) and sampler.bnr is None:
+        raise ConfigError("sampler.bnr is needed: training draws a random BNR, sampling follows one path")
+    if isinstance(trained, Cold):
+        if sampler.bnr is not None:
+            raise ConfigError("sampler.bnr has no meaning for process.bnr cold, whose noise stays at its floor")
+        if trained.highest(config.data.resolution) <= trained.alpha_min:
+            raise ConfigError("process.bnr.alpha_min must be below alpha_max, which is half the width by default")
+    elif sampler.method == "cold":
+        raise ConfigError("sampler.method 'cold' only deblurs: it needs process.bnr cold")
+    if sampler.guidance != 1 and sampler.guide is None and not (config.data.num_classes and config.train.label_dropout):
+        raise ConfigError(
+            "sampler.guidance needs sampler.guide (a weaker network's weights), or a network that knows images without "
+            "class: data.num_classes and train.label_dropout above 0"
         )
-        return f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        return f"missing key {path!r}"
-    if not path:
-        return str(item["msg"]).removeprefix("Value error, ")
-    return f"{path!r}: {item['msg']}, got {item['input']!r}"
-
-
-def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
-    out = {prefix: model}
-    for name, field in model.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                out.update(_sections(kind, f"{prefix}{name}."))
-    return out
-
-
-def known_keys() -> list[str]:
-    """Every key as a dotted path, sections included."""
-    return [
-        prefix + (field.alias or name)
-        for prefix, model in _sections(Config).items()
-        for name, field in model.model_fields.items()
-    ]
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"--set {override!r}: needs the form a.b=VALUE")
-    try:
-        value = json.loads(text, parse_constant=lambda name: math.nan)
-    except json.JSONDecodeError:
-        value = text
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"--set {override!r}: the value must be finite")
-    *parents, leaf = path.split(".")
-    for key in parents:
-        child = tree.setdefault(key, {})
-        if child is None:
-            child = tree[key] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {key!r} is not a section")
-        tree = child
-    tree[leaf] = value
-
-
-def dump(config: Config) -> dict[str, Any]:
-    """Every key with its value, defaults included, ready for JSON; `validate` gives back an equal Config."""
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, the form of `--set` and of MLflow's parameters."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def json_schema() -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor: ...
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor: ...
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss, scaled by 1/num_accumulation."""
@@ -149,9 +149,9 @@ class LocalEngine(_Common):
         self.parameters = list(module.parameters())
         self.optimizer = _adam(self.parameters, config)
 
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
         with self._precision():
-            return self.module(x, c_noise, c_blur, labels)  # type: ignore[no-any-return]
+            return self.module(x, c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.num_accumulation).backward()
@@ -204,9 +204,9 @@ class DeepSpeedEngine(_Common):
         self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
         self._micro_step = 0
 
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
         with self._precision():
-            return self.engine(x.to(self._dtype), c_noise, c_blur, labels)  # type: ignore[no-any-return]
+            return self.engine(x.to(self._dtype), c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         self._micro_step += 1

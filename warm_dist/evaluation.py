@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from warm_dist import fid, rng
-from warm_dist.config import Config, EvalConfig
+from warm_dist.config import Config, EvalConfig, SamplerConfig
 from warm_dist.distributed import StopSignal, World, any_rank, gather, on_main
 from warm_dist.errors import ConfigError, OutputError, Stopped
 from warm_dist.figures import save_grid
-from warm_dist.generate import build_network, generate, sample_labels
+from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
 from warm_dist.sampler import nfe
 from warm_dist.types import DataInfo
 
@@ -60,32 +60,36 @@ class Evaluator:
         self.network = build_network(config).to(world.device)
         self._real: tuple[fid.Statistics, float, int] | None = None
 
-    @property
-    def spec(self) -> fid.FidSpec:
+    def spec(self, sampler: SamplerConfig) -> fid.FidSpec:
         """The fingerprint of what the number means."""
-        s, settings = self.config.sampler, self.settings
+        settings = self.settings
         return fid.FidSpec(
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,
             resize=self.extractor.resize,
             num_images=settings.num_images,
             reference=f"{self.info.fingerprint}:{self.num_real}",
-            sampler=f"{s.method} {s.num_steps} steps, sigma {s.sigma_min:g}..{s.sigma_max:g}, rho {s.rho:g}, start "
-            f"{s.start}, bnr {self.config.process.bnr:g}",
-            nfe=nfe(s.method, s.num_steps),
+            sampler=describe_sampling(self.config, sampler),
+            nfe=nfe(sampler.method, sampler.num_steps),
             ema=f"half-life {self.config.train.ema_half_life_nimg}, ramp {self.config.train.ema_ramp}",
             seed=settings.seed,
         )
 
     def __call__(self, weights: dict[str, Tensor], nimg: int, stop: StopSignal) -> dict[str, Any]:
-        """Metrics of one evaluation; on rank 0 also samples/NIMG.png. A collective.
+        """Metrics of one evaluation in training; on rank 0 also samples/NIMG.png. A collective. Errors as `measure`."""
+        self.network.load_state_dict(weights)
+        picture = self.run / "samples" / f"{nimg:012d}.png"
+        return self.measure(self.config.sampler, stop, picture, f"nimg {nimg}")
+
+    def measure(self, sampler: SamplerConfig, stop: StopSignal, grid: Path, title: str) -> dict[str, Any]:
+        """Metrics of the present weights under one sampler; rank 0 writes the picture `grid`. A collective.
 
         Raises Stopped on all ranks, between two batches of samples, when one was asked to stop.
         """
         begun = time.monotonic()
-        self.network.load_state_dict(weights)
-        settings, world = self.settings, self.world
-        self.say(f"nimg {nimg}  sampling {settings.num_images} images, {self.spec.nfe} network evaluations each")
+        settings, world, spec = self.settings, self.world, self.spec(sampler)
+        guide = load_guide(sampler, self.info, world.device)
+        self.say(f"{title}  sampling {settings.num_images} images, {spec.nfe} network evaluations each")
         indices = range(world.rank, settings.num_images, world.size)
         show, polls = self._progress("sampling", len(indices)), Polls(world, stop, settings)
 
@@ -94,14 +98,14 @@ class Evaluator:
             polls.once()
 
         images = generate(
-            self.network,
-            self.config,
-            self.info,
+            Model(self.network, self.config, self.info),
             indices,
             sample_labels(settings.seed, indices, self.config.data.num_classes),
             seed=settings.seed,
             device=world.device,
             batch_size=settings.batch_size,
+            sampler=sampler,
+            guide=guide,
             progress=progress,
         )
         polls.rest()
@@ -110,20 +114,19 @@ class Evaluator:
         shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]
         self._need_real()
         distance, floor, floor_n = on_main(world, lambda: self._compare(np.concatenate(rows)))
-        grid = self.run / "samples" / f"{nimg:012d}.png"
         if world.is_main:
             pictures = np.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
             save_grid(pictures, grid, columns=settings.grid)
         self.say(
-            f"nimg {nimg}  {self.spec.name} {distance:.2f}, floor {floor:.2f} (real against real, {floor_n} each), "
-            f"n {settings.num_images}, NFE {self.spec.nfe}, spec {self.spec.hash}; {grid}"
+            f"{title}  {spec.name} {distance:.2f}, floor {floor:.2f} (real against real, {floor_n} each), "
+            f"n {settings.num_images}, NFE {spec.nfe}, spec {spec.hash}; {grid}"
         )
         return {
             "frechet": distance,
             "floor": floor,
             "floor_n": floor_n,
-            "name": self.spec.name,
-            "spec": self.spec.hash,
+            "name": spec.name,
+            "spec": spec.hash,
             "grid": str(grid.relative_to(self.run)),
             "sampling_s": sampled - begun,
             "seconds": time.monotonic() - begun,

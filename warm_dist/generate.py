@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from warm_dist import checkpoint, rng
-from warm_dist.config import Config, SamplerConfig, parse_json, validate
+from warm_dist import checkpoint, per_frequency, rng
+from warm_dist.bnr import Cold, describe
+from warm_dist.config import Config, SamplerConfig, check_sampling
+from warm_dist.config_file import parse_json, validate
 from warm_dist.errors import CheckpointError, NumericsError
-from warm_dist.networks import UNet
+from warm_dist.guidance import guided
+from warm_dist.networks import UNet, build
 from warm_dist.precond import data_spectrum, heads
-from warm_dist.process import constant_bnr
-from warm_dist.sampler import SAMPLERS, edm_grid, start
+from warm_dist.sampler import Denoise, cold_start, sampler_of, schedule, start
 from warm_dist.types import DataInfo, Heads, Level
 
 
@@ -41,11 +44,29 @@ def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArra
     )
 
 
+class Model(NamedTuple):
+    """A network with what it needs to be sampled."""
+
+    network: nn.Module
+    config: Config
+    info: DataInfo
+
+
+Watch = Callable[[Tensor, Level, Heads], None]
+"""Sees every evaluation of the sampler: the state x, its level, and both heads."""
+
+
+def denoiser(model: Model, labels: Tensor | None, device: torch.device) -> Denoise:
+    """The network as the samplers want it: (x, level) → heads. labels: (B,) int64, None or -1 for no class."""
+    process = model.config.process
+    spectrum = data_spectrum(model.info, process.sigma_data).to(device)
+    estimate = per_frequency.heads if process.preconditioning == "per_frequency" else heads
+    return lambda x, level: estimate(model.network, spectrum, x, level, (labels,))
+
+
 @torch.inference_mode()
 def generate(
-    network: nn.Module,
-    config: Config,
-    info: DataInfo,
+    model: Model,
     indices: Sequence[int],
     labels: NDArray[np.int64],
     *,
@@ -53,44 +74,88 @@ def generate(
     device: torch.device,
     batch_size: int,
     sampler: SamplerConfig | None = None,
-    bnr: float | None = None,
+    guide: Model | None = None,
+    watch: Watch | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> NDArray[np.uint8]:
     """Images number `indices` of the stream `seed`, (len(indices), C, H, W) uint8.
 
-    labels: (len(indices),), -1 for none. sampler, bnr: instead of the config's. Raises NumericsError for a non-finite
-    image.
+    labels: (len(indices),), -1 for none. sampler: instead of the config's. guide: what sampler.guide names, see
+    `load_guide`; without it the model guides itself, told no class. Raises ConfigError if this network cannot be
+    sampled so, NumericsError for a non-finite image.
     """
-    options, ratio = sampler or config.sampler, config.process.bnr if bnr is None else bnr
-    network.eval()
-    path = constant_bnr(ratio)
-    sigmas = [*edm_grid(options.num_steps, options.sigma_min, options.sigma_max, options.rho), 0.0]
-    spectrum = data_spectrum(info, config.process.sigma_data).to(device)
+    _, config, info = model
+    options = sampler or config.sampler
+    check_sampling(config, options)
+    for part in (model, guide):
+        if part is not None:
+            part.network.eval()
+    path, points = schedule(config, options)
+    solve = sampler_of(options, path)
     channel_mean = torch.tensor(info.channel_mean, device=device)
-    fitted = info if options.start == "measured" else None
     shape = (info.channels, info.resolution, info.resolution)
     out = np.empty((len(indices), *shape), np.uint8)
     for low in range(0, len(indices), batch_size):
-        part = list(indices[low : low + batch_size])
+        part_indices = list(indices[low : low + batch_size])
         given = torch.from_numpy(labels[low : low + batch_size]).to(device)
 
-        def denoise(x: Tensor, level: Level, given: Tensor = given) -> Heads:
-            return heads(network, spectrum, x, level, given)
+        def normals(purpose: str, *shape: int, part: list[int] = part_indices) -> Tensor:
+            return torch.from_numpy(rng.normals(seed, purpose, part, shape)).double().to(device)
 
-        noise = torch.from_numpy(rng.normals(seed, "sample", part, shape)).double().to(device)
-        x = start(noise, sigmas[0], path(sigmas[0]), fitted)
-        x = SAMPLERS[options.method](denoise, x, sigmas, path)
+        denoise = denoiser(model, given, device)
+        if options.guidance != 1:
+            weaker = denoiser(guide, given, device) if guide else denoiser(model, None, device)
+            denoise = guided(denoise, weaker, options.guidance)
+        if isinstance(path, Cold) and options.start == "measured":
+            x = cold_start(normals("sample", *shape), normals("sample start", len(info.low_mean)), points[0], info)
+        else:
+            x = start(normals("sample", *shape), points[0], info if options.start == "measured" else None)
+
+        def fresh(step: int, draw: Callable[..., Tensor] = normals) -> Tensor:
+            return draw(f"sample step {step}", *shape)
+
+        x = solve(_watched(denoise, watch), x, points, fresh)
         if not bool(torch.isfinite(x).all()):
-            raise NumericsError(f"sampling gave a non-finite image among numbers {part[0]} to {part[-1]}")
-        out[low : low + len(part)] = to_uint8(x, channel_mean).cpu().numpy()
-        progress(len(part))
+            raise NumericsError(
+                f"sampling gave a non-finite image among numbers {part_indices[0]} to {part_indices[-1]}"
+            )
+        out[low : low + len(part_indices)] = to_uint8(x, channel_mean).cpu().numpy()
+        progress(len(part_indices))
     return out
+
+
+def _watched(denoise: Denoise, watch: Watch | None) -> Denoise:
+    if watch is None:
+        return denoise
+
+    def seen(x: Tensor, level: Level) -> Heads:
+        estimate = denoise(x, level)
+        watch(x, level, estimate)
+        return estimate
+
+    return seen
+
+
+def describe_sampling(config: Config, options: SamplerConfig) -> str:
+    """Everything that decides what `options` draw from a network of `config`, for fingerprints and logs."""
+    cold = isinstance(config.process.bnr, Cold)
+    bnr = describe(config.process.bnr if options.bnr is None else options.bnr)
+    grid = f"{options.grid}" if cold else f"{options.grid}, sigma {options.sigma_min:g}..{options.sigma_max:g}"
+    parts = [f"{options.method} {options.num_steps} steps", f"grid {grid}", f"rho {options.rho:g}", f"bnr {bnr}"]
+    parts.append(f"start {options.start}")
+    if options.method == "ancestral":
+        parts.append(f"eta {options.eta:g}")
+    if options.method == "churn":
+        parts.append(f"churn {options.s_churn:g} in {options.s_min:g}..{options.s_max:g}, noise {options.s_noise:g}")
+    if options.guidance != 1:
+        parts.append(f"guidance {options.guidance:g} by {options.guide or 'the network without class'}")
+    return ", ".join(parts)
 
 
 def build_network(config: Config) -> UNet:
     """The config's network, weights drawn from train.seed: equal on every rank and device."""
     rng.seed_torch(config.train.seed, 0, 0)
-    return UNet(config.network, config.data.resolution, config.data.channels, config.data.num_classes)
+    return build(config)
 
 
 def export_weights(folder: Path, kind: str, path: Path) -> None:
@@ -101,14 +166,14 @@ def export_weights(folder: Path, kind: str, path: Path) -> None:
     meta = checkpoint.inspect(folder)
     config = validate(meta["config"], str(folder))
     with torch.device("meta"):
-        network = UNet(config.network, config.data.resolution, config.data.channels, config.data.num_classes)
+        network = build(config)
     shapes = {name: p.shape for name, p in network.named_parameters()}
     header = {"config": json.dumps(meta["config"]), "data": json.dumps(meta["data"]), "nimg": str(meta["nimg"])}
     checkpoint.export(folder, meta, kind, shapes, path, header)
 
 
-def load_weights(path: Path) -> tuple[UNet, Config, DataInfo]:
-    """A network from a weights file alone, on the CPU, in evaluation mode. Raises CheckpointError for any other file."""
+def load_weights(path: Path, device: torch.device | None = None) -> Model:
+    """A network from a weights file alone, in evaluation mode. Raises CheckpointError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -119,9 +184,22 @@ def load_weights(path: Path) -> tuple[UNet, Config, DataInfo]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
-    network = UNet(config.network, config.data.resolution, config.data.channels, config.data.num_classes)
+    network = build(config)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
-    return network.eval(), config, info
+    return Model(network.eval().to(device), config, info)
+
+
+def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | None = None) -> Model | None:
+    """The weaker network that options.guide names, or None. Raises CheckpointError for one that saw other data."""
+    if options.guide is None or options.guidance == 1:
+        return None
+    guide = load_weights(Path(options.guide), device)
+    if guide.info.fingerprint != info.fingerprint:
+        raise CheckpointError(
+            f"{options.guide}: made from data {guide.info.fingerprint[:12]}, the network that it shall guide from "
+            f"{info.fingerprint[:12]}"
+        )
+    return guide

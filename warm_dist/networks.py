@@ -1,4 +1,4 @@
-"""The two-head U-Net: EDM's DDPM++ and ADM with doubled output channels and a second level input.
+"""The two-head U-Net: EDM's DDPM++, NCSN++ and ADM with doubled output channels and a second level input.
 
 Source: EDM (arXiv 2206.00364), appendix F.2; doubled output and two levels: Warm Diffusion (arXiv 2511.16904).
 """
@@ -10,26 +10,55 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from warm_dist.blocks import Block, BlockOptions, group_norm, initialised, kaiming_init, positional, xavier_init
-from warm_dist.config import NetworkConfig
+from warm_dist import rng
+from warm_dist.blocks import (
+    AuxiliaryDown,
+    Block,
+    BlockOptions,
+    fourier,
+    group_norm,
+    initialised,
+    kaiming_init,
+    positional,
+    xavier_init,
+)
+from warm_dist.config import Config, NetworkConfig
+
+NUM_AUGMENT = 9
+"""Labels of EDM's augmentation pipe, see `augment`."""
 
 
 class UNet(nn.Module):
-    """(B, C, H, W), (B,) c_noise, (B,) c_blur, (B,) int64 labels (-1: none) → (B, 2C, H, W).
+    """(B, C, H, W), (B,) c_noise, (B,) c_blur, (B,) int64 labels (-1: none), (B, 9) augmentation labels → (B, 2C, H, W).
 
     The first C output channels are the denoiser head, the last C the deblurrer head. c_blur enters through a
-    zero-initialised map, so that an untrained network ignores it and BNR 0 is EDM.
+    zero-initialised map, so that an untrained network ignores it and BNR 0 is EDM. num_augment 0: trained without
+    augmentation. checkpointing: recompute every block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, config: NetworkConfig, resolution: int, channels: int, num_classes: int) -> None:
+    fourier: Tensor | None
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        resolution: int,
+        channels: int,
+        num_classes: int,
+        num_heads: int = 2,
+        num_augment: int = 0,
+    ) -> None:
         super().__init__()
-        adm = config.arch == "adm"
-        self.adm, self.num_classes = adm, num_classes
-        self.noise_channels = config.channels
+        adm, ncsnpp = config.arch == "adm", config.arch == "ncsnpp"
+        self.adm, self.num_classes, self.num_augment, self.checkpointing = adm, num_classes, num_augment, False
+        self.noise_channels = config.channels * (2 if ncsnpp else 1)
         emb_channels = 4 * config.channels
         options = BlockOptions(config.arch, emb_channels, config.dropout)
         init = options.init
+        # fixed random frequencies, from a seed of their own: checkpoints hold parameters only
+        frequencies = torch.from_numpy(16 * rng.normals(0, "fourier", [0], (self.noise_channels // 2,))[0])
+        self.register_buffer("fourier", frequencies if ncsnpp else None, persistent=False)
 
         self.map_blur = nn.Linear(self.noise_channels, self.noise_channels, bias=False)
         nn.init.zeros_(self.map_blur.weight)
@@ -41,17 +70,25 @@ class UNet(nn.Module):
             nn.init.normal_(self.map_label.weight, std=1.0)  # EDM: sqrt(num_classes) over fan-in
         elif num_classes:
             self.map_label = initialised(nn.Linear(num_classes, self.noise_channels), init)
+        self.map_augment: nn.Module | None = None
+        if num_augment:
+            layer = nn.Linear(num_augment, self.noise_channels, bias=False)
+            self.map_augment = initialised(layer, options.init_zero if adm else init)
 
         widths = [config.channels * m for m in config.channel_mult]
         resolutions = [resolution >> level for level in range(len(widths))]
         attended = set(config.attention_resolutions)
         self.stem = initialised(nn.Conv2d(channels, widths[0] if adm else config.channels, 3, padding=1), init)
         current = widths[0] if adm else config.channels
-        skips, self.encoder = [current], nn.ModuleList()
+        skips, self.encoder, self.pyramid = [current], nn.ModuleList(), nn.ModuleList()
+        image = channels
         for level, (width, res) in enumerate(zip(widths, resolutions, strict=True)):
             if level:
                 self.encoder.append(Block(current, current, options, mode="down"))
                 skips.append(current)
+                if ncsnpp:
+                    self.pyramid.append(AuxiliaryDown(image, current, options))
+                    image = current
             for _ in range(config.num_blocks):
                 self.encoder.append(Block(current, width, options, attention=res in attended))
                 current = width
@@ -70,23 +107,28 @@ class UNet(nn.Module):
                 current = width
         self.norm_out = group_norm(current, options.eps)
         self.conv_out = initialised(
-            nn.Conv2d(current, 2 * channels, 3, padding=1), kaiming_init(0.0) if adm else xavier_init(1e-5)
+            nn.Conv2d(current, num_heads * channels, 3, padding=1), kaiming_init(0.0) if adm else xavier_init(1e-5)
         )
 
-    def embed(self, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, 4·channels) embedding of both levels and the class."""
+    def embed(self, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """(B, 4·channels) embedding of both levels, the class and the augmentation."""
         dtype = self.map_blur.weight.dtype
-        emb = positional(c_noise, self.noise_channels, endpoint=not self.adm)
+        if self.fourier is not None:
+            emb = fourier(c_noise, self.fourier)
+        else:
+            emb = positional(c_noise, self.noise_channels, endpoint=not self.adm)
         if not self.adm:
-            emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # DDPM++ puts the sines first
+            emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # SongUNet puts the sines first
         emb = emb.to(dtype) + self.map_blur(positional(c_blur, self.noise_channels, endpoint=not self.adm).to(dtype))
         label = self._one_hot(labels, len(emb), emb.device).to(dtype) if self.map_label is not None else None
-        if self.adm:
-            emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
-            return functional.silu(emb + self.map_label(label)) if self.map_label is not None else functional.silu(emb)
-        if self.map_label is not None and label is not None:
+        if self.map_label is not None and label is not None and not self.adm:
             emb = emb + self.map_label(label * math.sqrt(self.num_classes))
-        return functional.silu(self.map_layer1(functional.silu(self.map_layer0(emb))))
+        if self.map_augment is not None and augment is not None:
+            emb = emb + self.map_augment(augment.to(dtype))
+        emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
+        if self.adm and self.map_label is not None:
+            emb = emb + self.map_label(label)
+        return functional.silu(emb)
 
     def _one_hot(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if labels is None:
@@ -94,19 +136,47 @@ class UNet(nn.Module):
         one_hot = functional.one_hot(labels.clamp_min(0), self.num_classes).float()
         return one_hot * (labels >= 0)[:, None]  # a label of -1 is "no class"
 
-    def forward(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None = None) -> Tensor:
-        emb = self.embed(c_noise, c_blur, labels)
-        h = self.stem(x)
-        skips = [h]
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        c_blur: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed(c_noise, c_blur, labels, augment)
+        image = x.to(emb.dtype)
+        h = self.stem(image)
+        skips, pyramid = [h], iter(self.pyramid)
         for block in self.encoder:
-            h = block(h, emb)
+            h = self._run(block, h, emb)
+            if block.mode and len(self.pyramid):
+                h = image = (h + next(pyramid)(image)) * math.sqrt(0.5)
             skips.append(h)
         for block in self.middle:
-            h = block(h, emb)
+            h = self._run(block, h, emb)
         for block in self.decoder:
-            takes_skip = block.mode is None
-            h = block(torch.cat([h, skips.pop()], dim=1) if takes_skip else h, emb)
+            h = self._run(block, h if block.mode else torch.cat([h, skips.pop()], dim=1), emb)
         return self.conv_out(functional.silu(self.norm_out(h)))  # type: ignore[no-any-return]
+
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, h, emb, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(h, emb)  # type: ignore[no-any-return]
+
+
+def build(config: Config) -> UNet:
+    """The network that a config describes, its weights drawn from torch's generator."""
+    network = UNet(
+        config.network,
+        config.data.resolution,
+        config.data.channels,
+        config.data.num_classes,
+        num_heads=1 if config.process.preconditioning == "per_frequency" else 2,
+        num_augment=NUM_AUGMENT if config.train.augment else 0,
+    )
+    network.checkpointing = config.parallel.activation_checkpointing
+    return network
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -6,10 +6,11 @@ import json
 
 import torch
 
-from warm_dist.config import Config, dump
+from warm_dist.config import Config
+from warm_dist.config_file import dump
 from warm_dist.engine import micro_batches
 from warm_dist.errors import ConfigError, WorldSizeError
-from warm_dist.networks import UNet, num_parameters
+from warm_dist.networks import build, num_parameters
 
 
 def check_world_size(config: Config, size: int) -> None:
@@ -52,7 +53,7 @@ def dry_run(config: Config, size: int) -> str:
     """The text of `launch/train.py --dry-run`."""
     check_world_size(config, size)
     with torch.device("meta"):
-        network = UNet(config.network, config.data.resolution, config.data.channels, config.data.num_classes)
+        network = build(config)
     parameters = num_parameters(network)
     lines = [
         json.dumps(dump(config), indent=2),

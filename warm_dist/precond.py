@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from warm_dist.process import expand
-from warm_dist.spectrum import eigenvalues, exact_float32, fallback_spectrum
+from warm_dist.spectrum import blur, eigenvalues, exact_float32, fallback_spectrum, unblurred
 from warm_dist.types import DataInfo, Heads, Level
+
+Condition = tuple[Tensor | None, ...]
+"""(class labels or None,) or (class labels or None, labels of the augmentation)."""
 
 
 class Network(Protocol):
-    """(B, C, H, W) scaled input, (B,) ln(σ)/4, (B,) ln(1 + α²)/4, (B,) int64 labels or None → (B, 2C, H, W)."""
+    """(B, C, H, W) scaled input, (B,) ln(σ)/4, (B,) ln(1 + α²)/4, then the condition's (B,) int64 labels or None and,
+    if the network was trained with augmentation, (B, 9) labels of it → (B, 2C, H, W), with one head (B, C, H, W)."""
 
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None) -> Tensor: ...
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor: ...
 
 
 class Coefficients(NamedTuple):
@@ -27,8 +31,6 @@ class Coefficients(NamedTuple):
     v: Tensor
     s_b: Tensor
     c_in: Tensor
-    c_noise: Tensor
-    c_blur: Tensor
     c_skip_b: Tensor
     c_out_b: Tensor
     c_skip_r: Tensor
@@ -51,8 +53,6 @@ def coefficients(spectrum: Tensor, level: Level) -> Coefficients:
         v=v,
         s_b=s_b,
         c_in=v.rsqrt(),
-        c_noise=sigma.log() / 4,
-        c_blur=torch.log1p(level.alpha.square()) / 4,
         c_skip_b=s_b2 / v,
         c_out_b=sigma * s_b * v.rsqrt(),
         c_skip_r=s_br / v,
@@ -67,22 +67,41 @@ def data_spectrum(info: DataInfo, sigma_data: str | float) -> Tensor:
     return fallback_spectrum(info.resolution, info.resolution, float(sigma_data))
 
 
-def evaluate(network: Network, x: Tensor, c: Coefficients, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The raw heads (F_b, F_R) of the network at scaled input, each (B, C, H, W) float32."""
-    batch = (x.shape[0],)
-    out = network(
-        (expand(c.c_in, x) * x).float(), c.c_noise.float().expand(batch), c.c_blur.float().expand(batch), labels
-    )
-    blurry, residual = out.float().chunk(2, dim=1)
+def level_inputs(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network embeds: ln(σ)/4 and ln(1 + α²)/4, (B,) each, in the dtype of x."""
+    both = level.sigma.log() / 4, torch.log1p(level.alpha.square()) / 4
+    return both[0].to(x.dtype).expand(len(x)), both[1].to(x.dtype).expand(len(x))
+
+
+def evaluate(
+    network: Network, x: Tensor, level: Level, c: Coefficients, condition: Condition = ()
+) -> tuple[Tensor, Tensor]:
+    """The raw heads (F_b, F_R) of the network at scaled input, each (B, C, H, W) in the dtype of x."""
+    out = network(expand(c.c_in, x) * x, *level_inputs(level, x), *condition)
+    blurry, residual = out.to(x.dtype).chunk(2, dim=1)
     return blurry, residual
 
 
-def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, labels: Tensor | None = None) -> Heads:
-    """Both estimates at level (B,) or (1,): b̂ = c_skip,b x + c_out,b F_b, R̂ = c_skip,R x + c_out,R F_R; dtype of x."""
+def assemble(f_b: Tensor, f_r: Tensor, x: Tensor, c: Coefficients) -> Heads:
+    """b̂ = c_skip,b x + c_out,b F_b and R̂ = c_skip,R x + c_out,R F_R."""
+    return Heads(
+        expand(c.c_skip_b, x) * x + expand(c.c_out_b, x) * f_b,
+        expand(c.c_skip_r, x) * x + expand(c.c_out_r, x) * f_r,
+    )
+
+
+def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition: Condition = ()) -> Heads:
+    """Both estimates at level (B,) or (1,), in the dtype of x."""
     c = coefficients(spectrum, level)
-    f_b, f_r = evaluate(network, x, c, labels)
+    f_b, f_r = evaluate(network, x, level, c, condition)
     with exact_float32():
-        return Heads(
-            expand(c.c_skip_b, x) * x + expand(c.c_out_b, x) * f_b.to(x.dtype),
-            expand(c.c_skip_r, x) * x + expand(c.c_out_r, x) * f_r.to(x.dtype),
-        )
+        return assemble(f_b, f_r, x, c)
+
+
+def inconsistency(estimate: Heads, level: Level) -> Tensor:
+    """|b̂ − A x̂0| / |b̂|, (B,): 0 when both heads describe one image. A diagnostic. Source: derived."""
+    with exact_float32():
+        # b̂ − A(b̂ + R̂) = (I − A) b̂ − A R̂, whose first part does not cancel
+        gap = unblurred(estimate.blurry, level.alpha) - blur(estimate.residual, level.alpha)
+        size, whole = (part.square().sum((1, 2, 3)) for part in (gap, estimate.blurry))
+        return (size / whole).sqrt()

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from warm_dist.bnr import Cold, LogUniformBNR, Path, UniformBNR, as_path
+from warm_dist.config import ProcessConfig
 from warm_dist.spectrum import blur, dct, eigenvalues, idct
 from warm_dist.types import Level
 
-Path = Callable[[float], float]
-"""A sampling path: the blur std α (pixels) at noise std σ; non-decreasing in σ."""
+
+class Point(NamedTuple):
+    """One place of a sampling path: noise std σ (data units) and blur std α (pixels)."""
+
+    sigma: float
+    alpha: float
 
 
-def constant_bnr(bnr: float) -> Path:
-    """α = BNR·σ, the scale-invariant path. BNR 0 is EDM. Source: Warm Diffusion (arXiv 2511.16904)."""
-    return lambda sigma: bnr * sigma
+ORIGIN = Point(0.0, 0.0)
 
 
-def level_at(sigma: float, path: Path, device: torch.device | None = None) -> Level:
-    """The path's level at one σ, (1,) float64 each: broadcasts over a batch."""
-    return Level(*(torch.full((1,), value, dtype=torch.float64, device=device) for value in (sigma, path(sigma))))
+def points(path: Path, sigmas: Sequence[float]) -> list[Point]:
+    """The path at each σ, and the clean image's (0, 0) after them."""
+    alphas = path.alpha(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+    return [*(Point(sigma, alpha) for sigma, alpha in zip(sigmas, alphas, strict=True)), ORIGIN]
 
 
-def training_level(normal: Tensor, bnr: float, p_mean: float, p_std: float) -> Level:
-    """ln σ = P_mean + P_std·n and α = BNR·σ from (B,) standard normals; (B,) float64. Source: EDM, table 1."""
-    sigma = torch.exp(p_mean + p_std * normal.double())
-    return Level(sigma, bnr * sigma)
+def cold_points(cold: Cold, alphas: Sequence[float]) -> list[Point]:
+    """The cold path: σ at its floor while α falls, then (0, 0)."""
+    return [*(Point(cold.sigma, alpha) for alpha in alphas), ORIGIN]
+
+
+def raised(path: Path | Cold, point: Point, factor: float) -> Point:
+    """A noisier, blurrier place on the path, for churn: σ·factor; on the cold path α·factor."""
+    if isinstance(path, Cold):
+        return Point(point.sigma, point.alpha * factor)
+    return points(path, [point.sigma * factor])[0]
+
+
+def level_at(point: Point, device: torch.device | None = None) -> Level:
+    """The level of one point, (1,) float64 each: broadcasts over a batch."""
+    return Level(*(torch.full((1,), value, dtype=torch.float64, device=device) for value in point))
+
+
+def training_level(process: ProcessConfig, normal: Tensor, uniform: Tensor, width: int) -> Level:
+    """Each image's level: ln σ = P_mean + P_std·n and α by the config's BNR; cold: σ at its floor, ln α uniform.
+
+    normal, uniform: (B,), standard normal and in [0, 1). width: of the images, pixels. Returns (B,) float64 each.
+    Source: σ, EDM, table 1; random BNR derived, docs mathematics, section 1.
+    """
+    bnr, uniform = process.bnr, uniform.double()
+    if isinstance(bnr, Cold):
+        return Level(torch.full_like(uniform, bnr.sigma), bnr.draw(uniform, width))
+    sigma = torch.exp(process.p_mean + process.p_std * normal.double())
+    if isinstance(bnr, UniformBNR | LogUniformBNR):
+        return Level(sigma, bnr.draw(uniform) * sigma)
+    return Level(sigma, as_path(bnr).alpha(sigma))
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

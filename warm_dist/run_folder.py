@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, TextIO
 
-from warm_dist.config import Config, dump
+from warm_dist.config import Config
+from warm_dist.config_file import dump
 from warm_dist.errors import OutputError, WarmDistError
 from warm_dist.metrics import read_json, write_json
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warm_dist.config import flatten
+from warm_dist.config_file import flatten
 from warm_dist.errors import UnreachableError
 from warm_dist.metrics import parse_line, read_json, write_json
 

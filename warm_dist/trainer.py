@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warm_dist import checkpoint, rng
-from warm_dist.config import Config, dump
+from warm_dist import augment, checkpoint, per_frequency, rng
+from warm_dist.config import Config
+from warm_dist.config_file import dump
 from warm_dist.distributed import Flags, StopSignal, World, gather, use_device
 from warm_dist.ema import EMA
 from warm_dist.engine import build_engine, micro_batches
@@ -22,21 +24,24 @@ from warm_dist.errors import CheckpointError, NumericsError, Stopped
 from warm_dist.generate import build_network, centre
 from warm_dist.loss import loss
 from warm_dist.metrics import MetricsLog
-from warm_dist.precond import data_spectrum
+from warm_dist.precond import Condition, data_spectrum
 from warm_dist.process import training_level
-from warm_dist.types import Batch, DataInfo, Level
+from warm_dist.types import Batch, DataInfo, Level, Loss
+
+SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
+"""What a window of the metrics adds up over its images."""
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 """EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
 
 
 class Prepared(NamedTuple):
-    """One rank's step, drawn and on its device: x0 (B, C, H, W) centred, level (B,), noise, labels (B,), the samples."""
+    """One rank's step, drawn and on its device: x0 (B, C, H, W) centred, level (B,), noise, condition, the samples."""
 
     x0: Tensor
     level: Level
     noise: Tensor
-    labels: Tensor
+    condition: Condition
     batch: Batch
 
 
@@ -58,7 +63,7 @@ def learning_rate(config: Config, nimg: int) -> float:
 
 
 def prepare(batch: Batch, config: Config, info: DataInfo, device: torch.device) -> Prepared:
-    """Flip, centre, and draw every random number of the batch from its images' global positions."""
+    """Augment, centre, and draw every random number of the batch from its images' global positions."""
     train, positions = config.train, [int(p) for p in batch.positions]
     uniform = rng.uniforms(train.seed, "augment", positions, 2)
     images = batch.images
@@ -68,16 +73,29 @@ def prepare(batch: Batch, config: Config, info: DataInfo, device: torch.device) 
         images[flipped] = images[flipped][..., ::-1]
     labels = batch.labels.copy()
     labels[uniform[:, 1] < train.label_dropout] = -1
-    normal = rng.normals(train.seed, "level", positions, (1,))[:, 0]
+    normal = torch.from_numpy(rng.normals(train.seed, "level", positions, (1,))[:, 0])
+    ratio = torch.from_numpy(rng.uniforms(train.seed, "bnr", positions, 1)[:, 0])
     noise = rng.normals(train.seed, "noise", positions, images.shape[1:])
 
     def send(array: Any) -> Tensor:
-        tensor = torch.from_numpy(array)
+        tensor = torch.as_tensor(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     x0 = centre(send(images), torch.tensor(info.channel_mean, device=device))
-    level = training_level(send(normal), config.process.bnr, config.process.p_mean, config.process.p_std)
-    return Prepared(x0, level, send(noise), send(labels), batch)
+    condition: Condition = (send(labels),)
+    if train.augment:
+        drawn = augment.draw(train.seed, positions, train.augment, *images.shape[2:])
+        x0 = augment.warp(x0, send(drawn.matrix))
+        condition = (*condition, send(drawn.labels))
+    level = training_level(config.process, normal, ratio, images.shape[3])  # on the host: equal on every device
+    return Prepared(x0, Level(*map(send, level)), send(noise), condition, batch)
+
+
+def loss_function(config: Config) -> Callable[..., Loss]:
+    """The loss that process.preconditioning and process.residual_weight name."""
+    if config.process.preconditioning == "per_frequency":
+        return per_frequency.loss
+    return partial(loss, residual_weight=config.process.residual_weight)
 
 
 class Trainer:
@@ -91,7 +109,8 @@ class Trainer:
         self.ema = EMA(self.engine.owned(), config.train.ema_half_life_nimg, config.train.ema_ramp)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
         self.nimg = self.num_steps = 0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, blurry, residual, images
+        self.loss = loss_function(config)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.grad_norm = torch.zeros((), device=world.device)
         self.flags = Flags(world, 2)
         self.traces: deque[Trace] = deque(maxlen=4)  # a non-finite step is known two steps later
@@ -130,7 +149,7 @@ class Trainer:
         if len(window) == self.world.size:
             mine = window[self.world.rank]
         else:
-            mine = [sum(column) for column in zip(*window, strict=True)] if self.world.is_main else [0.0] * 4
+            mine = [sum(column) for column in zip(*window, strict=True)] if self.world.is_main else [0.0] * len(SUMS)
         self.sums.copy_(torch.tensor(mine, dtype=torch.float64))
         self.say(f"resumed at nimg {self.nimg} from {folder}")
 
@@ -160,12 +179,18 @@ class Trainer:
         for low in range(0, len(data.x0), micro):
             part = slice(low, low + micro)
             level = Level(data.level.sigma[part], data.level.alpha[part])
-            result = loss(self.engine, self.spectrum, data.x0[part], level, data.noise[part], data.labels[part],
-                          self.config.process.residual_weight)  # fmt: skip
+            condition = tuple(None if given is None else given[part] for given in data.condition)
+            result = self.loss(self.engine, self.spectrum, data.x0[part], level, data.noise[part], condition)
             self.engine.backward(result.total.mean())
             totals.append(result.total.detach())
             with torch.no_grad():
-                rows = [result.total, result.blurry, result.residual, torch.ones_like(result.total)]
+                rows = [
+                    result.total,
+                    result.blurry,
+                    result.residual,
+                    result.inconsistency,
+                    torch.ones_like(result.total),
+                ]
                 self.sums += torch.stack(rows).double().sum(1)
         self.traces.append(Trace(self.nimg, data.batch.keys, data.level.sigma, totals))
         self.grad_norm = self.engine.step(learning_rate(self.config, self.nimg))
@@ -278,7 +303,8 @@ class Trainer:
         if self.world.size > 1:
             dist.all_reduce(sums)
         self.sums.zero_()
-        total, blurry, residual, count = sums.tolist()
+        *values, count = sums.tolist()
+        means = {name: value / count for name, value in zip(SUMS, values, strict=False)}
         speed = (self.nimg - self.window_nimg) / max(self.train_s, 1e-9)
         self.window_nimg, self.train_s = self.nimg, 0.0
         if log is None:  # not rank 0
@@ -286,17 +312,15 @@ class Trainer:
         log.write(
             self.nimg,
             "train",
-            loss=total / count,
-            loss_blurry=blurry / count,
-            loss_residual=residual / count,
+            **means,
             images_per_s=speed,
             lr=learning_rate(self.config, self.nimg - self.config.train.batch_size),
             grad_norm=float(self.grad_norm),
         )
         left = int((self.config.train.total_nimg - self.nimg) / speed)
         self.say(
-            f"nimg {self.nimg}/{self.config.train.total_nimg}  loss {total / count:.4f} "
-            f"(blurry {blurry / count:.4f}, residual {residual / count:.4f})  {speed:.0f} images/s  "
+            f"nimg {self.nimg}/{self.config.train.total_nimg}  loss {means['loss']:.4f} "
+            f"(blurry {means['loss_blurry']:.4f}, residual {means['loss_residual']:.4f})  {speed:.0f} images/s  "
             f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         )
 

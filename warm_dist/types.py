@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+LOW_MODES = 4
+"""Cold sampling starts from a Gaussian over the 4 x 4 lowest DCT modes: at α = W/2 the fifth has shrunk by 4e8."""
+
 
 class Level(NamedTuple):
     """A place in the (alpha, sigma) plane, one per image.
@@ -35,6 +38,18 @@ class Heads(NamedTuple):
         return self.blurry + self.residual
 
 
+class Loss(NamedTuple):
+    """Mean squared error per pixel in network units, (B,) float32 each; `total` carries the residual's weight.
+
+    inconsistency: |b̂ − A x̂0| / |b̂|, how far the two heads are from one image; without gradient.
+    """
+
+    blurry: Tensor
+    residual: Tensor
+    total: Tensor
+    inconsistency: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one global batch, in the order of global positions.
@@ -56,6 +71,8 @@ class DataInfo:
     Images are scaled to [-1, 1]. channel_mean: (C,). mean_image: (C, H, W), channel means not subtracted.
     power_spectrum: (H, W), S_k = E[u0_k^2], the mean over images and channels of the squared orthonormal DCT-II
     coefficients after the channel means are subtracted. sigma_data: sqrt(mean_k S_k).
+    low_mean, low_covariance: (K,), (K, K) of the lowest 4 x 4 coefficients, K = C·16, channel by channel, row by row,
+    where cold sampling starts; channel means subtracted.
     """
 
     resolution: int
@@ -66,6 +83,8 @@ class DataInfo:
     mean_image: NDArray[np.float64]
     power_spectrum: NDArray[np.float64]
     sigma_data: float
+    low_mean: NDArray[np.float64]
+    low_covariance: NDArray[np.float64]
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:

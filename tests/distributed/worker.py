@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from warm_dist import checkpoint, distributed, rng
-from warm_dist.config import Config, validate
+from warm_dist.config import Config
+from warm_dist.config_file import validate
 from warm_dist.distributed import World
 from warm_dist.ema import EMA
 from warm_dist.engine import build_engine
@@ -61,7 +62,8 @@ def config(output: Path, **changes: Any) -> Config:
 
 def info() -> DataInfo:
     spectrum = np.full((8, 8), 0.25)
-    return DataInfo(8, 3, 0, 64, np.zeros(3), np.zeros((3, 8, 8)), spectrum, 0.5, "synthetic")
+    low = np.zeros(48), 0.25 * np.eye(48)
+    return DataInfo(8, 3, 0, 64, np.zeros(3), np.zeros((3, 8, 8)), spectrum, 0.5, *low, "synthetic")
 
 
 def batches(world: World, nimg: int, poison: int | None = None) -> Iterator[Batch]:

@@ -1,0 +1,73 @@
+"""What the commands that sample share: which weights, and how to sample them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from warm_dist.config import Config, SamplerConfig, check_sampling
+from warm_dist.config_file import dump, override, validate
+from warm_dist.errors import ConfigError
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """`--set sampler.key=V` for what has no flag of its own."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="sampler.key=VALUE",
+        help="override any key of the sampler section, e.g. sampler.eta=0.5 or sampler.guidance=2; repeatable",
+    )
+
+
+def sampler_for(
+    config: Config,
+    overrides: list[str],
+    method: str | None = None,
+    nfe: int | None = None,
+    bnr: float | None = None,
+) -> SamplerConfig:
+    """The config's sampler with changes. Raises ConfigError for what this network cannot be sampled with."""
+    tree = dump(config)
+    foreign = [text for text in overrides if not text.startswith("sampler.")]
+    if foreign:
+        raise ConfigError(f"--set {foreign[0]!r}: only sampler.* can change after training")
+    settings = [f"sampler.method={method}"] if method else []
+    settings += [f"sampler.bnr={bnr!r}"] if bnr is not None else []
+    for text in [*settings, *overrides]:
+        override(tree, text)
+    if nfe is not None:
+        tree["sampler"]["num_steps"] = _num_steps(tree["sampler"]["method"], nfe)
+    sampler = validate(tree, "sampler").sampler
+    check_sampling(config, sampler)
+    return sampler
+
+
+def _num_steps(method: str, nfe: int) -> int:
+    from warm_dist.sampler import num_steps_for
+
+    num_steps = num_steps_for(method, nfe)
+    if num_steps is None:
+        odd = "an odd number from 3 on (2 N - 1)" if num_steps_for(method, 3) == 2 else "2 or more"
+        raise ConfigError(f"--nfe {nfe}: {method} needs {odd}")
+    return num_steps
+
+
+def training_note(config: Config, sampler: SamplerConfig) -> str | None:
+    """A warning when a network that was trained along one path is sampled along another."""
+    from warm_dist.bnr import LogUniformBNR, UniformBNR, describe
+
+    trained = config.process.bnr
+    if sampler.bnr is None or sampler.bnr == trained:
+        return None
+    asked = describe(sampler.bnr)
+    if isinstance(trained, UniformBNR | LogUniformBNR):
+        inside = not isinstance(sampler.bnr, float | int) or trained.low <= sampler.bnr <= trained.high
+        return None if inside else f"note: trained at BNR {trained.low:g} to {trained.high:g}; {asked} is outside"
+    return f"note: trained at BNR {describe(trained)} alone; BNR {asked} is outside what it has seen"
+
+
+def weights_path(run: Path) -> Path:
+    """A weights file itself, or the one that a finished run's folder holds."""
+    return run / "weights" / "ema.safetensors" if run.is_dir() else run

@@ -1,0 +1,177 @@
+"""The blur-to-noise ratio BNR = α/σ as people choose it: constant, along σ, random in training, or cold.
+
+Every kind is a value of the config. α is the standard deviation of the blur in pixels, σ that of the noise.
+Source: BNR, Warm Diffusion (arXiv 2511.16904); paths and random BNR are derived, docs mathematics, section 1.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from torch import Tensor
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """One object of the config: unknown, missing and mistyped keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Path(Protocol):
+    """A curve in the (α, σ) plane, α non-decreasing in σ and 0 at σ = 0."""
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        """α, pixels, at each σ; any shape, float64."""
+
+
+class ConstantBNR(Section):
+    """α = BNR·σ, the scale-invariant path; 0 is hot diffusion, EDM. In a config it is written as the number alone."""
+
+    bnr: NonNegative
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return self.bnr * sigma
+
+
+class PowerBNR(Section):
+    """BNR(σ) = min(bnr·(σ/sigma_ref)^exponent, cap)."""
+
+    kind: Literal["power"]
+    bnr: NonNegative = Field(description="the ratio at sigma_ref")
+    exponent: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = Field(description="above -1: alpha must rise")
+    sigma_ref: PositiveFloat = 1.0
+    cap: PositiveFloat | None = Field(None, description="the largest ratio at any sigma")
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        # never as ratio · σ, which is ∞ · 0 at σ = 0 when the exponent is negative
+        alpha = self.bnr * self.sigma_ref**-self.exponent * sigma ** (1 + self.exponent)
+        return alpha if self.cap is None else torch.minimum(alpha, self.cap * sigma)
+
+
+class TableBNR(Section):
+    """α through the points (σ_i, bnr_i·σ_i), linear in σ between them; constant BNR below the first and above the last."""
+
+    kind: Literal["table"]
+    sigma: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(description="rising")
+    bnr: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = Field(description="the ratio at each sigma")
+
+    @model_validator(mode="after")
+    def _rising(self) -> TableBNR:
+        if len(self.sigma) != len(self.bnr):
+            raise ValueError(f"a table needs as many bnr ({len(self.bnr)}) as sigma ({len(self.sigma)})")
+        rows = list(zip(self.sigma, self.bnr, strict=True))
+        for (low, r_low), (high, r_high) in pairwise(rows):
+            if high <= low:
+                raise ValueError(f"a table's sigma must rise, {high:g} follows {low:g}")
+            if r_high * high < r_low * low:
+                raise ValueError(
+                    f"alpha = bnr·sigma must not fall as sigma rises: it is {r_low * low:g} px at sigma {low:g}, "
+                    f"{r_high * high:g} px at sigma {high:g}"
+                )
+        return self
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        knots = torch.tensor([0.0, *self.sigma], dtype=torch.float64, device=sigma.device)
+        ratios = torch.tensor([self.bnr[0], *self.bnr], dtype=torch.float64, device=sigma.device)
+        values = knots * ratios
+        if len(self.sigma) == 1:
+            return ratios[1] * sigma
+        k = torch.searchsorted(knots, sigma.contiguous()).clamp(1, len(knots) - 1)
+        share = (sigma - knots[k - 1]) / (knots[k] - knots[k - 1])
+        return torch.where(sigma > knots[-1], ratios[-1] * sigma, torch.lerp(values[k - 1], values[k], share))
+
+
+class UniformBNR(Section):
+    """In training every image draws its BNR uniformly: one network then serves every path in between."""
+
+    kind: Literal["uniform"]
+    low: NonNegative
+    high: PositiveFloat
+
+    @model_validator(mode="after")
+    def _range(self) -> UniformBNR:
+        _check_range(self.low, self.high)
+        return self
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """Uniforms in [0, 1) → BNR, same shape."""
+        return self.low + (self.high - self.low) * uniform
+
+
+class LogUniformBNR(Section):
+    """In training every image draws ln BNR uniformly."""
+
+    kind: Literal["log_uniform"]
+    low: PositiveFloat
+    high: PositiveFloat
+
+    @model_validator(mode="after")
+    def _range(self) -> LogUniformBNR:
+        _check_range(self.low, self.high)
+        return self
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """Uniforms in [0, 1) → BNR, same shape."""
+        return self.low * (self.high / self.low) ** uniform
+
+
+class Cold(Section):
+    """BNR → ∞: σ stays at a small floor, α runs from alpha_max to alpha_min and then to 0; in training ln α is uniform."""
+
+    kind: Literal["cold"]
+    sigma: PositiveFloat = Field(0.02, description="the noise floor, never 0 while alpha > 0")
+    alpha_min: PositiveFloat = 0.1
+    alpha_max: PositiveFloat | None = Field(None, description="pixels; null: half the width of the image")
+
+    @model_validator(mode="after")
+    def _range(self) -> Cold:
+        if self.alpha_max is not None:
+            _check_range(self.alpha_min, self.alpha_max)
+        return self
+
+    def highest(self, width: int) -> float:
+        """The first level's α, pixels: there only the lowest 4×4 DCT modes stand above the noise floor."""
+        return width / 2 if self.alpha_max is None else self.alpha_max
+
+    def draw(self, uniform: Tensor, width: int) -> Tensor:
+        """Uniforms in [0, 1) → α, same shape."""
+        return self.alpha_min * (self.highest(width) / self.alpha_min) ** uniform
+
+
+def _check_range(low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"the low end {low:g} must be below the high end {high:g}")
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind")) if isinstance(value, dict) else getattr(value, "kind", "number")
+
+
+Number = Annotated[NonNegative, Tag("number")]
+Power = Annotated[PowerBNR, Tag("power")]
+Table = Annotated[TableBNR, Tag("table")]
+Uniform = Annotated[UniformBNR, Tag("uniform")]
+LogUniform = Annotated[LogUniformBNR, Tag("log_uniform")]
+PathBNR = Annotated[Number | Power | Table, Discriminator(_kind)]
+AnyBNR = Annotated[Number | Power | Table | Uniform | LogUniform | Annotated[Cold, Tag("cold")], Discriminator(_kind)]
+KINDS = ("number", "power", "table", "uniform", "log_uniform", "cold")
+"""What an error's location may name besides keys."""
+
+
+def as_path(value: float | PowerBNR | TableBNR) -> Path:
+    """A config's number or path as a path."""
+    return value if isinstance(value, PowerBNR | TableBNR) else ConstantBNR(bnr=value)
+
+
+def describe(value: float | Section | None) -> str:
+    """One word or a short list, for logs and fingerprints: `0.5`, `power(bnr 0.5, exponent 0.2, …)`."""
+    if not isinstance(value, Section):
+        return "none" if value is None else f"{value:g}"
+    parts = [f"{key} {item}" for key, item in value.model_dump().items() if key != "kind" and item is not None]
+    return f"{getattr(value, 'kind', 'constant')}({', '.join(parts)})"

@@ -1,0 +1,138 @@
+"""Reading, overriding and writing a run's JSON: every mistake is one line that names its dotted path."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from warm_dist.bnr import KINDS
+from warm_dist.config import Config
+from warm_dist.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
+
+    Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    tree = parse_json(text, str(path))
+    for setting in overrides or []:
+        override(tree, setting)
+    return validate(tree, str(path))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """JSON object → dict; duplicate keys, NaN and Infinity are ConfigErrors."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in items:
+            if key in out:
+                raise ConfigError(f"{name}: the key {key!r} stands twice in one object")
+            out[key] = value
+        return out
+
+    def constant(value: str) -> float:
+        raise ConfigError(f"{name}: {value} is not a number that JSON knows")
+
+    try:
+        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: holds a {type(tree).__name__}, needs an object")
+    return tree
+
+
+def validate(tree: dict[str, Any], name: str = "config") -> Config:
+    """dict → Config, or a ConfigError with one line per mistake."""
+    try:
+        # by way of JSON, so that lists become tuples while strictness about types stays
+        return Config.model_validate_json(json.dumps(tree, allow_nan=False))
+    except (ValueError, ConfigError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{name}: {error}") from None
+        lines = dict.fromkeys(_explain(dict(item)) for item in error.errors())
+        raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
+
+
+def _explain(item: dict[str, Any]) -> str:
+    branches = {"constrained-float", "literal['measured']", "grid name", "grid list", *KINDS}
+    location = [str(part) for part in item["loc"] if part not in branches]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.5) or difflib.get_close_matches(
+            location[-1], [key.split(".")[-1] for key in known_keys()], n=1
+        )
+        return f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if item["type"] == "missing":
+        return f"missing key {path!r}"
+    if not path:
+        return str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "union_tag_invalid":
+        return (
+            f"{path!r}: needs a number or an object whose kind is {item['ctx']['expected_tags']}, got {item['input']!r}"
+        )
+    return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}, got {item['input']!r}"
+
+
+def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    out = {prefix: model}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                out.update(_sections(kind, f"{prefix}{name}."))
+    return out
+
+
+def known_keys() -> list[str]:
+    """Every key as a dotted path, sections included."""
+    return [
+        prefix + (field.alias or name)
+        for prefix, model in _sections(Config).items()
+        for name, field in model.model_fields.items()
+    ]
+
+
+def override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `a.b=VALUE` to the tree. Raises ConfigError for another form, a non-finite value, a path through a value."""
+    path, separator, value_text = text.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
+    try:
+        value = json.loads(value_text, parse_constant=lambda name: math.nan)
+    except json.JSONDecodeError:
+        value = value_text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--set {text!r}: the value must be finite")
+    *parents, leaf = path.split(".")
+    for key in parents:
+        child = tree.setdefault(key, {})
+        if child is None:
+            child = tree[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text!r}: {key!r} is not a section")
+        tree = child
+    tree[leaf] = value
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Every key with its value, defaults included, ready for JSON; `validate` gives back an equal Config."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}, the form of `--set` and of MLflow's parameters."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

@@ -1,0 +1,62 @@
+"""The ablation with one head: every DCT mode scaled by its own power, so that both targets become the same one.
+
+With P = a²S + σ² per mode: c_in = P^(−½), x̂0 = (aS/P) u + σ√(S/P) F, b̂ = A x̂0, R̂ = (I − A) x̂0. It tells whether two
+heads help. Source: derived, docs mathematics, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warm_dist.precond import Condition, Network, level_inputs
+from warm_dist.process import corrupt
+from warm_dist.spectrum import blur, dct, eigenvalues, exact_float32, idct, unblurred
+from warm_dist.types import Heads, Level, Loss
+
+
+class Scales(NamedTuple):
+    """Per mode, (B, 1, H, W) float64 each. t_data, t_noise: the target is t_data u0 − t_noise ε."""
+
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    t_data: Tensor
+    t_noise: Tensor
+
+
+def scales(spectrum: Tensor, level: Level) -> Scales:
+    """spectrum: (H, W) float64, S_k = E[u0_k²]. A mode that the data does not have (S = 0) has target and output 0."""
+    alpha, sigma = level.alpha[:, None, None, None], level.sigma[:, None, None, None]
+    a = torch.exp(-eigenvalues(*spectrum.shape, device=spectrum.device) * alpha.square() / 2)
+    power = a.square() * spectrum + sigma.square()
+    root = (spectrum / power).sqrt()
+    t_data = torch.where(spectrum > 0, sigma / (torch.where(spectrum > 0, spectrum, 1.0) * power).sqrt(), 0.0)
+    return Scales(power.rsqrt(), a * spectrum / power, sigma * root, t_data, a * root)
+
+
+def evaluate(network: Network, x: Tensor, level: Level, c: Scales, condition: Condition) -> Tensor:
+    """The raw head F at the whitened input, (B, C, H, W) in the dtype of x."""
+    return network(idct(c.c_in.to(x.dtype) * dct(x)), *level_inputs(level, x), *condition).to(x.dtype)
+
+
+def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition: Condition = ()) -> Heads:
+    """Both estimates from the one head, at level (B,) or (1,), in the dtype of x."""
+    c = scales(spectrum, level)
+    out = evaluate(network, x, level, c, condition)
+    clean = idct(c.c_skip.to(x.dtype) * dct(x) + c.c_out.to(x.dtype) * dct(out))
+    return Heads(blur(clean, level.alpha), unblurred(clean, level.alpha))
+
+
+def loss(
+    network: Network, spectrum: Tensor, x0: Tensor, level: Level, noise: Tensor, condition: Condition = ()
+) -> Loss:
+    """|F − T|², mean per pixel, T of unit second moment in every mode. Arguments as `loss.loss`."""
+    c = scales(spectrum, level)
+    out = evaluate(network, corrupt(x0, level, noise), level, c, condition)
+    with exact_float32():
+        target = idct(c.t_data.to(x0.dtype) * dct(x0) - c.t_noise.to(x0.dtype) * dct(noise))
+        total = (out - target).square().mean((1, 2, 3))
+        return Loss(total, torch.zeros_like(total), total, torch.zeros_like(total))
