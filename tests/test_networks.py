@@ -4,9 +4,12 @@ import torch
 from tests.processes import ROOT
 from warm_dist.config import NetworkConfig
 from warm_dist.config_file import load_config
-from warm_dist.networks import UNet, num_parameters
+from warm_dist.networks import UNet, build, num_parameters
 
 TINY = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
+
+
+ARCHS = pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 
 
 def tiny(arch: str, classes: int = 0) -> UNet:
@@ -31,7 +34,7 @@ def test_parameter_counts_are_edms_up_to_the_second_head_and_level(name, publish
     assert abs(count - extra - published) < 0.001 * published
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@ARCHS
 def test_two_heads_and_both_levels(arch):
     network = wake(tiny(arch))
     x, level = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.7])
@@ -43,7 +46,7 @@ def test_two_heads_and_both_levels(arch):
         torch.testing.assert_close(out[1:], network(x[1:], level[1:], level[1:]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@ARCHS
 def test_untrained_network_ignores_the_blur_level(arch):
     network = tiny(arch)
     x, level = torch.randn(1, 3, 8, 8), torch.zeros(1)
@@ -51,7 +54,7 @@ def test_untrained_network_ignores_the_blur_level(arch):
         assert torch.equal(network(x, level, level), network(x, level, level + 1))
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@ARCHS
 def test_classes_matter_and_minus_one_is_none(arch):
     network = wake(tiny(arch, classes=4))
     x, level = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1)
@@ -66,3 +69,45 @@ def test_odd_widths_work():
     config = NetworkConfig(arch="ddpmpp", channels=24, channel_mult=(1, 2, 3), num_blocks=1)
     out = UNet(config, 8, 1, 0)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1))
     assert out.shape == (1, 2, 8, 8)
+
+
+@ARCHS
+def test_augmentation_labels_matter_and_none_is_zero(arch):
+    network = wake(UNet(NetworkConfig(arch=arch, **TINY), 8, 3, 0, num_augment=9).eval())
+    x, level = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1)
+    with torch.no_grad():
+        plain = network(x, level, level)
+        assert torch.equal(plain, network(x, level, level, None, torch.zeros(1, 9)))
+        assert not torch.allclose(plain, network(x, level, level, None, torch.ones(1, 9)))
+
+
+def test_fourier_frequencies_need_no_checkpoint():
+    a, b = tiny("ncsnpp"), UNet(NetworkConfig(arch="ncsnpp", **TINY), 8, 3, 0)
+    assert torch.equal(a.fourier, b.fourier)
+    assert set(a.state_dict()) == {name for name, _ in a.named_parameters()}
+
+
+@ARCHS
+def test_activation_checkpointing_changes_no_gradient(arch):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = wake(UNet(NetworkConfig(arch=arch, **TINY, dropout=0.3), 8, 3, 0)).train()
+        network.checkpointing = checkpointing
+        torch.manual_seed(5)
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        network(x, torch.zeros(2), torch.ones(2)).square().mean().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_build_follows_the_config():
+    path = ROOT / "configs" / "quickstart.json"
+    one_head = build(load_config(path, ["process.preconditioning=per_frequency", "train.augment=0.1"]))
+    assert one_head.conv_out.out_channels == 3
+    assert one_head.map_augment.in_features == 9
+    two = build(load_config(path, ["parallel.activation_checkpointing=true"]))
+    assert two.conv_out.out_channels == 6
+    assert two.map_augment is None
+    assert two.checkpointing

@@ -51,7 +51,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         adm, ncsnpp = config.arch == "adm", config.arch == "ncsnpp"
-        self.adm, self.num_classes, self.num_augment, self.checkpointing = adm, num_classes, num_augment, False
+        self.resolution, self.channels, self.num_classes = resolution, channels, num_classes
+        self.adm, self.checkpointing = adm, False
         self.noise_channels = config.channels * (2 if ncsnpp else 1)
         emb_channels = 4 * config.channels
         options = BlockOptions(config.arch, emb_channels, config.dropout)

@@ -1,0 +1,98 @@
+"""EDM's published weights in our network: which of their names is which of ours.
+
+Their SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM) have one head and one level; the second head and the map of the
+blur level keep what they were initialised with. Source: the state dicts of EDM's release (arXiv 2206.00364).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from warm_dist.blocks import Block
+from warm_dist.errors import CheckpointError
+from warm_dist.networks import UNet
+
+_FOURIER = "map_noise.freqs"
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
+
+
+def edm_names(network: UNet) -> dict[str, str]:
+    """Our parameter's name → EDM's, for every parameter that EDM has. The network may be on the meta device."""
+    out = {}
+    for ours, theirs in _modules(network):
+        for name, _ in network.get_submodule(ours).named_parameters():
+            head, _, leaf = name.rpartition(".")
+            inside = {"attention." + key: value for key, value in _ATTENTION.items()}.get(head, head)
+            out[f"{ours}.{name}"] = ".".join(part for part in (theirs, inside, leaf) if part)
+    return out
+
+
+def _modules(network: UNet) -> Iterator[tuple[str, str]]:
+    for name in ("map_label", "map_augment", "map_layer0", "map_layer1"):
+        if getattr(network, name) is not None:
+            yield name, name
+    resolution = network.resolution
+    yield "stem", f"enc.{resolution}x{resolution}_conv"
+    count, halved = 0, 0
+    for k, block in enumerate(network.encoder):
+        assert isinstance(block, Block)
+        if block.mode == "down":
+            resolution, count = resolution // 2, 0
+            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_down"
+            if len(network.pyramid):
+                yield f"pyramid.{halved}.conv", f"enc.{resolution}x{resolution}_aux_residual"
+            halved += 1
+        else:
+            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_block{count}"
+            count += 1
+    for k in range(2):
+        yield f"middle.{k}", f"dec.{resolution}x{resolution}_in{k}"
+    count = 0
+    for k, block in enumerate(network.decoder):
+        assert isinstance(block, Block)
+        if block.mode == "up":
+            resolution, count = resolution * 2, 0
+            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_up"
+        else:
+            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_block{count}"
+            count += 1
+    ends = (
+        ("out_norm", "out_conv")
+        if network.adm
+        else (f"dec.{resolution}x{resolution}_aux_{part}" for part in ("norm", "conv"))
+    )
+    yield from zip(("norm_out", "conv_out"), ends, strict=True)
+
+
+@torch.no_grad()
+def load_edm(network: UNet, state: Mapping[str, Tensor]) -> None:
+    """Copy a published state dict into the network; its output convolution becomes the denoiser head.
+
+    Keys may carry the prefix "model."; filter buffers are ignored. Raises CheckpointError, with nothing changed, for
+    missing or unknown keys and for wrong shapes.
+    """
+    given = {key.removeprefix("model."): value for key, value in state.items() if not key.endswith("resample_filter")}
+    frequencies = given.pop(_FOURIER, None)
+    names, parameters = edm_names(network), dict(network.named_parameters())
+    missing, unknown = sorted(set(names.values()) - set(given)), sorted(set(given) - set(names.values()))
+    missing += [_FOURIER] if network.fourier is not None and frequencies is None else []
+    unknown += [_FOURIER] if network.fourier is None and frequencies is not None else []
+    if missing or unknown:
+        raise CheckpointError(
+            f"these are not EDM's weights for this network: {len(missing)} keys missing ({', '.join(missing[:3])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
+        )
+    pairs: list[tuple[Tensor, Tensor]] = [(parameters[ours], given[theirs]) for ours, theirs in names.items()]
+    if network.fourier is not None and frequencies is not None:
+        pairs.append((network.fourier, frequencies))
+    for ours, theirs in names.items():
+        head = parameters[ours][: len(given[theirs])] if ours.startswith("conv_out.") else parameters[ours]
+        if head.shape != given[theirs].shape or (ours.startswith("conv_out.") and len(head) != network.channels):
+            raise CheckpointError(f"{theirs} is {tuple(given[theirs].shape)}, this network needs {tuple(head.shape)}")
+    if frequencies is not None and network.fourier is not None and frequencies.shape != network.fourier.shape:
+        raise CheckpointError(f"{_FOURIER} has {frequencies.numel()} values, needs {network.fourier.numel()}")
+    for target, value in pairs:
+        target[: len(value)].copy_(value)
