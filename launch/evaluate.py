@@ -68,7 +68,7 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
     path = sampling.weights_path(weights)
     model = load_weights(path, world.device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    config = _with_data(model.config, args)
+    config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
     base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
     changes = {"batch_size": args.batch_size} | ({"num_images": args.num_images} if args.num_images else {})
     config = config.model_copy(update={"eval": base.model_copy(update=changes)})
@@ -81,11 +81,7 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
 
     lines = []
     with contextlib.closing(open_loader(config, world.rank, world.size)) as loader:
-        if loader.manifest.info.fingerprint != model.info.fingerprint:
-            raise ConfigError(
-                f"{path}: made from data {model.info.fingerprint[:12]}, {config.data.manifest} is "
-                f"{loader.manifest.info.fingerprint[:12]}"
-            )
+        sampling.check_data(model.info, loader.manifest.info, path)
         evaluator = Evaluator(config, world, model.info, loader.read, args.out, say)
         evaluator.network.load_state_dict(model.network.state_dict())
         for sampler in samplers:
@@ -101,11 +97,6 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
                     write_json(args.out / "results.json", results)
             lines.append(results[key])
     return lines
-
-
-def _with_data(config: Any, args: argparse.Namespace) -> Any:
-    changes = {key: value for key in ("manifest", "endpoint_url") if (value := getattr(args, key)) is not None}
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 def _table(lines: list[dict[str, Any]]) -> str:

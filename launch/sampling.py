@@ -8,6 +8,7 @@ from pathlib import Path
 from warm_dist.config import Config, SamplerConfig, check_sampling
 from warm_dist.config_file import dump, override, validate
 from warm_dist.errors import ConfigError
+from warm_dist.types import DataInfo
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -71,3 +72,19 @@ def training_note(config: Config, sampler: SamplerConfig) -> str | None:
 def weights_path(run: Path) -> Path:
     """A weights file itself, or the one that a finished run's folder holds."""
     return run / "weights" / "ema.safetensors" if run.is_dir() else run
+
+
+def with_data(config: Config, manifest: str | None, endpoint_url: str | None) -> Config:
+    """The config with its images elsewhere."""
+    changes = {"manifest": manifest, "endpoint_url": endpoint_url}
+    data = config.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    return config.model_copy(update={"data": data})
+
+
+def check_data(trained: DataInfo, found: DataInfo, weights: Path) -> None:
+    """Raises ConfigError when the manifest is not of the data that the network was trained on."""
+    if found.fingerprint != trained.fingerprint:
+        raise ConfigError(
+            f"{weights}: made from data {trained.fingerprint[:12]}, this manifest is {found.fingerprint[:12]}; "
+            "name the right one with --manifest"
+        )

@@ -20,7 +20,7 @@ LEVELS = [
     {"networks", "precond", "engine", "tracking", "run_folder"},
     {"loss", "per_frequency", "sampler", "ema", "plan", "edm_weights"},
     {"checkpoint", "fid", "figures", "guidance"},
-    {"generate"},
+    {"generate", "spectrum_figure"},
     {"evaluation", "trainer"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

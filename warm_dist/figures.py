@@ -41,7 +41,37 @@ def save_grid(images: NDArray[np.uint8], path: Path, columns: int, scale: int | 
         y, x = _GAP_PX + k // columns * pitch_y, _GAP_PX + k % columns * pitch_x
         large = image.repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[y : y + scale * height, x : x + scale * width] = large
-    _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
+    replace_file(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
+
+
+def save_table(
+    rows: Sequence[tuple[str, NDArray[np.uint8]]], columns: Sequence[str], title: str, path: Path, groups: int = 1
+) -> None:
+    """Write rows of images with a name before each row and a heading above each column, as one PNG.
+
+    rows: (name, (K, C, H, W) uint8), K = len(columns), C = 1 or 3; a gap after every len(rows)/groups of them.
+    Raises OutputError if it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.15 * len(columns) + 0.9, 1.15 * len(rows) + 0.3 * groups + 0.8), dpi=100)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    per_group = len(rows) // groups
+    outer = figure.add_gridspec(groups, 1, hspace=0.12, left=0.9 / figure.get_figwidth(), right=0.99, bottom=0.01,
+                                top=1 - 0.85 / figure.get_figheight())  # fmt: skip
+    for k, (name, images) in enumerate(rows):
+        inner = outer[k // per_group].subgridspec(per_group, len(columns), wspace=0.04, hspace=0.04)
+        for column, (heading, image) in enumerate(zip(columns, images.transpose(0, 2, 3, 1), strict=True)):
+            axes = figure.add_subplot(inner[k % per_group, column])
+            axes.imshow(image.squeeze(), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            if k == 0:
+                axes.set_title(heading, fontsize=8)
+            if column == 0:
+                axes.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
 def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -77,14 +107,15 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
         labels += ours[1]
     if labels:
         left.legend(handles, labels, loc="upper right")
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
 def _series(lines: Sequence[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:
     return [(line["nimg"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it there as a whole. Raises OutputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

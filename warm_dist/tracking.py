@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,12 @@ class Mirror:
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[None]:
-        os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
-
         try:
-            yield
-        except (MlflowException, RequestException) as error:
+            with _reaching(self.url):
+                yield
+        except UnreachableError:
             self._connected = False  # whether the last request took effect is unknown: ask before sending again
-            raise UnreachableError(f"MLflow at {public(self.url)}: {public(str(error)).splitlines()[0]}") from None
+            raise
 
     def _connect(self) -> None:
         """Find or make the MLflow run and learn what it holds."""
@@ -125,12 +123,12 @@ class Mirror:
         return None
 
     def _create(self) -> Any:
-        experiment = self._client.get_experiment_by_name(self.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(self.experiment)
         first = parse_line(self._first_line().decode()) or {}
         start = {"start_time": int(first["time"] * 1000)} if "time" in first else {}
         tags = {_RUN_TAG: self._identity()} if self._identity() else {}
-        return self._client.create_run(experiment_id, run_name=self.run_name, tags=tags, **start)
+        return self._client.create_run(
+            _experiment_id(self._client, self.experiment), run_name=self.run_name, tags=tags, **start
+        )
 
     def _describe(self, known: dict[str, str]) -> None:
         """Parameters, tags and the config file. MLflow never changes a parameter: a later attempt's value is a tag."""
@@ -215,6 +213,46 @@ class Mirror:
         """What no other run has: a digest of the first line of metrics.jsonl, time stamp included; "" without one."""
         line = self._first_line()
         return hashlib.sha256(line).hexdigest()[:32] if line else ""
+
+
+def log_once(
+    url: str, experiment: str, run_name: str, params: dict[str, Any], metrics: dict[str, float], files: list[Path]
+) -> str:
+    """One finished MLflow run of a computation that is not training; returns its id. Raises UnreachableError."""
+    with _reaching(url):
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        client = MlflowClient(tracking_uri=url)
+        run_id: str = client.create_run(_experiment_id(client, experiment), run_name=run_name).info.run_id
+        now = int(time.time() * 1000)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            params=[Param(key, str(public(value))[:_MAX_VALUE]) for key, value in params.items()],
+        )
+        for path in files:
+            client.log_artifact(run_id, str(path))
+        client.set_terminated(run_id, "FINISHED")
+        return run_id
+
+
+@contextlib.contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """MLflow's and the network's errors as one UnreachableError, after seconds."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        raise UnreachableError(f"MLflow at {public(url)}: {public(str(error)).splitlines()[0]}") from None
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name))
 
 
 def public(value: Any) -> Any:

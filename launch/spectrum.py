@@ -1,0 +1,106 @@
+"""What BNR suits a data set: `launch/spectrum.py MANIFEST` draws its spectral analysis and suggests a BNR and a path.
+
+Writes OUT/spectrum.png and OUT/spectrum.json; with --mlflow-url both go to one MLflow run as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from warm_dist import errors
+from warm_dist.errors import ConfigError, OutputError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", metavar="MANIFEST", help="URL or path of a manifest.parquet")
+    parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
+    parser.add_argument(
+        "--bnr", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0, 2.0], help="ratios to compare, up to 8"
+    )
+    parser.add_argument("--out", type=Path, default=Path("spectrum"), help="folder of the picture and the numbers")
+    parser.add_argument("--mlflow-url", help="also log both to this MLflow server")
+    parser.add_argument("--experiment", default="warm-dist")
+    args = parser.parse_args()
+    if len(args.bnr) > 8 or any(not 0 <= value < math.inf for value in args.bnr):
+        raise ConfigError("--bnr needs up to 8 ratios, finite and not negative")
+
+    from data_pipelines.manifest import read_manifest
+    from warm_dist.analysis import suggested_bnr, suggested_path
+    from warm_dist.metrics import write_json
+    from warm_dist.spectrum_figure import spectrum_figure
+
+    info = read_manifest(args.manifest, args.endpoint_url).info
+    path = suggested_path(info.power_spectrum)
+    bnr = suggested_bnr(path)
+    tree = _numbers(info, args.bnr, path, bnr)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{args.out}: cannot be made ({error.strerror})") from None
+    picture, numbers = args.out / "spectrum.png", args.out / "spectrum.json"
+    spectrum_figure(info.power_spectrum, info.sigma_data, args.bnr, path, bnr, picture)
+    write_json(numbers, tree)
+    print(_report(tree, path.model_dump()))
+    print(f"{picture}  {numbers}")
+    if args.mlflow_url:
+        print(f"MLflow run {_log(args, tree, [picture, numbers])}")
+    return errors.EXIT_OK
+
+
+def _numbers(info: Any, bnrs: list[float], path: Any, bnr: float) -> dict[str, Any]:
+    """Everything drawn, ready for JSON."""
+    from warm_dist.analysis import SIGMAS, alphas, radial, shares, snr
+    from warm_dist.bnr import ConstantBNR
+
+    rings = radial(info.power_spectrum)
+    compared = []
+    for ratio in bnrs:
+        split = shares(info.power_spectrum, ConstantBNR(bnr=ratio))
+        curves = {name: getattr(split, name).tolist() for name in (*split._fields, "price")}
+        signal = {f"{s:g}": radial(snr(info.power_spectrum, s, ratio * s)).power.tolist() for s in (0.05, 0.5, 5.0)}
+        compared.append({"bnr": ratio, "worst_price": max(curves["price"]), **curves, "snr_by_sigma": signal})
+    return {
+        "fingerprint": info.fingerprint,
+        "num_images": info.num_images,
+        "sigma_data": info.sigma_data,
+        "frequency": rings.frequency.tolist(),
+        "power": rings.power.tolist(),
+        "sigma": SIGMAS.tolist(),
+        "bnr": compared,
+        "suggested_bnr": bnr,
+        "suggested_path": path.model_dump(),
+        "suggested_alpha": alphas(path, SIGMAS).tolist(),
+    }
+
+
+def _report(tree: dict[str, Any], path: dict[str, Any]) -> str:
+    rows = [f"{tree['num_images']} images, sigma_data {tree['sigma_data']:.4f}, fingerprint {tree['fingerprint'][:12]}"]
+    rows.append(f"{'BNR':>6}  {'deblurrer share of the error at σ = 0.05, 0.5, 5':<50}  worst price of blur")
+    for row in tree["bnr"]:
+        near = [
+            min(range(len(tree["sigma"])), key=lambda k: abs(math.log(tree["sigma"][k] / s))) for s in (0.05, 0.5, 5)
+        ]
+        part = "   ".join(f"{row['deblurrer'][k] / row['total'][k]:8.4f}" for k in near)
+        rows.append(f"{row['bnr']:>6g}  {part:<50}  {row['worst_price']:.3f}")
+    rows.append("suggested, to pass to launch/train.py:")
+    rows.append(f"  --set process.bnr={tree['suggested_bnr']:.3g}")
+    rows.append(f"  --set 'process.bnr={json.dumps(path, separators=(',', ':'))}'")
+    return "\n".join(rows)
+
+
+def _log(args: argparse.Namespace, tree: dict[str, Any], files: list[Path]) -> str:
+    from warm_dist.tracking import log_once
+
+    metrics = {"suggested_bnr": tree["suggested_bnr"], "sigma_data": tree["sigma_data"]}
+    metrics |= {f"worst_price/bnr_{row['bnr']:g}": row["worst_price"] for row in tree["bnr"]}
+    params = {"manifest": args.manifest, "fingerprint": tree["fingerprint"], "num_images": tree["num_images"]}
+    return log_once(args.mlflow_url, args.experiment, f"spectrum-{tree['fingerprint'][:8]}", params, metrics, files)
+
+
+if __name__ == "__main__":
+    errors.run(main)
