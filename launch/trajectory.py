@@ -1,6 +1,6 @@
 """Pictures of the process: `launch/trajectory.py RUN --bnr 0 0.5 2` draws real images on their way up, samples on theirs down.
 
-For each path OUT/forward_PATH.png (x at rising levels) and OUT/sampling_PATH.png (x, b̂ and x̂0 at each step). Without
+For each path OUT/forward_PATH.png (A x0 and x at rising levels) and OUT/sampling_PATH.png (x, b̂ and x̂0 at each step). Without
 --bnr the path is the run's own: hot, warm or cold.
 """
 
@@ -85,24 +85,30 @@ def _spread(total: int, n: int) -> NDArray[Any]:
 def _forward(
     model: Model, sampler: SamplerConfig, real: NDArray[Any], args: argparse.Namespace, title: str, path: Path
 ) -> None:
-    """x = A x0 + σ ε of real images along the path, one noise an image."""
+    """A x0 and x = A x0 + σ ε of real images along the path, one noise an image."""
     import numpy as np
     import torch
 
     from warm_dist import rng
     from warm_dist.figures import save_table
-    from warm_dist.generate import centre
+    from warm_dist.generate import centre, to_uint8
     from warm_dist.process import corrupt, level_at
     from warm_dist.sampler import schedule
+    from warm_dist.spectrum import blur
 
     _, points = schedule(model.config, sampler)
     chosen = _chosen([*reversed(points)], args.columns)
     mean = torch.tensor(model.info.channel_mean)
     x0 = centre(torch.from_numpy(real), mean).double()
     noise = torch.from_numpy(rng.normals(args.seed, "forward picture", range(len(real)), real.shape[1:])).double()
+    blurry = [to_uint8(blur(x0, level_at(point).alpha), mean).numpy() for point in chosen]
     states = [_shown(corrupt(x0, level_at(point), noise), point.sigma, model) for point in chosen]
-    rows = [("x", np.stack([state[k] for state in states])) for k in range(len(real))]
-    save_table(rows, [_heading(point) for point in chosen], title, path)
+    rows = [
+        (name, np.stack([state[k] for state in part]))
+        for k in range(len(real))
+        for name, part in (("A x0", blurry), ("x", states))
+    ]
+    save_table(rows, [_heading(point) for point in chosen], title, path, groups=len(real))
 
 
 def _sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, title: str, path: Path) -> None:
