@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.store import open_store
+from data_pipelines.manifest import read_manifest
 from launch.services import Services, free_port, services
 from warm_dist import errors, owned
 from warm_dist.config import Config
@@ -87,11 +87,11 @@ class Quickstart:
         self.seconds[phase] = time.monotonic() - begun
 
     def _pack(self, servers: Services) -> None:
-        folder, _, name = self.config.data.manifest.rpartition("/")
+        folder = self.config.data.manifest.rpartition("/")[0]
         endpoint = servers.s3.endpoint_url
         try:
-            open_store(folder, endpoint).stat(name)
-        except DataError:  # the manifest comes last: without it there is nothing, or half of it
+            read_manifest(self.config.data.manifest, endpoint)
+        except DataError:  # none, half a pack (the manifest comes last), or one of an older version
             command = [sys.executable, "-m", "data_pipelines.pack", "openmoji", folder]
             command += ["--resolution", str(self.config.data.resolution), "--endpoint-url", endpoint]
             code = subprocess.run(command).returncode

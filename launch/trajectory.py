@@ -162,7 +162,8 @@ def _shown(x: Tensor, sigma: float, model: Model) -> NDArray[Any]:
 
 
 def _heading(point: Point) -> str:
-    return f"σ {point.sigma:.2g}\nα {point.alpha:.2g} px"
+    sigma, alpha = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in point)
+    return f"σ {sigma}\nα {alpha} px"
 
 
 if __name__ == "__main__":

@@ -24,9 +24,18 @@ def world():
     distributed.shutdown()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_device(world, tmp_path: Path, precision):
-    settings = config(tmp_path, engine="local", parallel__precision=precision)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__precision": "fp32"},
+        {"parallel__precision": "bf16"},
+        {"parallel__activation_checkpointing": True, "process__residual_weight": "sampler", "train__augment": 0.3},
+        {"process__preconditioning": "per_frequency", "network__arch": "ncsnpp"},
+    ],
+    ids=["fp32", "bf16", "recompute", "per_frequency"],
+)
+def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
+    settings = config(tmp_path, engine="local", **changes)
     trainer = Trainer(settings, world, info(), tmp_path, print)
     source = batches(world, 0)
     steps = [prepare(next(source), settings, info(), world.device) for _ in range(4)]
@@ -41,12 +50,14 @@ def test_a_step_never_waits_for_the_device(world, tmp_path: Path, precision):
 
 
 def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):
-    settings = config(tmp_path, engine="local")
+    settings = config(
+        tmp_path, engine="local", process__bnr={"kind": "uniform", "low": 0, "high": 2}, sampler={"bnr": 1}
+    )
     batch = next(batches(world, 0))
     cpu, gpu = (prepare(batch, settings, info(), torch.device(d)) for d in ("cpu", "cuda"))
     assert torch.equal(cpu.noise, gpu.noise.cpu())
     assert torch.equal(cpu.x0, gpu.x0.cpu())
-    torch.testing.assert_close(cpu.level.sigma, gpu.level.sigma.cpu(), rtol=1e-12, atol=0)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu.level, gpu.level, strict=True))
     torch.backends.cuda.matmul.allow_tf32 = True  # what a user may have set
     alpha = torch.full((len(gpu.x0),), 0.001)
     exact = unblurred(cpu.x0.double(), alpha)

@@ -25,7 +25,7 @@ from warm_dist import owned
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.figures import save_grid
 from warm_dist.metrics import MetricsLog, read_json, write_json
-from warm_dist.tracking import CLIENT_ENV, Mirror, public
+from warm_dist.tracking import CLIENT_ENV, Mirror, log_once, public
 
 MIRROR = str(Path(command.__file__))
 STEPS = list(range(32, 32 * 41, 32))
@@ -347,3 +347,16 @@ def test_importing_the_mirror_is_cheap() -> None:
     code = "import sys, launch.mirror; print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_computation_that_is_no_training_is_one_finished_run(running: Services, client: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "spectrum.json"
+    picture.write_text("{}")
+    secret = "s3://key:hunter2@bucket/manifest.parquet"
+    run_id = log_once(running.mlflow_url, tmp_path.name, "spectrum-1", {"manifest": secret}, {"bnr": 0.4}, [picture])
+    found = client.get_run(run_id)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "spectrum-1")
+    assert found.data.metrics == {"bnr": 0.4}
+    assert found.data.params == {"manifest": "s3://bucket/manifest.parquet"}
+    assert [file.path for file in client.list_artifacts(run_id)] == ["spectrum.json"]
+    assert client.get_experiment(found.info.experiment_id).name == tmp_path.name

@@ -21,7 +21,7 @@ from warm_dist.ema import EMA
 from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.metrics import MetricsLog, read_metrics
-from warm_dist.networks import UNet
+from warm_dist.networks import build
 from warm_dist.trainer import Trainer
 from warm_dist.types import Batch, DataInfo
 
@@ -122,6 +122,8 @@ def engines(world: World, root: Path) -> dict[str, Any]:
         "zero3": {"parallel__zero_stage": 3},
         "zero1-accumulate": {"parallel__zero_stage": 1, "train__micro_batch_size": 2},
         "zero2-accumulate": {"parallel__zero_stage": 2, "train__micro_batch_size": 2},
+        "zero1-recompute": {"parallel__zero_stage": 1, "parallel__activation_checkpointing": True},
+        "zero3-recompute": {"parallel__zero_stage": 3, "parallel__activation_checkpointing": True},
         "zero0-bf16": {"parallel__zero_stage": 0, "parallel__precision": "bf16"},
         "zero1-bf16": {"parallel__zero_stage": 1, "parallel__precision": "bf16"},
     }.items():
@@ -230,7 +232,7 @@ def ema_whole(world: World, root: Path) -> float:
     """The sharded EMA, gathered, against a plain EMA of whole weights: the largest difference."""
     settings = config(root / "ema", parallel__zero_stage=2)
     torch.manual_seed(0)
-    network = UNet(settings.network, 8, 3, 0)
+    network = build(settings)
     shapes = {name: p.shape for name, p in network.named_parameters()}
     engine = build_engine(network, settings, world)
     ema = EMA(engine.owned(), 100, 0.05)
