@@ -105,7 +105,9 @@ def test_every_path_ends_in_the_same_gaussian(size):
     torch.testing.assert_close(dct(ends[1])[0, 0], std, rtol=3e-3, atol=0)
 
 
-@pytest.mark.parametrize("sampler", [first_order, heun, multistep, DDIM, CHURN_40], ids=lambda s: str(s)[:24])
+@pytest.mark.parametrize(
+    "sampler", [first_order, heun, multistep, DDIM, CHURN_40], ids=["first_order", "heun", "2m", "ddim", "churn"]
+)
 def test_rectangular_images_converge_too(sampler):
     spectrum = fallback_spectrum(6, 10)
     path = points(HALF, edm_grid(120, 0.002, 80.0, 7.0))[:-1]
