@@ -7,11 +7,12 @@ Source: BNR, Warm Diffusion (arXiv 2511.16904); paths and random BNR are derived
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from torch import Tensor
+
+if TYPE_CHECKING:  # the config must load without torch
+    from torch import Tensor
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -50,8 +51,8 @@ class PowerBNR(Section):
 
     def alpha(self, sigma: Tensor) -> Tensor:
         # never as ratio · σ, which is ∞ · 0 at σ = 0 when the exponent is negative
-        alpha = self.bnr * self.sigma_ref**-self.exponent * sigma ** (1 + self.exponent)
-        return alpha if self.cap is None else torch.minimum(alpha, self.cap * sigma)
+        alpha: Tensor = self.bnr * self.sigma_ref**-self.exponent * sigma ** (1 + self.exponent)
+        return alpha if self.cap is None else alpha.minimum(self.cap * sigma)
 
 
 class TableBNR(Section):
@@ -77,14 +78,11 @@ class TableBNR(Section):
         return self
 
     def alpha(self, sigma: Tensor) -> Tensor:
-        knots = torch.tensor([0.0, *self.sigma], dtype=torch.float64, device=sigma.device)
-        ratios = torch.tensor([self.bnr[0], *self.bnr], dtype=torch.float64, device=sigma.device)
+        knots, ratios = sigma.new_tensor([0.0, *self.sigma]), sigma.new_tensor([self.bnr[0], *self.bnr])
         values = knots * ratios
-        if len(self.sigma) == 1:
-            return ratios[1] * sigma
-        k = torch.searchsorted(knots, sigma.contiguous()).clamp(1, len(knots) - 1)
+        k = (sigma[..., None] >= knots).sum(-1).clamp(1, len(knots) - 1)
         share = (sigma - knots[k - 1]) / (knots[k] - knots[k - 1])
-        return torch.where(sigma > knots[-1], ratios[-1] * sigma, torch.lerp(values[k - 1], values[k], share))
+        return (ratios[-1] * sigma).where(sigma > knots[-1], values[k - 1].lerp(values[k], share))
 
 
 class UniformBNR(Section):
