@@ -1,10 +1,16 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from warm_dist.augment import Draw, draw, low_pass, warp
+from warm_dist.config_file import load_config
+from warm_dist.trainer import prepare
+from warm_dist.types import Batch, DataInfo
+
+ROOT = Path(__file__).parents[1]
 
 POSITIONS = range(4000)
 
@@ -123,3 +129,18 @@ def test_filter_is_a_symmetric_low_pass():
     response = [abs(complex((taps * torch.exp(-1j * w * n)).sum())) for w in (0.25 * math.pi, 0.75 * math.pi)]
     assert response[0] > 0.9
     assert response[1] < 0.1
+
+
+def test_training_sees_moved_images_and_tells_the_network_how():
+    config = load_config(ROOT / "configs" / "quickstart.json", ["train.augment=0.9", "train.horizontal_flips=false"])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
+    batch = Batch(images, np.full(6, -1), np.arange(6) + 100, ("",) * 6)
+    mean = np.array([0.1, 0.2, 0.3])
+    info = DataInfo(16, 3, 0, 6, mean, np.zeros((3, 16, 16)), np.ones((16, 16)), 1.0, np.zeros(0), np.zeros(0), "")
+    ready = prepare(batch, config, info, torch.device("cpu"))
+    expected = draw(config.train.seed, range(100, 106), 0.9, 16, 16)
+    x0 = torch.from_numpy(images) / 127.5 - 1 - torch.tensor(mean)[:, None, None]
+    torch.testing.assert_close(ready.x0, warp(x0.float(), torch.as_tensor(expected.matrix)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ready.condition[1], torch.as_tensor(expected.labels), rtol=0, atol=0)
+    assert ready.condition[1].abs().amax() > 0 and (ready.x0 - x0).abs().amax() > 0.1
