@@ -24,11 +24,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = {
     "network.channels": 8,
     "network.channel_mult": [1, 2],
-    "train.total_nimg": 4800,
+    "train.total_nimg": 1600,
     "train.lr_decay_nimg": 0,
     "train.log_nimg": 160,
-    "train.save_nimg": 1600,
-    "eval.eval_nimg": 4800,
+    "train.save_nimg": 800,
+    "eval.eval_nimg": 1600,
     "eval.num_images": 64,
     "eval.extractor": "pixels",
     "eval.grid": 4,
@@ -77,7 +77,7 @@ def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
     assert "2460 images" in first
     assert "2460 images" not in second  # packed once
     lines = [r["nimg"] for r in read_metrics(root / "quickstart" / "metrics.jsonl") if r["kind"] == "train"]
-    assert lines == list(range(160, 4801, 160))
+    assert lines == list(range(160, 1601, 160))
     assert "Traceback" not in first + second
 
 
@@ -122,6 +122,6 @@ def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root,
     history = json.loads(get(f"{api}/metrics/get-history?run_id={run_id}&metric_key=train/loss&max_results=1000"))[
         "metrics"
     ]
-    assert sorted(int(m["step"]) for m in history) == list(range(160, 4801, 160))
-    grid = root / "quickstart" / "samples" / "000000004800.png"
+    assert sorted(int(m["step"]) for m in history) == list(range(160, 1601, 160))
+    grid = root / "quickstart" / "samples" / "000000001600.png"
     assert get(f"{ui}/get-artifact?path=samples/{grid.name}&run_uuid={run_id}") == grid.read_bytes()
