@@ -42,13 +42,17 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     from warm_dist import distributed
-    from warm_dist.metrics import read_json
+    from warm_dist.metrics import make_folder, read_json
 
     stop = distributed.StopSignal().install()
     distributed.set_threads()
     world = distributed.init(120)
-    file = args.out / "results.json"
-    results: dict[str, Any] = distributed.on_main(world, lambda: read_json(file) or {})
+
+    def open_results() -> dict[str, Any]:
+        make_folder(args.out)
+        return read_json(args.out / "results.json") or {}
+
+    results = distributed.on_main(world, open_results)
     lines = [line for weights in args.weights for line in _evaluate(weights, args, world, stop, results)]
     if world.is_main:
         print(_table(lines))

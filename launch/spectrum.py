@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import errors
-from warm_dist.errors import ConfigError, OutputError
+from warm_dist.errors import ConfigError
 
 
 def main() -> int:
@@ -31,17 +31,14 @@ def main() -> int:
 
     from data_pipelines.manifest import read_manifest
     from warm_dist.analysis import suggested_bnr, suggested_path
-    from warm_dist.metrics import write_json
+    from warm_dist.metrics import make_folder, write_json
     from warm_dist.spectrum_figure import spectrum_figure
 
     info = read_manifest(args.manifest, args.endpoint_url).info
     path = suggested_path(info.power_spectrum)
     bnr = suggested_bnr(path)
     tree = _numbers(info, args.bnr, path, bnr)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{args.out}: cannot be made ({error.strerror})") from None
+    make_folder(args.out)
     picture, numbers = args.out / "spectrum.png", args.out / "spectrum.json"
     spectrum_figure(info.power_spectrum, info.sigma_data, args.bnr, path, bnr, picture)
     write_json(numbers, tree)

@@ -81,17 +81,18 @@ def test_autoguidance_takes_a_second_run(runs, tmp_path):
 
 
 def test_evaluate_fills_a_table_once(runs, tmp_path):
-    args = [runs / "random", "--bnr", 0.1, 2, "--method", "multistep", "--nfe", 5, "--out", tmp_path]
+    out = tmp_path / "not" / "yet"
+    args = [runs / "random", "--bnr", 0.1, 2, "--method", "multistep", "--nfe", 5, "--out", out]
     done = command("evaluate", *args)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     assert sorted(line["bnr"] for line in results.values()) == ["0.1", "2"]
     assert len({line["frechet"] for line in results.values()}) == 2
-    before = (tmp_path / "results.json").stat().st_mtime_ns
+    before = (out / "results.json").stat().st_mtime_ns
     again = command("evaluate", *args)
     assert again.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
-    assert (tmp_path / "results.json").stat().st_mtime_ns == before
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    assert (out / "results.json").stat().st_mtime_ns == before
+    assert len(list((out / "samples").glob("*.png"))) == 2
 
 
 def test_evaluate_agrees_with_the_run_itself(runs, tmp_path):
@@ -142,6 +143,7 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("evaluate", [tmp_path, "--out", tmp_path / "e"], 4, "ema.safetensors"),
         ("evaluate", [random, "--manifest", tmp_path / "none" / "manifest.parquet", "--out", tmp_path / "e"], 3, "none"),
         ("evaluate", [random, "--manifest", other / "manifest.parquet", "--out", tmp_path / "e"], 2, "made from data"),
+        ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be made"),
         ("trajectory", [random, "--label", 10], 2, "has 10 classes"),
         ("trajectory", [random, "--columns", 1], 2, "at least 2"),
     ]:  # fmt: skip

@@ -59,6 +59,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder unless it exists. Raises OutputError: better now than after hours of work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
+
+
 def write_json(path: Path, tree: Any) -> None:
     """Replace a file as a whole: it is never seen half-written. Raises OutputError if the folder refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
