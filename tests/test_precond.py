@@ -120,27 +120,6 @@ def test_loss_targets_keep_their_digits_in_float32():
         assert float((ours.double() - exact).norm() / exact.norm()) < 1e-5
 
 
-def test_bnr_zero_loss_is_edms():
-    generator = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=generator) for _ in range(2))
-    at = level(0.01, 0.3, 1.0, 30.0, bnr=0.0)
-
-    def network(x, c_noise, c_blur):
-        return torch.cat([torch.sin(x * 3) + c_noise[:, None, None, None], torch.full_like(x, 7.0)], dim=1)
-
-    ours = loss(network, SPECTRUM, x0, at, noise)
-    sigma, data = at.sigma[:, None, None, None], 0.5
-    noisy = x0 + sigma * noise
-    c_in, c_skip = 1 / (sigma**2 + data**2).sqrt(), data**2 / (sigma**2 + data**2)
-    c_out = sigma * data / (sigma**2 + data**2).sqrt()
-    denoised = c_skip * noisy + c_out * (torch.sin(c_in * noisy * 3) + sigma.log() / 4)
-    weight = (sigma**2 + data**2) / (sigma * data) ** 2
-    edm = (weight * (denoised - x0) ** 2).mean((1, 2, 3))
-    torch.testing.assert_close(ours.blurry, edm, rtol=1e-12, atol=0)
-    assert torch.equal(ours.residual, torch.zeros(4).double())
-    torch.testing.assert_close(ours.total, ours.blurry)
-
-
 def test_balanced_weight_is_bounded_by_the_denoisers():
     at = level(0.01, 1.0)
     x0 = torch.zeros(2, 1, 32, 32)
