@@ -1,7 +1,7 @@
 """Fréchet distances of trained networks: `launch/evaluate.py RUN... --bnr 0.1 0.5 1 2 --method heun multistep --nfe 35`.
 
 Every combination of weights, BNR, method and NFE is one line of OUT/results.json; what stands there is not done again.
-Runs on one process, or under torchrun on several.
+Networks that differ by train.seed alone get a line of their mean and spread. Runs on one process, or under torchrun.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import json
 import math
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch import sampling
 from warm_dist import errors
 from warm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from warm_dist.generate import Model
 
 
 def parse() -> argparse.Namespace:
@@ -72,6 +77,7 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
     path = sampling.weights_path(weights)
     model = load_weights(path, world.device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    origin = {"recipe": _recipe(model), "seed": model.config.train.seed}
     config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
     base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
     changes = {"batch_size": args.batch_size} | ({"num_images": args.num_images} if args.num_images else {})
@@ -96,21 +102,42 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
                 values = evaluator.measure(sampler, stop, picture, str(weights))
                 bnr = describe(config.process.bnr if sampler.bnr is None else sampler.bnr)
                 results[key] = {"weights": str(weights), "sha256": digest, "bnr": bnr, "method": sampler.method,
-                                "nfe": spec.nfe, "sampler": spec.sampler, **values}  # fmt: skip
+                                "nfe": spec.nfe, "sampler": spec.sampler, **origin, **values}  # fmt: skip
                 if world.is_main:
                     write_json(args.out / "results.json", results)
-            lines.append(results[key])
+            lines.append(results[key] | origin)
     return lines
+
+
+def _recipe(model: Model) -> str:
+    """A hash of everything that made the weights but chance (train.seed): data, network, process, training."""
+    from warm_dist.config_file import dump
+
+    tree = dump(model.config)
+    made_by = {key: tree[key] for key in ("process", "network", "train")}
+    del made_by["train"]["seed"]
+    text = json.dumps([made_by, model.info.fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
     rows = [f"{'weights':<40} {'BNR':>12} {'method':>12} {'NFE':>5} {'Fréchet':>9} {'floor':>7}"]
     rows += [
-        f"{line['weights'][-40:]:<40} {line['bnr']:>12} {line['method']:>12} {line['nfe']:>5} {line['frechet']:>9.2f} "
-        f"{line['floor']:>7.2f}"
-        for line in lines
+        f"{line['weights'][-40:]:<40} {_how(line)} {line['frechet']:>9.2f} {line['floor']:>7.2f}" for line in lines
     ]
+    groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["recipe"], line["spec"]), {})[line["seed"]] = line
+    for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
+        values = [line["frechet"] for line in group]
+        name = f"{len(group)} seeds as {group[0]['weights'][-28:]}"
+        spread = f"± {statistics.stdev(values):.2f}   {min(values):.2f} … {max(values):.2f}"
+        rows.append(f"{name:<40} {_how(group[0])} {statistics.mean(values):>9.2f} {spread}")
     return "\n".join(rows)
+
+
+def _how(line: dict[str, Any]) -> str:
+    return f"{line['bnr']:>12} {line['method']:>12} {line['nfe']:>5}"
 
 
 if __name__ == "__main__":

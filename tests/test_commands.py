@@ -95,6 +95,20 @@ def test_evaluate_fills_a_table_once(runs, tmp_path):
     assert len(list((out / "samples").glob("*.png"))) == 2
 
 
+def test_networks_that_differ_by_seed_alone_are_averaged(runs, tmp_path):
+    args = [runs / "random", runs / "weak", "--bnr", 0.5, 1, "--method", "first_order", "--nfe", 2, "--out", tmp_path]
+    done = command("evaluate", *args)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text()).values()
+    *_, first, second = done.stdout.splitlines()
+    for row, bnr in ((first, "0.5"), (second, "1")):
+        values = [line["frechet"] for line in results if line["bnr"] == bnr]
+        assert len(values) == 2
+        mean, half = sum(values) / 2, abs(values[0] - values[1]) / 2
+        assert row.startswith("2 seeds as ")
+        assert f" {mean:.2f} ± {half * 2**0.5:.2f}   {mean - half:.2f} … {mean + half:.2f}" in row
+
+
 def test_evaluate_agrees_with_the_run_itself(runs, tmp_path):
     done = command("evaluate", runs / "random", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
