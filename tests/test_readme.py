@@ -54,6 +54,16 @@ def test_every_exit_code_is_in_the_readme():
 
 
 def test_files_named_in_the_readme_exist():
-    named = re.findall(r"`((?:warm_dist|launch|data_pipelines|configs)/[\w./]+)`", README)
+    named = re.findall(r"`((?:warm_dist|launch|data_pipelines|configs|docs)/[\w./]+)`", README)
     assert len(named) >= 7
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_sections_that_docstrings_cite_exist():
+    sources = [path for folder in ("warm_dist", "launch", "data_pipelines") for path in (ROOT / folder).glob("*.py")]
+    cited = [
+        found for path in sources for found in re.findall(r"(docs/[\w./-]+\.md)(?:, section (\d))?", path.read_text())
+    ]
+    assert len(cited) >= 7
+    for name, section in cited:
+        assert re.search(rf"^## {section}", (ROOT / name).read_text(), re.M), (name, section)

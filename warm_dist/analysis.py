@@ -1,7 +1,7 @@
 """What blur-noise diffusion has to do at each frequency and level, from the data's power spectrum alone.
 
 For Gaussian data of the same spectrum every number here is exact; for images it is the linear part of the work.
-Source: derived, docs mathematics, section 5.
+Source: derived, docs/mathematics.md, section 5.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The blur-to-noise ratio BNR = α/σ as people choose it: constant, along σ, random in training, or cold.
 
 Every kind is a value of the config. α is the standard deviation of the blur in pixels, σ that of the noise.
-Source: BNR, Warm Diffusion (arXiv 2511.16904); paths and random BNR are derived, docs mathematics, section 1.
+Source: BNR, Warm Diffusion (arXiv 2511.16904); paths and random BNR are derived, docs/mathematics.md, section 1.
 """
 
 from __future__ import annotations

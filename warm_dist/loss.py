@@ -1,4 +1,4 @@
-"""The training loss of both heads, in network units. Source: derived, docs mathematics, section 4."""
+"""The training loss of both heads, in network units. Source: derived, docs/mathematics.md, section 4."""
 
 from __future__ import annotations
 

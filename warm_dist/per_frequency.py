@@ -1,7 +1,7 @@
 """The ablation with one head: every DCT mode scaled by its own power, so that both targets become the same one.
 
 With P = a²S + σ² per mode: c_in = P^(−½), x̂0 = (aS/P) u + σ√(S/P) F, b̂ = A x̂0, R̂ = (I − A) x̂0. It tells whether two
-heads help. Source: derived, docs mathematics, section 4.
+heads help. Source: derived, docs/mathematics.md, section 4.
 """
 
 from __future__ import annotations

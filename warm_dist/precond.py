@@ -1,6 +1,6 @@
 """Preconditioning of the two heads: inputs and both targets have unit second moment at every (α, σ).
 
-Source: derived after EDM's table 1, for targets A x0 and (I − A) x0; docs mathematics, section 4.
+Source: derived after EDM's table 1, for targets A x0 and (I − A) x0; docs/mathematics.md, section 4.
 """
 
 from __future__ import annotations

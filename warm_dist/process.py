@@ -51,7 +51,7 @@ def training_level(process: ProcessConfig, normal: Tensor, uniform: Tensor, widt
     """Each image's level: ln σ = P_mean + P_std·n and α by the config's BNR; cold: σ at its floor, ln α uniform.
 
     normal, uniform: (B,), standard normal and in [0, 1). width: of the images, pixels. Returns (B,) float64 each.
-    Source: σ, EDM, table 1; random BNR derived, docs mathematics, section 1.
+    Source: σ, EDM, table 1; random BNR derived, docs/mathematics.md, section 1.
     """
     bnr, uniform = process.bnr, uniform.double()
     if isinstance(bnr, Cold):

@@ -1,4 +1,4 @@
-"""Samplers: plain functions that carry x along a path from its first point to its last. Source: docs mathematics, section 3.
+"""Samplers: plain functions that carry x along a path from its first point to its last. Source: docs/mathematics.md, section 3.
 
 Every function takes `denoise(x, level) -> Heads`, float64 state x (B, C, H, W) and falling points that may end in (0, 0),
 where the step is first order (A(0) = I). Calls of `denoise` are the NFE. Random ones also take `noise`, which gives the

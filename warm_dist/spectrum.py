@@ -1,4 +1,4 @@
-"""The orthonormal DCT-II, the Gaussian blur that is diagonal in it, and power spectra. Source: docs mathematics, 1 and 4."""
+"""The orthonormal DCT-II, the Gaussian blur that is diagonal in it, and power spectra. Source: docs/mathematics.md, 1 and 4."""
 
 from __future__ import annotations
 
