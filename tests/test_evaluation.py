@@ -8,7 +8,7 @@ from tests.distributed.worker import config, info
 from warm_dist import evaluation
 from warm_dist.distributed import StopSignal, World
 from warm_dist.errors import Stopped
-from warm_dist.evaluation import Evaluator, Polls
+from warm_dist.evaluation import Evaluator, Polls, in_order
 from warm_dist.generate import build_network
 
 EVAL = {"eval_nimg": 80, "num_images": 20, "extractor": "pixels", "grid": 2, "batch_size": 8}
@@ -28,6 +28,12 @@ def test_ranks_ask_equally_often_however_images_are_dealt(monkeypatch, tmp_path,
             polls.once()
         polls.rest()
     assert asked.count(0) == asked.count(1) == asked.count(2) > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_split_of_the_floor_knows_no_world_size(world_size):
+    rows = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
+    assert np.array_equal(in_order([rows[rank::world_size] for rank in range(world_size)]), rows)
 
 
 @pytest.fixture

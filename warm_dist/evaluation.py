@@ -24,6 +24,14 @@ Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
 
 
+def in_order(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Rows that were dealt to the ranks in turn (rank r of W took r, r + W, …), as they were: alike at any world size."""
+    rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.float32)
+    for rank, part in enumerate(parts):
+        rows[rank :: len(parts)] = part
+    return rows
+
+
 class Polls:
     """Asks all ranks after every batch whether to stop; ranks with a batch less ask as often."""
 
@@ -113,7 +121,7 @@ class Evaluator:
         rows = gather(world, fid.features(self.extractor, images, settings.batch_size))
         shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]
         self._need_real()
-        distance, floor, floor_n = on_main(world, lambda: self._compare(np.concatenate(rows)))
+        distance, floor, floor_n = on_main(world, lambda: self._compare(in_order(rows)))
         if world.is_main:
             pictures = np.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
             save_grid(pictures, grid, columns=settings.grid)
@@ -185,7 +193,7 @@ class Evaluator:
         for low in range(0, len(mine), size):
             parts.append(fid.features(self.extractor, self.read(mine[low : low + size]), size))
             advance(len(parts[-1]))
-        rows = np.concatenate(gather(self.world, np.concatenate(parts)))
+        rows = in_order(gather(self.world, np.concatenate(parts)))
         on_main(self.world, lambda: self._keep(rows))
 
     def _keep(self, rows: NDArray[np.float32]) -> None:
