@@ -120,6 +120,22 @@ def test_loss_targets_keep_their_digits_in_float32():
         assert float((ours.double() - exact).norm() / exact.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("weight", ["one", "balanced", "denoiser", "sampler"])
+def test_without_blur_the_residual_head_gets_no_gradient_and_no_nan(weight):
+    # dividing the loss by c_out,R² = 0 would make NaN here, in the value or, masked afterwards, in the gradient
+    at = Level(torch.tensor([0.5, 0.5, 1e-4]).double(), torch.tensor([0.0, 0.25, 1e-8]).double())
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, out = (torch.randn(3, c, 32, 32, generator=generator) for c in (1, 1, 2))
+    out.requires_grad_()
+    result = loss(lambda *inputs: out, SPECTRUM, x0, at, noise, residual_weight=weight)
+    result.total.sum().backward()
+    assert bool(torch.isfinite(result.total).all())
+    assert bool(torch.isfinite(out.grad).all())
+    assert not out.grad[0, 1].any()
+    assert out.grad[1].abs().amax((1, 2)).gt(0).all()
+    assert out.grad[2, 0].any()
+
+
 def test_balanced_weight_is_bounded_by_the_denoisers():
     at = level(0.01, 1.0)
     x0 = torch.zeros(2, 1, 32, 32)
