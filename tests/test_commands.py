@@ -152,7 +152,7 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("sample", ["--weights", random, "--set", "process.bnr=1"], 2, "only sampler.* can change"),
         ("sample", ["--weights", random, "--set", "sampler.etta=1"], 2, "did you mean 'sampler.eta'"),
         ("sample", ["--weights", random, "--method", "euler"], 2, "sampler.method"),
-        ("sample", ["--weights", random, "--nfe", 4], 2, "an odd number"),
+        ("sample", ["--weights", random, "--method", "heun", "--nfe", 4], 2, "an odd number"),
         ("sample", ["--weights", random, "--set", "sampler.guidance=2", "--set", "sampler.guide=absent"], 4, "absent"),
         ("evaluate", [tmp_path, "--out", tmp_path / "e"], 4, "ema.safetensors"),
         ("evaluate", [random, "--manifest", tmp_path / "none" / "manifest.parquet", "--out", tmp_path / "e"], 3, "none"),

@@ -43,7 +43,7 @@ def test_published_hyper_parameters(name, batch, lr, total, half_life, dropout, 
     c = load_config(ROOT / "configs" / f"{name}.json")
     assert (c.train.batch_size, c.train.lr, c.train.ema_half_life_nimg) == (batch, lr, half_life)
     assert c.train.total_nimg == pytest.approx(total, rel=1e-5)  # rounded up to whole batches
-    assert (c.network.dropout, c.sampler.num_steps) == (dropout, nfe_steps)
+    assert (c.network.dropout, c.sampler.method, c.sampler.num_steps) == (dropout, "heun", nfe_steps)
 
 
 def test_the_schema_file_is_the_models():
@@ -69,7 +69,7 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ('process.bnr={"kind":"uniform","low":0,"high":1}', "sampler.bnr is needed"),
         ('sampler.bnr={"kind":"uniform","low":0,"high":1}', "'sampler.bnr'"),
         ("sampler.method=cold", "needs process.bnr cold"),
-        ("sampler.grid=[3,2]", "grid has 2 entries, num_steps is 18"),
+        ("sampler.grid=[3,2]", "grid has 2 entries, num_steps is 35"),
         ("sampler.grid=linear", "'edm' or 'log_linear'"),
         ("sampler.guidance=2", "train.label_dropout above 0"),
         ("process.sigma_data=guess", "'measured'"),

@@ -38,7 +38,7 @@ def test_the_split_of_the_floor_knows_no_world_size(world_size):
 
 @pytest.fixture
 def evaluator(tmp_path: Path) -> Evaluator:
-    settings = config(tmp_path, eval=EVAL, sampler={"num_steps": 2})
+    settings = config(tmp_path, eval=EVAL, sampler={"method": "heun", "num_steps": 2})
     real = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
     return Evaluator(settings, World(0, 1, torch.device("cpu"), None), info(), lambda rows: real[rows], tmp_path, print)
 

@@ -43,11 +43,13 @@ def test_an_image_is_its_seed_and_number(tmp_path):
 @pytest.mark.parametrize(
     ("bnr", "sampler"),
     [
+        (0.5, SamplerConfig(num_steps=4, method="heun")),
         (0.5, SamplerConfig(num_steps=4, method="multistep", grid="log_linear")),
         (0.5, SamplerConfig(num_steps=4, method="churn")),
         (0.5, SamplerConfig(num_steps=4, method="ancestral", eta=0.5, start="plain")),
         ({"kind": "uniform", "low": 0, "high": 2}, SamplerConfig(num_steps=4, bnr=1.0)),
         ({"kind": "power", "bnr": 0.5, "exponent": 0.2}, SamplerConfig(num_steps=3, grid=(9.0, 1.0, 0.1))),
+        ({"kind": "cold"}, SamplerConfig(num_steps=4)),
         ({"kind": "cold"}, SamplerConfig(num_steps=4, method="cold")),
         ({"kind": "cold"}, SamplerConfig(num_steps=4, method="churn", start="plain")),
     ],

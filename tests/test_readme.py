@@ -1,4 +1,4 @@
-"""The README's commands: targets, scripts and options exist as printed."""
+"""The commands of the README and of docs/: targets, scripts and options exist as printed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
+from string import Template
 
 import pytest
 
@@ -16,8 +18,20 @@ from warm_dist import errors
 from warm_dist.config_file import load_config
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-COMMANDS = [line.strip().split("  #")[0] for line in BLOCKS.splitlines() if line.strip()]
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands(page: str) -> Iterator[str]:
+    """The lines of the page's sh blocks; in a loop, with the first value of its variables."""
+    first: dict[str, str] = {}
+    for line in "\n".join(re.findall(r"```sh\n(.*?)```", page, re.S)).replace("\\\n", " ").splitlines():
+        loops = dict(re.findall(r"for (\w+) in (\S+)", line))
+        first |= loops
+        if line.strip() and line.strip() != "done" and not loops:
+            yield Template(line.strip().split("  #")[0]).substitute(first)
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
 @cache

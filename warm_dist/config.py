@@ -108,8 +108,10 @@ Grid = Annotated[
 
 
 class SamplerConfig(Section):
-    method: Literal["heun", "first_order", "multistep", "churn", "ancestral", "cold"] = "heun"
-    num_steps: Annotated[int, Field(ge=2)] = 18
+    method: Literal["heun", "first_order", "multistep", "churn", "ancestral", "cold"] = Field(
+        "ancestral", description="the default is the best of docs/results.md; heun is EDM's and the paper's"
+    )
+    num_steps: Annotated[int, Field(ge=2)] = Field(35, description="heun and churn cost 2 num_steps - 1 evaluations")
     bnr: PathBNR | None = Field(None, description="the path to sample along; null: the one of training")
     grid: Grid = Field(
         "edm", description="levels of sigma (cold: of alpha); a list falls and has num_steps entries, 0 comes after it"
