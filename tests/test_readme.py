@@ -27,7 +27,7 @@ def commands(page: str) -> Iterator[str]:
     for line in "\n".join(re.findall(r"```sh\n(.*?)```", page, re.S)).replace("\\\n", " ").splitlines():
         loops = dict(re.findall(r"for (\w+) in (\S+)", line))
         first |= loops
-        if line.strip() and line.strip() != "done" and not loops:
+        if not loops and not re.fullmatch(r"(\s|;|done)*", line):
             yield Template(line.strip().split("  #")[0]).substitute(first)
 
 
