@@ -131,7 +131,7 @@ def test_the_report_compares_equal_specs(tmp_path: Path) -> None:
     report = run._report(3.0)
     for part in (
         "services 1.0 s   train 2.0 s   200 images/s",
-        "Fréchet distance (lite0), n = 2,048, heun 18 steps, spec same",
+        "Fréchet distance (lite0), n = 2,048, ancestral 35 steps, spec same",
         "before training   215.00   (nimg 32)",
         "after training     65.00   (nimg 128)",
         "floor              15.00   (real against real, 1,230 images each)",
