@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -103,6 +106,14 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
         if not quiet:
             prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
             print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: ours is closed by now, and a native library's thread, met half-started by the interpreter's teardown,
+    may abort the process with a code of its own ("terminate called without an active exception", seen once in a hundred)."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
