@@ -102,7 +102,7 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
                 values = evaluator.measure(sampler, stop, picture, str(weights))
                 bnr = describe(config.process.bnr if sampler.bnr is None else sampler.bnr)
                 results[key] = {"weights": str(weights), "sha256": digest, "bnr": bnr, "method": sampler.method,
-                                "nfe": spec.nfe, "sampler": spec.sampler, **origin, **values}  # fmt: skip
+                                "nfe": spec.nfe, "sampler": spec.sampler, **values}  # fmt: skip
                 if world.is_main:
                     write_json(args.out / "results.json", results)
             lines.append(results[key] | origin)
@@ -110,13 +110,13 @@ def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, re
 
 
 def _recipe(model: Model) -> str:
-    """A hash of everything that made the weights but chance (train.seed): data, network, process, training."""
+    """A hash of what made the weights but chance (train.seed): data, process, network, training, precision."""
     from warm_dist.config_file import dump
 
     tree = dump(model.config)
     made_by = {key: tree[key] for key in ("process", "network", "train")}
     del made_by["train"]["seed"]
-    text = json.dumps([made_by, model.info.fingerprint], sort_keys=True)
+    text = json.dumps([made_by, tree["parallel"]["precision"], model.info.fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
