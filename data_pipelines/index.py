@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipelines.manifest import Manifest, Shard, decode, write_manifest
+from data_pipelines.manifest import Manifest, Shard, write_manifest
+from data_pipelines.payload import decode
 from data_pipelines.store import Store, open_store
 from warm_dist.errors import DataError, run
 from warm_dist.spectrum import dct

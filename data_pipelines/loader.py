@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.lanes import Order, check_world, rank_positions
-from data_pipelines.manifest import Manifest, decode, read_manifest
+from data_pipelines.manifest import Manifest, read_manifest
+from data_pipelines.payload import decode
 from data_pipelines.store import Store, open_store, split_url
 from warm_dist.config import Config
 from warm_dist.errors import ConfigError, DataError

@@ -7,7 +7,6 @@ folders become labels), a .zip of one, a .parquet file or a folder of those. The
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -18,11 +17,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipelines.index import OURS, Indexer
 from data_pipelines.manifest import NAME, Manifest, read_manifest
+from data_pipelines.payload import PAYLOADS, encode
 from data_pipelines.sources import BadImage, Sample, Source, open_source
 from data_pipelines.store import Store, open_store
 from warm_dist.errors import ConfigError, DataError, OutputError, WarmDistError, run
@@ -44,15 +41,15 @@ def pack(
 ) -> Manifest:
     """Write the source's images below `out_url`; the manifest comes last, so nothing half-written is ever readable.
 
-    resolution: what the images must have (None: whatever they have). payload: "npy" or "png"; None: npy up to 64 px.
+    resolution: what the images must have (None: whatever they have). payload: one of PAYLOADS; None: npy up to 64 px.
     max_bad: largest fraction of undecodable images, which are left out and listed in bad_images.json and on stderr.
     progress: wraps the iteration over the source, e.g. tqdm. Shards are named by their content: a former data set
     in the same place stays whole until the new manifest replaces its own, and loses its other shards then.
     Raises DataError for too many bad images or none at all, ConfigError for a payload or shard size that cannot be.
     """
-    if shard_size < 1 or payload not in (None, "npy", "png") or not 0 <= max_bad < 1:
+    if shard_size < 1 or payload not in (None, *PAYLOADS) or not 0 <= max_bad < 1:
         raise ConfigError(
-            f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}: need >= 1, npy or png, [0, 1)"
+            f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}: need >= 1, one of {PAYLOADS}, [0, 1)"
         )
     store = open_store(out_url, endpoint_url)
     former = _former_shards(store, endpoint_url)
@@ -119,23 +116,12 @@ def _write_shard(
                 if resolution not in (None, height):
                     raise ConfigError(f"{sample.key}: is {height}x{width}, --resolution is {resolution}")
                 kind = payload or ("npy" if height <= RAW_UP_TO else "png")
-                members = {"__key__": key, kind: _encode(sample.image, kind)}
+                members = {"__key__": key, kind: encode(sample.image, kind)}
                 if sample.label >= 0:
                     members["cls"] = str(sample.label).encode("ascii")
                 tar.write(members)
     except OSError as error:
         raise OutputError(f"{local.parent}: cannot be written ({error.strerror}); TMPDIR names another place") from None
-
-
-def _encode(image: NDArray[np.uint8], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    if kind == "npy":
-        np.save(buffer, image)
-    else:
-        from PIL import Image
-
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _report(bad: list[BadImage], store: Store) -> None:
@@ -156,7 +142,7 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, required=True, help="height = width, pixels")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
-    parser.add_argument("--payload", choices=("npy", "png"), help=f"default: npy up to {RAW_UP_TO} pixels, else png")
+    parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
     parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
     args = parser.parse_args()
     if args.resolution < 1:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.manifest import Manifest, decode, read_manifest
+from data_pipelines.manifest import Manifest, read_manifest
+from data_pipelines.payload import decode
 from data_pipelines.store import Store, open_store, split_url
 from warm_dist.errors import DataError, run
 

@@ -27,8 +27,9 @@ from data_pipelines import index
 from data_pipelines import pack as pack_module
 from data_pipelines import verify as verify_module
 from data_pipelines.index import Indexer
-from data_pipelines.manifest import NAME, decode, read_manifest, write_manifest
+from data_pipelines.manifest import NAME, read_manifest, write_manifest
 from data_pipelines.pack import BAD, pack
+from data_pipelines.payload import decode
 from data_pipelines.sources import BadImage, Sample, Source
 from data_pipelines.store import FileStore, open_store
 from data_pipelines.verify import verify
