@@ -6,15 +6,20 @@ GET, and while one block is consumed the next is fetched. What is in a batch dep
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import RLock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.cache import CachedStore
 from data_pipelines.lanes import Order, check_world, rank_positions
 from data_pipelines.manifest import Manifest, read_manifest
 from data_pipelines.payload import decode
@@ -28,12 +33,14 @@ _RAMP = 4  # blocks grow by this factor, so that the first batch waits for littl
 # Derived: 3 ms a request (measured, SeaweedFS on loopback) at 20 MB/s for each thread.
 _GAP_BYTES = 64 << 10
 _GET_BYTES = 8 << 20  # of one GET at most, so that threads share a large block
+_REPACK = "if `python -m data_pipelines.verify` finds the same, pack the data again"
 
 
 def open_loader(config: Config, rank: int, world: int) -> Loader:
     """The loader that a configuration describes, for one rank.
 
-    Raises WorldSizeError, ConfigError naming the key that differs from the manifest, DataError, and what the store raises.
+    Raises WorldSizeError, ConfigError naming the key that differs from the manifest, DataError, OutputError for a
+    data.cache_dir that cannot be written, and what the store raises.
     """
     data, train = config.data, config.train
     check_world(train.batch_size, data.num_lanes, world)
@@ -45,9 +52,12 @@ def open_loader(config: Config, rank: int, world: int) -> Loader:
             raise ConfigError(f"data.{name} is {wanted}, {data.manifest} has {found}; set data.{name} to {found}")
     if data.num_classes == 0:
         manifest = replace(manifest, label=np.full_like(manifest.label, -1))
+    store = open_store(split_url(data.manifest)[0], data.endpoint_url)
+    if data.cache_dir is not None:
+        store = CachedStore(store, Path(data.cache_dir).expanduser(), data.cache_bytes)
     return Loader(
         manifest,
-        open_store(split_url(data.manifest)[0], data.endpoint_url),
+        store,
         batch_size=train.batch_size,
         num_lanes=data.num_lanes,
         seed=train.seed,
@@ -79,7 +89,8 @@ class Loader:
     """Reads a data set for one rank. `batches` for training, `read` for evaluation; `close` when done.
 
     Raises WorldSizeError for an impossible world, and at once DataError (see `check`) if the shards are not as packed.
-    buffer_bytes bounds the decoded images held, except that one batch and the next are always held.
+    threads: that fetch and decode. most_bytes: that `batches` holds at once: two blocks, the batch handed out, and each
+    thread's GET. It is at most buffer_bytes unless that is too small for three batches and a small GET a thread.
     """
 
     def __init__(
@@ -103,13 +114,23 @@ class Loader:
         self.order = Order([shard.num_images for shard in manifest.shards], seed, num_lanes, chunk, window)
         info = manifest.info
         self._shape = (info.resolution, info.resolution, info.channels)
-        image_bytes = info.resolution**2 * info.channels
-        batch_bytes = batch_size // world * image_bytes
-        # half of the buffer for the block that is consumed, half for the one that is fetched
-        self._max_block = max(1, buffer_bytes // 2 // batch_bytes) * batch_size
+        batch_bytes = batch_size // world * info.resolution**2 * info.channels
+        spare = buffer_bytes - 3 * batch_bytes  # a batch handed out and a block on either side of it are always held
+        self._get_bytes = max(int(manifest.length.max()), min(_GET_BYTES, spare // 2 // threads))
+        others = batch_bytes + threads * store.held_bytes(self._get_bytes)
+        # half of what is left for the block that is consumed, half for the one that is fetched
+        batches = max(1, (buffer_bytes - others) // 2 // batch_bytes)
+        self._max_block = batches * batch_size
+        self.threads, self.most_bytes = threads, 2 * batches * batch_bytes + others
+        self._held = _Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._etags: dict[int, str] = {}
         self.check()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes held at once until now: measured over the lives of blocks, batches and GETs, those of `read` too."""
+        return self._held.peak
 
     def check(self) -> None:
         """Compare all shards with the manifest, and pin them. Raises DataError for missing ones and other sizes."""
@@ -141,12 +162,15 @@ class Loader:
                 for start in range(0, len(block.positions), share):
                     here = slice(start, start + share)
                     rows = block.rows[here]
-                    yield Batch(
-                        images=block.images[block.inverse[here]],
-                        labels=self.manifest.label[rows],
-                        positions=block.positions[here],
-                        keys=tuple(self.manifest.key[rows]),
-                    )
+                    images = block.images[block.inverse[here]]
+                    with self._held.during(images.nbytes):
+                        yield Batch(
+                            images=images,
+                            labels=self.manifest.label[rows],
+                            positions=block.positions[here],
+                            keys=tuple(self.manifest.key[rows]),
+                        )
+                    del images
                 del block  # before the next but one is asked for: two are held at most
         finally:
             for block in ahead:
@@ -190,13 +214,14 @@ class Loader:
         unique, inverse = np.unique(rows, return_inverse=True)
         manifest = self.manifest
         images = np.empty((len(unique), self._shape[2], *self._shape[:2]), np.uint8)
+        self._held.while_alive(images)
         starts, shards = manifest.offset[unique], manifest.shard[unique]
         ends = starts + manifest.length[unique]
         cuts = (np.diff(shards) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
         futures = []
         for piece in np.split(np.arange(len(unique)), np.flatnonzero(cuts) + 1):
             while len(piece):
-                fits = ends[piece] - starts[piece[0]] <= _GET_BYTES
+                fits = ends[piece] - starts[piece[0]] <= self._get_bytes
                 count = max(1, int(fits.sum()))
                 futures.append(self._pool.submit(self._get, unique[piece[:count]], images[piece[0] : piece[0] + count]))
                 piece = piece[count:]
@@ -207,15 +232,44 @@ class Loader:
         manifest = self.manifest
         shard = int(manifest.shard[rows[0]])
         first, last = int(manifest.offset[rows[0]]), int(manifest.offset[rows[-1]] + manifest.length[rows[-1]])
-        data = memoryview(self.store.read(manifest.shards[shard].name, first, last - first, self._etags[shard]))
-        places = zip((manifest.offset[rows] - first).tolist(), manifest.length[rows].tolist(), strict=True)
-        for row, (start, length), crc, image in zip(
-            rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
-        ):
-            payload = data[start : start + length]
-            if zlib.crc32(payload) != crc:
-                raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; pack the data again")
-            try:
-                image[:] = decode(payload, self._shape).transpose(2, 0, 1)
-            except (ValueError, OSError) as error:
-                raise DataError(f"{manifest.name(row)}: does not decode ({error})") from None
+        name, etag = manifest.shards[shard].name, self._etags[shard]
+        with self._held.during(self.store.held_bytes(last - first)):
+            data = memoryview(self.store.read(name, first, last - first, etag))
+            places = zip((manifest.offset[rows] - first).tolist(), manifest.length[rows].tolist(), strict=True)
+            for row, (start, length), crc, image in zip(
+                rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
+            ):
+                payload = data[start : start + length]
+                if zlib.crc32(payload) != crc:
+                    cached = self.store.forget(name, first + start, length, etag)
+                    advice = "its cached copy is dropped, run the same command again" if cached else _REPACK
+                    raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")
+                try:
+                    image[:] = decode(payload, self._shape).transpose(2, 0, 1)
+                except (ValueError, OSError) as error:
+                    raise DataError(f"{manifest.name(row)}: does not decode ({error})") from None
+
+
+class _Held:
+    """Counts the bytes held now and at most, over all threads."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._lock = RLock()  # a finalizer may run in whatever thread and line the collector chooses
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.now += count
+            self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def during(self, count: int) -> Iterator[None]:
+        self.add(count)
+        try:
+            yield
+        finally:
+            self.add(-count)
+
+    def while_alive(self, array: NDArray[np.uint8]) -> None:
+        self.add(array.nbytes)
+        weakref.finalize(array, self.add, -array.nbytes).atexit = False

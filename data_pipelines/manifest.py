@@ -22,13 +22,14 @@ VERSION = 2
 _HEADER = b"warm-dist"  # the key of the JSON header in the Parquet schema's metadata
 _ARRAYS = ("mean_image", "power_spectrum", "low_mean", "low_covariance")
 _COLUMNS = {
-    "shard": np.int32,
-    "key": object,
-    "label": np.int64,
-    "offset": np.int64,
-    "length": np.int64,
-    "crc32": np.uint32,
+    "shard": "int32",
+    "key": "string",
+    "label": "int64",
+    "offset": "int64",
+    "length": "int64",
+    "crc32": "uint32",
 }
+_FEW_ROWS = 1 << 20  # so many rows fit into memory whatever the file claims
 
 
 class Shard(NamedTuple):
@@ -119,57 +120,83 @@ def _parse(data: bytes) -> Manifest:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        # every row has a key and a crc32 of its own: a file with fewer bytes than rows would only fill the memory
+        if file.metadata.num_rows > max(_FEW_ROWS, len(data)):
+            raise _Damage(f"claims {file.metadata.num_rows} rows in {len(data)} bytes")
+        schema = file.schema_arrow
+        metadata = (schema.metadata or {}).get(_HEADER)
+        if metadata is None:
+            raise _Damage("has no warm-dist header; make one with `python -m data_pipelines.index`")
+        found = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in _COLUMNS}
+        if found != _COLUMNS:
+            raise _Damage(f"has columns {found}, needs {_COLUMNS}")
+        table = file.read(list(_COLUMNS))
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _Damage(f"is not a readable Parquet file ({error})") from None
-    metadata = (table.schema.metadata or {}).get(_HEADER)
-    if metadata is None:
-        raise _Damage("has no warm-dist header; make one with `python -m data_pipelines.index`")
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing:
-        raise _Damage(f"lacks the columns {missing}")
+    if any(column.null_count for column in table.columns):
+        raise _Damage("has empty cells")
     try:
-        header = json.loads(metadata)
-        if header["version"] != VERSION:
-            raise _Damage(
-                f"has version {header['version']}, this program reads {VERSION}; pack or index the data again"
-            )
-        fields = dict(header["info"])
-        size, channels = int(fields["resolution"]), int(fields["channels"])
-        low = channels * min(LOW_MODES, size) ** 2
-        shapes = ((channels, size, size), (size, size), (low,), (low, low))
-        for name, shape in zip(_ARRAYS, shapes, strict=True):
-            fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
-        fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
-        manifest = Manifest(
-            info=DataInfo(**fields, fingerprint=hashlib.sha256(data).hexdigest()),
-            shards=tuple(Shard(**shard) for shard in header["shards"]),
-            **{name: table[name].to_numpy().astype(dtype) for name, dtype in _COLUMNS.items()},
-            payload=header["payload"],
-            class_names=tuple(header["class_names"]),
-            attribution=header["attribution"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = _from_header(json.loads(metadata), table, hashlib.sha256(data).hexdigest())
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, RecursionError) as error:
         raise _Damage(f"has a damaged header or column ({type(error).__name__}: {error})") from None
-    _check(manifest)
     return manifest
+
+
+def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
+    if header["version"] != VERSION:
+        raise _Damage(f"has version {header['version']}, this program reads {VERSION}; pack or index the data again")
+    fields = dict(header["info"])
+    for name in ("resolution", "channels", "num_classes", "num_images"):
+        fields[name] = int(fields[name])
+    fields["sigma_data"] = float(fields["sigma_data"])
+    size, channels = fields["resolution"], fields["channels"]
+    if size < 1 or channels not in (1, 3):
+        raise ValueError(f"resolution {size}, channels {channels}")
+    low = channels * min(LOW_MODES, size) ** 2
+    shapes = ((channels, size, size), (size, size), (low,), (low, low))
+    for name, shape in zip(_ARRAYS, shapes, strict=True):
+        fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
+    fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
+    return Manifest(
+        info=DataInfo(**fields, fingerprint=fingerprint),
+        shards=tuple(
+            Shard(str(shard["name"]), int(shard["size_bytes"]), int(shard["num_images"]), str(shard["sha256"]))
+            for shard in header["shards"]
+        ),
+        **{name: table[name].to_numpy() for name in _COLUMNS},
+        payload=str(header["payload"]),
+        class_names=tuple(str(name) for name in header["class_names"]),
+        attribution=str(header["attribution"]),
+    )
 
 
 def _check(manifest: Manifest) -> None:
     info, rows = manifest.info, len(manifest.key)
     if rows == 0 or info.num_images != rows:
         raise _Damage(f"has {rows} rows, its header counts {info.num_images} images")
-    if not np.array_equal(
-        manifest.shard, np.repeat(np.arange(len(manifest.shards)), [s.num_images for s in manifest.shards])
+    counts = [shard.num_images for shard in manifest.shards]
+    if (
+        min(counts, default=-1) < 0
+        or sum(counts) != rows
+        or not np.array_equal(manifest.shard, np.repeat(np.arange(len(counts)), counts))
     ):
         raise _Damage("does not list its rows shard by shard, as many as the header counts")
-    sizes = np.array([shard.size_bytes for shard in manifest.shards])[manifest.shard]
-    outside = (manifest.offset < 0) | (manifest.length <= 0) | (manifest.offset + manifest.length > sizes)
+    names = [shard.name for shard in manifest.shards]
+    outside_folder = [name for name in names if name.startswith("/") or ".." in name.split("/") or "\0" in name]
+    if outside_folder or len(set(names)) < len(names):
+        raise _Damage(f"names the shards {outside_folder[:1] or 'twice'}, which must be different files of its folder")
+    sizes = np.array([shard.size_bytes for shard in manifest.shards], np.int64)[manifest.shard]
+    # compared without adding, which may overflow
+    outside = (manifest.offset < 0) | (manifest.length <= 0) | (manifest.length > sizes - manifest.offset)
     if outside.any():
         raise _Damage(f"places {manifest.name(int(outside.argmax()))} outside of it")
     overlapping = (np.diff(manifest.shard) == 0) & (manifest.offset[1:] < (manifest.offset + manifest.length)[:-1])
     if overlapping.any():
         raise _Damage(f"lets {manifest.name(int(overlapping.argmax()) + 1)} overlap the image before it")
+    if len(manifest.class_names) != info.num_classes:
+        raise _Damage(f"names {len(manifest.class_names)} classes, its header counts {info.num_classes}")
     lowest, highest = int(manifest.label.min()), int(manifest.label.max())
     if (lowest, highest) != (-1, -1) if info.num_classes == 0 else not 0 <= lowest <= highest < info.num_classes:
         raise _Damage(f"has labels from {lowest} to {highest}, its header counts {info.num_classes} classes")

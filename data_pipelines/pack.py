@@ -1,32 +1,57 @@
 """Images → WebDataset shards and their manifest, on S3 or in a folder.
 
-`python -m data_pipelines.pack SOURCE OUT_URL --resolution 64`; SOURCE: openmoji, digits, a folder of images (class
-folders become labels), a .zip of one, a .parquet file or a folder of those. The same source gives the same bytes.
+`python -m data_pipelines.pack SOURCE OUT_URL --resolution 64`. SOURCE: openmoji, digits, a folder of images (class
+folders become labels), a .zip or .tar of one, a .parquet file or a folder of those or of .tar shards, CIFAR's .tar.gz.
+The same source gives the same bytes, however many processes and machines pack it. Killed, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from data_pipelines.index import OURS, Indexer
-from data_pipelines.manifest import NAME, Manifest, read_manifest
+from data_pipelines import parts
+from data_pipelines.index import Indexed, index_shard, merge, sha256
+from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifest
+from data_pipelines.parts import Part
 from data_pipelines.payload import PAYLOADS, encode
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.sources import BadImage, Item, Sample, Source, open_source
 from data_pipelines.store import Store, open_store
-from warm_dist.errors import ConfigError, DataError, OutputError, WarmDistError, run
+from data_pipelines.transform import RESIZE
+from data_pipelines.workers import in_processes, shared_store
+from warm_dist.errors import ConfigError, DataError, OutputError, run
 
 BAD = "bad_images.json"
+OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # the names that shards get here: number and content
 RAW_UP_TO = 64  # pixels: raw arrays are hardly larger than PNGs there, and need no decoding
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+_TOLD = 20  # bad images on stderr; the report has all of them
+
+
+class _Shard(NamedTuple):
+    """What a process needs to make one shard. first: number of its first image in the source."""
+
+    number: int
+    first: int
+    items: Iterable[Item]
+
+
+class _Output(NamedTuple):
+    url: str
+    endpoint_url: str | None
+    recipe: str
+    resolution: int | None
+    payload: str | None
 
 
 def pack(
@@ -37,65 +62,120 @@ def pack(
     shard_size: int = 1024,
     payload: str | None = None,
     max_bad: float = 0.0,
-    progress: Progress = iter,
+    workers: int = 1,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Manifest:
     """Write the source's images below `out_url`; the manifest comes last, so nothing half-written is ever readable.
 
     resolution: what the images must have (None: whatever they have). payload: one of PAYLOADS; None: npy up to 64 px.
     max_bad: largest fraction of undecodable images, which are left out and listed in bad_images.json and on stderr.
-    progress: wraps the iteration over the source, e.g. tqdm. Shards are named by their content: a former data set
-    in the same place stays whole until the new manifest replaces its own, and loses its other shards then.
+    workers: processes; more than one needs a source whose parts can be pickled. progress: told of every shard's images.
+    Shards are named by their content: a former data set in the same place stays whole until the new manifest replaces
+    its own, and loses its other shards then. What an interrupted packing has done is taken up by the same call.
     Raises DataError for too many bad images or none at all, ConfigError for a payload or shard size that cannot be.
     """
-    if shard_size < 1 or payload not in (None, *PAYLOADS) or not 0 <= max_bad < 1:
-        raise ConfigError(
-            f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}: need >= 1, one of {PAYLOADS}, [0, 1)"
-        )
-    store = open_store(out_url, endpoint_url)
-    former = _former_shards(store, endpoint_url)
-    bad: list[BadImage] = []
-    indexer = Indexer()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "shard.tar"
-            samples = _good(progress(source), bad)
-            while chunk := list(islice(samples, 1)):
-                _write_shard(local, chain(chunk, islice(samples, shard_size - 1)), resolution, payload)
-                name = indexer.add(local).name
-                store.upload(name, local)
-        _report(bad, store)
-        total = len(indexer.entries) + len(bad)
-        if len(bad) > max_bad * total:
-            raise DataError(
-                f"{len(bad)} of {total} images do not decode, listed in {store.url}/{BAD}; "
-                f"repair them, or leave out up to that fraction with --max-bad {len(bad) / total:.3g}"
+    packing = Packing(source, out_url, endpoint_url, resolution, shard_size, payload, max_bad)
+    packing.run(workers=workers, progress=progress)
+    return packing.finish()
+
+
+class Packing:
+    """A source on its way into shards: `run` makes those that are missing, `finish` writes the manifest."""
+
+    def __init__(
+        self,
+        source: Source,
+        out_url: str,
+        endpoint_url: str | None = None,
+        resolution: int | None = None,
+        shard_size: int = 1024,
+        payload: str | None = None,
+        max_bad: float = 0.0,
+    ) -> None:
+        if shard_size < 1 or payload not in (None, *PAYLOADS) or not 0 <= max_bad < 1:
+            raise ConfigError(
+                f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}: need >= 1, one of {PAYLOADS}, [0, 1)"
             )
-        if not indexer.entries:
+        if not len(source):
             raise DataError("the source has no images")
-        manifest = indexer.write(store, source.class_names, source.attribution)
-    except BaseException:
-        with suppress(WarmDistError):
-            for shard in indexer.shards:
-                if shard.name not in former:
-                    store.delete(shard.name)
-        raise
-    for name in former - {shard.name for shard in manifest.shards}:
-        store.delete(name)
-    return manifest
+        self.source, self.shard_size, self.max_bad = source, shard_size, max_bad
+        self.store, self.endpoint_url = open_store(out_url, endpoint_url), endpoint_url
+        self.num_shards = -(-len(source) // shard_size)
+        # everything that a shard's bytes depend on
+        facts = (source.identity, len(source), source.class_names, resolution, shard_size, payload, version("pillow"))
+        recipe = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        self.output = _Output(out_url, endpoint_url, recipe, resolution, payload)
+
+    def run(
+        self, part: tuple[int, int] = (1, 1), workers: int = 1, progress: Callable[[int], object] = lambda count: None
+    ) -> int:
+        """Make what is missing of the i-th of n parts (i, n); returns how many shards of all parts are still missing."""
+        share, shares = part
+        if not 1 <= share <= shares:
+            raise ConfigError(f"part {share}/{shares}: needs 1 <= i <= n")
+        ours = range(self.num_shards * (share - 1) // shares, self.num_shards * share // shares)
+        done = parts.finished(self.store, self.output.recipe)
+        progress(sum(self._count(number) for number in ours if number in done))
+        missing = (self._shard(number) for number in ours if number not in done)
+        for number in in_processes(partial(_make, self.output), missing, workers):
+            progress(self._count(number))
+        return self.num_shards - len(parts.finished(self.store, self.output.recipe))
+
+    def finish(self) -> Manifest:
+        """Merge the parts into the manifest, and remove what it does not name. See `pack`."""
+        records = parts.finished(self.store, self.output.recipe)
+        indexed: list[Indexed] = []
+        bad: list[BadImage] = []
+        for part in parts.load_all(self.store, [records[number] for number in range(self.num_shards)]):
+            bad.extend(part.bad)
+            indexed += [part.indexed] if part.indexed else []
+        _report(bad, self.store)
+        total, listed = len(self.source), f"listed in {self.store.url}/{BAD}"
+        if not indexed:
+            raise DataError(f"none of {total} images decodes, {listed}")
+        if len(bad) > self.max_bad * total:
+            raise DataError(
+                f"{len(bad)} of {total} images do not decode, {listed}; repair them, or leave them out with "
+                f"--max-bad {math.ceil(1000 * len(bad) / total) / 1000:g}: what is packed is not packed again"
+            )
+        former = _former_shards(self.store, self.endpoint_url)
+        manifest = write_manifest(self.store, merge(indexed, self.source.class_names, self.source.attribution))
+        self._clean(former, {shard.name for shard in manifest.shards})
+        return manifest
+
+    def _count(self, number: int) -> int:
+        return min(self.shard_size, len(self.source) - number * self.shard_size)
+
+    def _shard(self, number: int) -> _Shard:
+        first = number * self.shard_size
+        return _Shard(number, first, self.source.part(first, first + self._count(number)))
+
+    def _clean(self, former: set[str], current: set[str]) -> None:
+        """Remove the shards of the former manifest and of unfinished packings, and the records of the latter."""
+        records = list(self.store.list(f"{parts.FOLDER}/"))
+        abandoned = {name for path in records if OURS.fullmatch(name := parts.shard_of(path))}
+        for name in [*sorted((former | abandoned) - current), *records]:
+            self.store.delete(name)
+        self.store.discard_partials()
 
 
-def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
-    """Shards that `pack` wrote here before; a manifest that cannot be read is as good as none."""
-    try:
-        shards = read_manifest(f"{store.url}/{NAME}", endpoint_url).shards
-    except DataError:
-        return set()
-    return {shard.name for shard in shards if OURS.fullmatch(shard.name)}  # never delete what was only indexed
+def _make(output: _Output, shard: _Shard) -> int:
+    """In any process: one shard and its record, or the record alone if no image is good. Returns its number."""
+    store = shared_store(output.url, output.endpoint_url)
+    bad: list[BadImage] = []
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "shard.tar"
+        indexed = None
+        if _write(local, _named(shard, bad), output.resolution, output.payload):
+            indexed = index_shard(local, f"{shard.number:06d}-{sha256(local)[:12]}.tar")
+            store.upload(indexed.shard.name, local)
+    parts.save(store, output.recipe, shard.number, Part(indexed, bad))
+    return shard.number
 
 
-def _good(source: Iterable[Sample | BadImage], bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
+def _named(shard: _Shard, bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
     """Decoded samples with their names in the tar; the others are collected in `bad`."""
-    for number, item in enumerate(source):
+    for number, item in enumerate(shard.items, shard.first):
         if isinstance(item, BadImage):
             bad.append(item)
         else:
@@ -104,11 +184,11 @@ def _good(source: Iterable[Sample | BadImage], bad: list[BadImage]) -> Iterator[
             yield f"{number:08d}-{readable}", item
 
 
-def _write_shard(
-    local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None
-) -> None:
+def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None) -> int:
+    """Write a tar; returns the number of its images."""
     from webdataset import TarWriter
 
+    count = 0
     try:
         with local.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for key, sample in samples:
@@ -120,13 +200,26 @@ def _write_shard(
                 if sample.label >= 0:
                     members["cls"] = str(sample.label).encode("ascii")
                 tar.write(members)
+                count += 1
     except OSError as error:
         raise OutputError(f"{local.parent}: cannot be written ({error.strerror}); TMPDIR names another place") from None
+    return count
 
 
-def _report(bad: list[BadImage], store: Store) -> None:
-    for item in bad:
+def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
+    """Shards that `pack` wrote here before; a manifest that cannot be read is as good as none."""
+    try:
+        shards = read_manifest(f"{store.url}/{NAME}", endpoint_url).shards
+    except DataError:
+        return set()
+    return {shard.name for shard in shards if OURS.fullmatch(shard.name)}  # never delete what was only indexed
+
+
+def _report(bad: Sequence[BadImage], store: Store) -> None:
+    for item in bad[:_TOLD]:
         print(f"left out: {item.key}: {item.reason}", file=sys.stderr)
+    if len(bad) > _TOLD:
+        print(f"left out: {len(bad) - _TOLD} more, see {store.url}/{BAD}", file=sys.stderr)
     if bad:
         text = json.dumps([{"key": item.key, "reason": item.reason} for item in bad], indent=1)
         store.write(BAD, text.encode())
@@ -134,32 +227,51 @@ def _report(bad: list[BadImage], store: Store) -> None:
         store.delete(BAD)
 
 
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: needs i/n with 1 <= i <= n, such as 2/8")
+    return int(found[1]), int(found[2])
+
+
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.pack", description=__doc__)
-    parser.add_argument("source", help="openmoji, digits, a folder of images, a .zip, a .parquet file or folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="see above")
     parser.add_argument("out_url", help="s3://bucket/prefix or a folder")
     parser.add_argument("--resolution", type=int, required=True, help="height = width, pixels")
+    parser.add_argument("--resize", choices=RESIZE, default="box", help="adm: ImageNet's center-crop (default: box)")
+    parser.add_argument(
+        "--shuffle", action="store_true", help="pack in a fixed random order: for sources sorted by class"
+    )
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
     parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
     parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument(
+        "--part", type=_part, metavar="i/n", help="only the i-th of n parts; without it, all that is missing is packed"
+        " and the parts become one data set"
+    )  # fmt: skip
     args = parser.parse_args()
-    if args.resolution < 1:
-        raise ConfigError(f"--resolution {args.resolution}: must be at least 1")
     from tqdm import tqdm
 
-    source = open_source(args.source, args.resolution)
-    manifest = pack(
-        source,
-        args.out_url,
-        args.endpoint_url,
-        args.resolution,
-        args.shard_size,
-        args.payload,
-        args.max_bad,
-        lambda items: tqdm(items, desc="pack", total=len(source), unit="image", disable=None),
+    source = open_source(args.source, args.resolution, args.resize, args.shuffle)
+    packing = Packing(
+        source, args.out_url, args.endpoint_url, args.resolution, args.shard_size, args.payload, args.max_bad
     )
+    with tqdm(desc="pack", total=None if args.part else len(source), unit="image", disable=None) as bar:
+        missing = packing.run(args.part or (1, 1), args.workers, bar.update)
+    if args.part:
+        share, shares = args.part
+        print(
+            f"part {share}/{shares} is packed, {missing} of {packing.num_shards} shards are missing; once none is, "
+            "the same command without --part makes them one data set"
+        )
+        return 0
+    manifest = packing.finish()
     info = manifest.info
     print(
         f"{info.num_images} images {info.resolution}x{info.resolution}x{info.channels}, {info.num_classes} classes, "

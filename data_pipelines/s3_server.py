@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO
 
-from data_pipelines.store import S3Store
+from data_pipelines.s3_store import S3Store
 from warm_dist import owned
 from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError
 

@@ -6,41 +6,70 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import os
+import tempfile
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.manifest import Manifest, read_manifest
+from data_pipelines.index import sha256
+from data_pipelines.manifest import Manifest, Shard, read_manifest
 from data_pipelines.payload import decode
-from data_pipelines.store import Store, open_store, split_url
+from data_pipelines.store import split_url
+from data_pipelines.workers import in_processes, shared_store
 from warm_dist.errors import DataError, run
 
 
-def verify(manifest: Manifest, store: Store, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> list[str]:
-    """One line for each damage found; empty if all is well. Reads everything, one shard at a time."""
+class _Task(NamedTuple):
+    """One shard. rows: (name, offset, length, crc32) of its images."""
+
+    url: str
+    endpoint_url: str | None
+    shard: Shard
+    rows: Sequence[tuple[str, int, int, int]]
+    shape: tuple[int, int, int]
+
+
+def verify(manifest: Manifest, url: str, endpoint_url: str | None = None, workers: int = 1) -> Iterator[list[str]]:
+    """For each shard below `url`, as it gets done: one line for each damage, none if all is well. Reads everything."""
     size, channels = manifest.info.resolution, manifest.info.channels
+    borders = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1)).tolist()
+
+    def tasks() -> Iterable[_Task]:
+        for shard, start, stop in zip(manifest.shards, borders, borders[1:], strict=False):
+            names = [manifest.name(row) for row in range(start, stop)]
+            columns = (getattr(manifest, name)[start:stop].tolist() for name in ("offset", "length", "crc32"))
+            rows = list(zip(names, *columns, strict=True))
+            yield _Task(url, endpoint_url, shard, rows, (size, size, channels))
+
+    yield from in_processes(_damages, tasks(), workers)
+
+
+def _damages(task: _Task) -> list[str]:
+    name = task.shard.name
     damages = []
-    for number, shard in enumerate(progress(manifest.shards)):
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "shard.tar"
         try:
-            data = store.read(shard.name)
+            shared_store(task.url, task.endpoint_url).download(name, local)
         except DataError as error:
-            damages.append(str(error))
-            continue
-        if hashlib.sha256(data).hexdigest() != shard.sha256:
-            damages.append(f"shard {shard.name}: sha256 differs from the manifest's")
-        for row in np.flatnonzero(manifest.shard == number).tolist():
-            start, length = int(manifest.offset[row]), int(manifest.length[row])
-            payload = data[start : start + length]
-            if zlib.crc32(payload) != manifest.crc32[row]:
-                damages.append(f"{manifest.name(row)}: crc32 differs from the manifest's")
-                continue
-            try:
-                decode(payload, (size, size, channels))
-            except (ValueError, OSError) as error:
-                damages.append(f"{manifest.name(row)}: does not decode ({error})")
+            return [str(error)]
+        if sha256(local) != task.shard.sha256:
+            damages.append(f"shard {name}: sha256 differs from the manifest's")
+        with local.open("rb") as file:
+            for image, offset, length, crc in task.rows:
+                file.seek(offset)
+                payload = file.read(length)
+                if zlib.crc32(payload) != crc:
+                    damages.append(f"{image}: crc32 differs from the manifest's")
+                    continue
+                try:
+                    decode(payload, task.shape)
+                except (ValueError, OSError) as error:
+                    damages.append(f"{image}: does not decode ({error})")
     return damages
 
 
@@ -49,12 +78,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.verify", description=__doc__)
     parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     args = parser.parse_args()
     from tqdm import tqdm
 
     manifest = read_manifest(args.manifest_url, args.endpoint_url)
-    store = open_store(split_url(args.manifest_url)[0], args.endpoint_url)
-    damages = verify(manifest, store, lambda shards: tqdm(shards, desc="verify", unit="shard", disable=None))
+    done = verify(manifest, split_url(args.manifest_url)[0], args.endpoint_url, args.workers)
+    bar = tqdm(done, desc="verify", total=len(manifest.shards), unit="shard", disable=None)
+    damages = [damage for found in bar for damage in found]
     if damages:
         raise DataError(f"{args.manifest_url}: {len(damages)} damages\n  " + "\n  ".join(damages))
     print(f"{manifest.info.num_images} images in {len(manifest.shards)} shards are as packed")

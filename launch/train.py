@@ -111,6 +111,10 @@ class Attempt:
         config, world = self.config, self.world
         with contextlib.closing(open_loader(config, world.rank, world.size)) as loader:
             info = loader.manifest.info
+            self.say(
+                f"reader: {loader.threads} threads, at most {loader.most_bytes / 1e6:.0f} MB a rank, "
+                f"{len(loader.manifest.shards):,} shards checked"
+            )
             found = distributed.on_main(world, lambda: checkpoint.latest(self.path / "checkpoints", self.say))
             trainer = Trainer(config, world, info, self.path, self.say)
             trainer.resume(found)
@@ -132,6 +136,7 @@ class Attempt:
                 trainer.fit(loader.batches(trainer.nimg), log, self.stop, evaluator, done)
             finally:
                 self.nimg = trainer.nimg
+            self.say(f"reader: at most {loader.peak_bytes / 1e6:.1f} MB were held")
             if world.is_main:
                 folder = checkpoint.folder_of(trainer.checkpoints, trainer.nimg)
                 generate.export_weights(folder, "ema", self.path / "weights" / "ema.safetensors")

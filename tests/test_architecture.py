@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "types", "bnr"},
     {"config", "rng", "spectrum", "owned"},
     {"config_file", "process", "distributed", "augment", "analysis"},
-    {"blocks", "metrics"},
+    {"blocks", "metrics", "prefetch"},
     {"networks", "precond", "engine", "tracking", "run_folder"},
     {"loss", "per_frequency", "sampler", "ema", "plan", "edm_weights"},
     {"checkpoint", "fid", "figures", "guidance"},
@@ -25,7 +25,7 @@ LEVELS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": "warm_dist/tracking.py", "cleanfid": "warm_dist/fid.py",
-           "boto3": "data_pipelines/store.py", "botocore": "data_pipelines/store.py"}  # fmt: skip
+           "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py"}  # fmt: skip
 HEAVY = {"deepspeed", "mlflow", "ray", "cleanfid", "matplotlib", "pyarrow", "boto3", "webdataset", "sklearn"}
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))

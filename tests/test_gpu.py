@@ -9,6 +9,7 @@ import torch
 
 from tests.distributed.worker import batches, config, info
 from warm_dist import distributed
+from warm_dist.prefetch import Prefetch
 from warm_dist.spectrum import unblurred
 from warm_dist.trainer import Trainer, prepare
 
@@ -64,3 +65,52 @@ def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):
     ours = unblurred(gpu.x0, alpha.cuda()).cpu().double()
     assert float((ours - exact).norm() / exact.norm()) < 1e-5
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_batches_are_copied_while_the_step_before_computes(world, tmp_path: Path):
+    """The main stream is kept busy; meanwhile two steps are drawn and arrive by the side stream, pinned, bit-equal."""
+    settings = config(tmp_path, engine="local", train__augment=0.3)
+    source, again = batches(world, 0), batches(world, 0)
+    expected = [prepare(next(again), settings, info(), world.device) for _ in range(5)][3:]
+    with Prefetch(lambda: prepare(next(source), settings, info(), world.device), world.device) as ahead:
+        for _ in range(3):
+            ahead.start()
+        first = [ahead.take() for _ in range(3)]
+        torch.cuda.synchronize()
+        del first  # kernels are loaded and both allocators have enough in stock: a new allocation would synchronize
+        torch.cuda._sleep(int(5e9))  # clock cycles: more than a second
+        ahead.start()
+        ahead.start()
+        for future in ahead._ahead:
+            _, copied = future.result()
+            copied.synchronize()
+        assert not torch.cuda.current_stream().query(), "the copies waited for the computation"
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps = [ahead.take(), ahead.take()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for step, other in zip(steps, expected, strict=True):
+        assert torch.equal(step.x0, other.x0)
+        assert torch.equal(step.noise, other.noise)
+        assert all(torch.equal(a, b) for a, b in zip(step.level, other.level, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(step.condition, other.condition, strict=True))
+
+
+def test_memory_of_a_batch_in_use_is_not_given_to_the_next(world):
+    """A kernel queued behind a long one reads the batch long after it was let go; later copies must not overwrite it."""
+    size = 1 << 22
+    values = iter(range(1, 100))
+
+    def make() -> torch.Tensor:
+        return torch.full((size,), float(next(values))).pin_memory().to(world.device, non_blocking=True)
+
+    sums = []
+    with Prefetch(make, world.device) as ahead:
+        for _ in range(8):
+            ahead.start()
+            data = ahead.take()
+            torch.cuda._sleep(int(1e8))
+            sums.append(data.double().sum())
+            del data
+    assert [float(total) / size for total in sums] == list(range(1, 9))

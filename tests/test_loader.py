@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -177,7 +179,7 @@ class Counting(FileStore):
 def big(tmp_path: Path) -> tuple[Manifest, Path]:
     """1,024 images of 12 KiB, so that a gap of several is not worth reading over."""
     images = np.random.default_rng(0).integers(0, 256, (1024, 64, 64, 3), np.uint8)
-    source = Source(1024, (), "", lambda: (Sample(str(n), -1, image) for n, image in enumerate(images)))
+    source = Source(1024, (), "", lambda start, stop: [Sample(str(n), -1, images[n]) for n in range(start, stop)])
     return pack(source, str(tmp_path / "big"), shard_size=256), tmp_path / "big"
 
 
@@ -201,6 +203,32 @@ def test_one_get_fetches_a_chunk_once_where_memory_allows_and_memory_is_bounded(
                 block.wait()
                 assert block.images.nbytes <= max(buffer_images // 2, 32) * image
         assert max(store.lengths) > 4 * image
+
+
+@pytest.mark.parametrize(("buffer_bytes", "threads"), [(1, 2), (1 << 20, 1), (2 << 20, 4), (6 << 20, 2)])
+def test_the_memory_held_stays_below_the_bound_that_is_reported(
+    tmp_path: Path, buffer_bytes: int, threads: int
+) -> None:
+    """Three epochs; the reader's own account, and Python's of all that was allocated meanwhile."""
+    manifest, folder = big(tmp_path)
+    image = 64 * 64 * 3
+    with closing(loader(manifest, FileStore(folder), buffer_bytes=buffer_bytes, threads=threads)) as reader:
+        least = 3 * 32 * image + threads * int(manifest.length.max())
+        assert reader.most_bytes <= max(buffer_bytes, least)
+        reader.order.rows(3)  # an epoch's order is 8 KiB here, and 10 MB for ImageNet, whatever the buffer
+        tracemalloc.start()
+        try:
+            for batch in islice(reader.batches(0), 3 * 32):
+                del batch
+            traced = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert 0.5 * reader.most_bytes < reader.peak_bytes <= reader.most_bytes
+        # beside the bytes: numbers of rows and places, futures, frames: 100 bytes an image of two blocks, and some
+        assert traced < reader.most_bytes + 300_000
+        assert traced < reader.peak_bytes + 300_000  # nothing is left out of the account
+    gc.collect()
+    assert reader._held.now == 0
 
 
 def test_read_gives_rows_in_the_order_asked_for(local: tuple[Manifest, Path]) -> None:
@@ -236,7 +264,7 @@ def test_a_corrupted_byte_is_a_data_error_with_key_and_shard(
 
 def test_an_undecodable_image_with_a_right_crc_is_named(tmp_path: Path) -> None:
     pixels = [Sample(str(n), -1, np.full((8, 8, 3), n, np.uint8)) for n in range(40)]
-    manifest = pack(Source(40, (), "", lambda: iter(pixels)), str(tmp_path), payload="png")
+    manifest = pack(Source(40, (), "", lambda start, stop: pixels[start:stop]), str(tmp_path), payload="png")
     shard = tmp_path / manifest.shards[0].name
     data = bytearray(shard.read_bytes())
     start, end = manifest.offset[7], manifest.offset[7] + manifest.length[7]

@@ -15,7 +15,8 @@ import pytest
 
 from data_pipelines import s3_server
 from data_pipelines.s3_server import S3Server
-from data_pipelines.store import S3Store, open_store
+from data_pipelines.s3_store import S3Store
+from data_pipelines.store import open_store
 from warm_dist import owned
 from warm_dist.errors import OutputError, PortError, UnreachableError
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
+import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipelines.sources import BadImage, Sample, Source, decode_image, open_source
+from data_pipelines import sources
+from data_pipelines.sources import BadImage, Sample, Source, open_source
 from warm_dist.errors import ConfigError, DataError
 
 
@@ -101,52 +100,6 @@ def test_zip_equals_folder_with_or_without_a_wrapping_folder(tree: Path, tmp_pat
         assert all(np.array_equal(a.image, b.image) for a, b in zip(good(folder), good(zipped), strict=True))
 
 
-def test_parquet_in_hugging_face_layout_and_plain(tmp_path: Path) -> None:
-    images, labels = [encode(noise(seed)) for seed in range(7)], [2, 0, 1, 2, 1, 0, 2]
-    metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog", "emu"]}}}})}
-    table = pa.table({"image": [{"bytes": data, "path": None} for data in images], "label": labels})
-    (tmp_path / "parts").mkdir()
-    pq.write_table(table[:3].replace_schema_metadata(metadata), tmp_path / "parts" / "0.parquet", row_group_size=2)
-    pq.write_table(table[3:].replace_schema_metadata(metadata), tmp_path / "parts" / "1.parquet", row_group_size=2)
-    struct = open_source(str(tmp_path / "parts"), 8)
-    assert (len(struct), struct.class_names) == (7, ("cat", "dog", "emu"))
-    assert [item.label for item in struct if isinstance(item, Sample)] == labels
-    assert all(np.array_equal(item.image, noise(seed)) for seed, item in enumerate(good(struct)))
-    pq.write_table(pa.table({"id": list(range(7)), "picture": images}), tmp_path / "plain.parquet")
-    plain = open_source(str(tmp_path / "plain.parquet"), 8)
-    assert {item.label for item in good(plain)} == {-1}
-    assert np.array_equal(good(plain)[6].image, noise(6))
-    pq.write_table(pa.table({"id": [1]}), tmp_path / "none.parquet")
-    with pytest.raises(DataError, match="no column of encoded images"):
-        open_source(str(tmp_path / "none.parquet"), 8)
-
-
-def test_pixels_are_cropped_to_the_center_and_box_averaged() -> None:
-    pixels = noise(1, height=16, width=24)
-    expected = pixels[:, 4:20].reshape(8, 2, 8, 2, 3).mean((1, 3))
-    # PIL rounds each of its two passes
-    assert np.abs(decode_image(encode(pixels), 8) - expected).max() <= 1
-
-
-def test_transparency_is_laid_on_white_and_grey_becomes_rgb() -> None:
-    transparent = np.zeros((8, 8, 4), np.uint8)
-    transparent[:4] = (10, 20, 30, 255)
-    image = decode_image(encode(transparent), 8)
-    assert (image[:4] == (10, 20, 30)).all()
-    assert (image[4:] == 255).all()
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    assert np.array_equal(decode_image(encode(grey), 8), np.repeat(grey[..., None], 3, axis=2))
-
-
-def test_exif_orientation_is_applied() -> None:
-    pixels = np.zeros((16, 16, 3), np.uint8)
-    pixels[:8] = 255  # bright above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    image = decode_image(encode(pixels, "JPEG", exif=exif.tobytes(), quality=95), 16)
-    assert image[12].mean() > 200 > 50 > image[3].mean()
-
-
 def test_what_does_not_decode_comes_out_as_a_bad_image(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode(noise(0, 64, 64))
     (tree / "ant" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -164,10 +117,80 @@ def test_what_does_not_decode_comes_out_as_a_bad_image(tree: Path, monkeypatch: 
     assert any("bomb" in item.reason for item in bombs)
 
 
+def test_shuffled_is_the_same_samples_in_an_order_that_never_changes(tree: Path) -> None:
+    for number in range(50):
+        (tree / "ant" / f"{number:02d}.png").write_bytes(encode(noise(number)))
+    plain, mixed = open_source(str(tree), 8), open_source(str(tree), 8, shuffle=True)
+    keys = [item.key for item in good(mixed)]
+    assert sorted(keys) == [item.key for item in good(plain)]
+    assert keys != sorted(keys)
+    assert keys == [item.key for item in good(open_source(str(tree), 8, shuffle=True))]
+    images = {item.key: item.image for item in good(plain)}
+    assert all(np.array_equal(item.image, images[item.key]) for item in good(mixed))
+    assert plain.identity != mixed.identity
+
+
+def test_any_part_of_a_source_travels_to_another_process(tree: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        for path in tree.rglob("*.png"):
+            archive.write(path, path.relative_to(tree).as_posix())
+    for spec in (str(tree), str(tmp_path / "tree.zip"), "digits", "openmoji"):
+        source = open_source(spec, 8)
+        part = list(pickle.loads(pickle.dumps(source.part(1, 3))))
+        assert [item.key for item in part] == [item.key for _, item in zip(range(3), source, strict=False)][1:]
+
+
+def test_identity_changes_with_what_the_bytes_depend_on(tree: Path) -> None:
+    seen = {open_source(str(tree), size, resize).identity for size in (4, 8) for resize in ("box", "lanczos", "adm")}
+    (tree / "ant" / "z.png").write_bytes(encode(noise(7)))
+    seen.add(open_source(str(tree), 8).identity)
+    (tree / "ant" / "z.png").write_bytes(encode(noise(7, 9, 9)))
+    seen.add(open_source(str(tree), 8).identity)
+    assert len(seen) == 8
+    assert open_source(str(tree), 8).identity == open_source(str(tree), 8).identity
+
+
+def test_files_that_no_picture_needs_are_bad_images(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(5000))
+        archive.writestr("b.png", encode(noise(0)))
+    (tree / "ant" / "x.png").write_bytes(bytes(5000))
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 4000)
+    for spec, name in ((tmp_path / "bomb.zip", "a.png"), (tree, "ant/x.png")):
+        bad = [item for item in open_source(str(spec), 8) if isinstance(item, BadImage)]
+        assert [item.key for item in bad] == [name]
+        assert "5000 bytes, pictures have 4000 at most" in bad[0].reason
+
+
+def test_hidden_files_and_links_to_folders_are_no_pictures(tree: Path) -> None:
+    (tree / "ant" / "._x.png").write_bytes(b"what the Finder leaves")
+    (tree / "ant" / "loop").symlink_to(tree)
+    (tree / "ant" / "link.png").symlink_to(tree / "ant" / "x.png")
+    source = open_source(str(tree), 8)
+    assert [item.key for item in good(source)] == [
+        "ant/link.png",
+        "ant/x.png",
+        "ant/y.png",
+        "zebra/a.png",
+        "zebra/b.png",
+    ]
+    assert len(source) == 5
+
+
 def test_unknown_sources_and_broken_archives(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such source"):
         open_source(str(tmp_path / "nowhere"), 8)
-    for name, words in (("a.zip", "not a readable zip"), ("a.parquet", "not readable as Parquet")):
+    for resolution, resize in ((0, "box"), (8, "cubic")):
+        with pytest.raises(ConfigError, match=f"resolution {resolution}, resize '{resize}'"):
+            open_source(str(tmp_path), resolution, resize)
+    for name, words in (
+        ("a.zip", "not a readable zip"),
+        ("a.parquet", "not readable as Parquet"),
+        ("a.tar", "not a readable tar"),
+        ("a.tar.gz", "not a readable compressed tar"),
+    ):
         (tmp_path / name).write_bytes(b"garbage")
         with pytest.raises(DataError, match=words):
             open_source(str(tmp_path / name), 8)

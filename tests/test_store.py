@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from data_pipelines import s3_store
 from data_pipelines import store as store_module
 from data_pipelines.s3_server import S3Server
-from data_pipelines.store import S3Store, Store, open_store, split_url
+from data_pipelines.s3_store import S3Store
+from data_pipelines.store import Store, open_store, split_url
 from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
 
 
@@ -90,6 +93,42 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file")).write("a.bin", b"1")
 
 
+def test_remains_of_killed_writers_are_discarded_and_nothing_else(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a/b.bin", b"1")
+    for name in ("a/.b.bin.4711.partial", ".c.bin.1.partial", "mine.partial", ".d.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    store.discard_partials()
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"a/b.bin", "mine.partial", ".d.partial"}
+    open_store(str(tmp_path / "none")).discard_partials()
+
+
+def test_incomplete_uploads_to_s3_are_aborted_below_the_prefix_only(s3: S3Server) -> None:
+    store, other = (S3Store("warm-dist", prefix, s3.endpoint_url) for prefix in ("partial/one", "partial/other"))
+    for target in (store, other):
+        target.write("whole.bin", b"1")
+        upload = {"Bucket": "warm-dist", "Key": target.prefix + "big.bin"}
+        begun = target.client.create_multipart_upload(**upload)["UploadId"]
+        target.client.upload_part(**upload, UploadId=begun, PartNumber=1, Body=b"x" * 100)
+
+    def incomplete(prefix: str) -> list[str]:
+        found = store.client.list_multipart_uploads(Bucket="warm-dist", Prefix=prefix).get("Uploads", [])
+        return sorted(item["Key"] for item in found)
+
+    assert incomplete("partial/") == ["partial/one/big.bin", "partial/other/big.bin"]
+    store.discard_partials()
+    assert incomplete("partial/") == ["partial/other/big.bin"]
+    assert list(store.list()) == ["whole.bin"]
+    other.discard_partials()
+
+
+def test_a_server_that_does_not_know_of_incomplete_uploads_is_no_failure() -> None:
+    with unsteady(refusals=9, refusal=501) as (store, handler):
+        store.discard_partials()
+        assert len(handler.requests) == 1
+
+
 def test_deleting_the_last_file_removes_its_folder(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("a/b/c.bin", b"1")
@@ -108,7 +147,7 @@ def test_urls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bucket", ["your-bucket", "<bucket>", "my-your-name"])
 def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(S3Store, "_connect", lambda *_: pytest.fail("a client was made"))
+    monkeypatch.setattr(S3Store, "_session", lambda *_: pytest.fail("a client was made"))
     with pytest.raises(ConfigError, match=r"placeholder; set data\.manifest"):
         open_store(f"s3://{bucket}/data")
 
@@ -157,12 +196,25 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
 
     content = bytes(range(256)) * 2000
     limit = 200_000
+    trickle_s = 0.0  # between pieces of 500 bytes
+    refusals, refusal, promised = 0, 503, 0  # so many requests are answered with that, and fewer bytes than promised
     requests: list[tuple[str | None, str | None]]
+    connections: list[object] | None = None
     etag = "first"
+
+    def setup(self) -> None:
+        super().setup()
+        if self.connections is not None:
+            self.connections.append(self.client_address)
 
     def do_GET(self) -> None:
         asked = self.headers["Range"]
         self.requests.append((asked, self.headers["If-Match"]))
+        if len(self.requests) <= self.refusals:
+            self.send_response(self.refusal)
+            self.send_header("Content-Length", str(self.promised))
+            self.end_headers()
+            return
         if self.headers["If-Match"] not in (None, f'"{self.etag}"'):
             self.send_response(412)
             self.end_headers()
@@ -173,7 +225,11 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{self.etag}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: self.limit])
+        with suppress(OSError):  # the client has gone
+            step = 500 if self.trickle_s else len(body)
+            for start in range(0, min(len(body), self.limit), step):
+                time.sleep(self.trickle_s)
+                self.wfile.write(body[start : min(start + step, self.limit)])
 
     def log_message(self, *args: object) -> None:
         pass
@@ -181,7 +237,7 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(s3_store, "BACKOFF_S", 0.001)
 
 
 @contextmanager
@@ -189,7 +245,7 @@ def unsteady(**attributes: object) -> Iterator[tuple[Store, type[Unsteady]]]:
     handler = type("Handler", (Unsteady,), {"requests": [], **attributes})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield S3Store("bucket", "", f"http://127.0.0.1:{server.server_port}", ("key", "secret")), handler
+        yield S3Store("bucket", "", f"http://127.0.0.1:{server.server_port}", ("key", "secret"), attempts=2), handler
         server.shutdown()
 
 
@@ -204,11 +260,63 @@ def test_a_body_that_breaks_off_is_resumed_from_the_same_object() -> None:
         assert handler.requests[0][0] == "bytes=1000-300999"
 
 
-def test_a_body_that_never_gets_through_is_given_up() -> None:
+def test_a_body_that_never_gets_through_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_store, "PATIENCE_S", 0.3)
     with unsteady(limit=0) as (store, handler):
-        with pytest.raises(UnreachableError, match="the body broke off 5 times"):
+        with pytest.raises(UnreachableError, match=r"a: the body .*; given up after \d+ attempts and 0 bytes"):
             store.read("a")
-        assert len(handler.requests) == store_module.ATTEMPTS
+        assert len(handler.requests) > 5
+
+
+def test_a_body_that_advances_is_resumed_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte buys time: 512 kB in pieces of 5 kB take 103 requests, whatever the patience without progress."""
+    monkeypatch.setattr(s3_store, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(s3_store, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(s3_store, "SLOWEST", 20_000)
+    with unsteady(limit=5_000) as (store, handler):
+        assert store.read("a", etag="first") == Unsteady.content
+        assert len(handler.requests) == 103
+        handler.requests.clear()
+        monkeypatch.setattr(s3_store, "PATIENCE_S", 0.0)
+        monkeypatch.setattr(s3_store, "SLOWEST", 1e12)  # too slow for this
+        with pytest.raises(UnreachableError, match="given up after 1 attempts and 5000 bytes"):
+            store.read("a", etag="first")
+
+
+def test_a_trickle_is_broken_off_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recv brings something in time, so no silence is ever long; only the whole body's deadline ends it."""
+    monkeypatch.setattr(s3_store, "BODY_S", 0.05)
+    with unsteady(trickle_s=0.02) as (store, handler):
+        assert store.read("a", 0, 3000, "first") == Unsteady.content[:3000]
+        starts = [int(str(asked).removeprefix("bytes=").split("-")[0]) for asked, _ in handler.requests]
+        assert len(starts) > 1
+        assert starts == sorted(set(starts))  # progress is kept
+
+
+def test_streaming_is_patient_and_a_first_contact_is_not() -> None:
+    """503 beyond boto3's own attempts, twice: a known object is asked for again, an unknown one is an error at once."""
+    with unsteady(refusals=4) as (store, handler):
+        assert store.read("a", 0, 1000, "first") == Unsteady.content[:1000]
+        assert len(handler.requests) == 5
+    with unsteady(refusals=4) as (store, handler):
+        with pytest.raises(UnreachableError, match=r"the server failed \(503"):
+            store.read("a", 0, 1000)
+        assert len(handler.requests) == 2
+
+
+def test_an_error_whose_own_body_breaks_off_is_an_unsteady_network() -> None:
+    with unsteady(refusals=1, refusal=412, promised=100) as (store, handler):
+        assert store.read("a", 0, 1000, "first") == Unsteady.content[:1000]
+        assert len(handler.requests) == 2
+    with unsteady(refusals=9, refusal=412, promised=100) as (store, handler), pytest.raises(UnreachableError):
+        store.read("a", 0, 1000)
+
+
+def test_connections_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unsteady(limit=1 << 20, protocol_version="HTTP/1.1", connections=[]) as (store, handler):
+        for start in range(0, 500_000, 100_000):
+            assert store.read("a", start, 3000, "first") == Unsteady.content[start : start + 3000]
+        assert len(handler.connections) == 1  # type: ignore[attr-defined]
 
 
 def test_an_object_replaced_between_two_parts_is_not_glued_together() -> None:
@@ -234,4 +342,4 @@ def test_only_the_store_knows_boto3_and_imports_are_cheap() -> None:
         for path in package.glob("*.py")
         if "import boto" in path.read_text() or "from boto" in path.read_text()
     }
-    assert knowing == {"store.py"}
+    assert knowing == {"s3_store.py"}

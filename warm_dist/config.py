@@ -39,7 +39,15 @@ class DataConfig(Section):
     chunk: Positive = Field(64, description="images per ranged GET; whole chunks are shuffled over the data set")
     window: Positive = Field(1024, description="images shuffled among each other inside a lane")
     reader_threads: Positive = 2
-    buffer_bytes: Positive = Field(268_435_456, description="most bytes that one rank's reader holds")
+    buffer_bytes: Positive = Field(
+        268_435_456,
+        description="most bytes that one rank's reader holds beside the manifest; three batches, decoded, and a small "
+        "GET a thread are held in any case",
+    )
+    cache_dir: str | None = Field(
+        None, description="a folder on a local disk, shared by the node's ranks, that keeps what was read; null: none"
+    )
+    cache_bytes: Positive = Field(50_000_000_000, description="most bytes kept in cache_dir")
 
 
 class ProcessConfig(Section):

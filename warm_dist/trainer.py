@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor
 from warm_dist import augment, checkpoint, per_frequency, rng
 from warm_dist.config import Config
 from warm_dist.config_file import dump
-from warm_dist.distributed import Flags, StopSignal, World, gather, use_device
+from warm_dist.distributed import Flags, StopSignal, World, gather
 from warm_dist.ema import EMA
 from warm_dist.engine import build_engine, micro_batches
 from warm_dist.errors import CheckpointError, NumericsError, Stopped
@@ -25,6 +24,7 @@ from warm_dist.generate import build_network, centre
 from warm_dist.loss import loss
 from warm_dist.metrics import MetricsLog
 from warm_dist.precond import Condition, data_spectrum
+from warm_dist.prefetch import Prefetch
 from warm_dist.process import training_level
 from warm_dist.types import Batch, DataInfo, Level, Loss
 
@@ -257,22 +257,18 @@ class Trainer:
         Raises Stopped after a save when a signal came, NumericsError, DataError and what else its parts raise.
         """
         total = self.config.train.total_nimg
-        with ThreadPoolExecutor(1, "prepare", initializer=use_device, initargs=(self.world.device,)) as pool:
-            ahead: deque[Future[Prepared]] = deque()
-
-            def advance() -> None:
-                source = lambda: prepare(next(batches), self.config, self.info, self.world.device)  # noqa: E731
-                ahead.append(pool.submit(source))
-
+        with Prefetch(
+            lambda: prepare(next(batches), self.config, self.info, self.world.device), self.world.device
+        ) as ahead:
             self._evaluate_if_due(log, stop, evaluate, evaluated)
             for _ in range(min(2, (total - self.nimg) // self.config.train.batch_size)):
-                advance()
+                ahead.start()
             self.window_nimg = self.nimg
             clock = time.monotonic()
             while self.nimg < total:
-                data = ahead.popleft().result()
+                data = ahead.take()
                 if self.nimg + (len(ahead) + 2) * self.config.train.batch_size <= total:
-                    advance()
+                    ahead.start()
                 self.step(data)
                 stopping = self.check(stop)
                 self.train_s += time.monotonic() - clock

@@ -1,0 +1,186 @@
+"""Pages of objects on a local disk, shared by all processes of a node: the second epoch asks the base store for nothing.
+
+Plain files, one a page, below a folder for each version of an object. Readers take no lock: a page appears whole, by
+rename, and its bytes never change. Writers hold one lock, so the account of the bytes is exact, and a file that is not
+yet a page belongs to a killed writer as soon as another holds the lock. Source of the policy: derived, see `_make_room`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from data_pipelines.store import PARTIAL, Stat, Store
+from warm_dist.errors import OutputError
+
+PAGE_BYTES = 256 << 10  # a request costs about as much as 60 KiB of transfer, so the ends of a GET are no burden
+_PAGES, _ACCOUNT = ".pages", "warm-dist.account"  # names of ours in a folder that may hold anything else
+
+
+class CachedStore(Store):
+    """`base`, with the ranged reads of known versions (etag given) kept below `folder`, at most `limit_bytes` of them.
+
+    A page that is here is read without asking whether the object was replaced since. Data sets that are read at the same
+    time need folders of their own, or they drop each other's pages when it is full. Raises OutputError at once if the
+    folder cannot be written; a disk that fails later only ends the keeping, with one warning.
+    """
+
+    def __init__(self, base: Store, folder: Path, limit_bytes: int) -> None:
+        self.base, self.url, self.folder, self.limit_bytes = base, base.url, folder, limit_bytes
+        self._sizes: dict[tuple[str, str], int] = {}  # (path, etag) → bytes of the object
+        self._keeping = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{os.getpid()}{PARTIAL}"
+            try:
+                probe.write_bytes(bytes(min(PAGE_BYTES, limit_bytes)))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be written ({error.strerror}); set data.cache_dir to another folder, or to null"
+            ) from None
+
+    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+        if etag is None or not length:
+            return self.base.read(path, start, length, etag)
+        if (path, etag) not in self._sizes:
+            self._know({path: self.base.stat(path)})
+        size = self._sizes.get((path, etag), 0)
+        if start + length > size:  # another version by now, or too short: the base knows the words for it
+            return self.base.read(path, start, length, etag)
+        home, out = self._home(path, etag), io.BytesIO()
+        first, end = start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)
+        missing = first  # pages from here on are to be fetched with one GET
+        for page in range(first, end + 1):
+            data = self._load(home, page, size) if page < end else None
+            if data is None and page < end:
+                continue
+            if missing < page:
+                low, high = missing * PAGE_BYTES, min(page * PAGE_BYTES, size)
+                fetched = memoryview(self.base.read(path, low, high - low, etag))
+                self._keep(home, missing, fetched)
+                out.write(fetched[max(start - low, 0) : start + length - low])
+            if data is not None:
+                low = page * PAGE_BYTES
+                out.write(memoryview(data)[max(start - low, 0) : start + length - low])
+            missing = page + 1
+        return out.getvalue()
+
+    def forget(self, path: str, start: int, length: int, etag: str) -> bool:
+        home, found = self._home(path, etag), False
+        for page in range(start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)):
+            with suppress(OSError):
+                (home / str(page)).unlink()
+                found = True
+        return self.base.forget(path, start, length, etag) or found
+
+    def held_bytes(self, length: int) -> int:
+        return self.base.held_bytes(length + 2 * PAGE_BYTES) + length * 9 // 8
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        return self._know(self.base.list(prefix))
+
+    def stat(self, path: str) -> Stat:
+        return self._know({path: self.base.stat(path)})[path]
+
+    def write(self, path: str, data: bytes) -> None:
+        self.base.write(path, data)
+
+    def upload(self, path: str, local_file: Path) -> None:
+        self.base.upload(path, local_file)
+
+    def delete(self, path: str) -> None:
+        self.base.delete(path)
+
+    def discard_partials(self) -> None:
+        self.base.discard_partials()
+
+    def _know(self, found: dict[str, Stat]) -> dict[str, Stat]:
+        self._sizes.update({(path, stat.etag): stat.size for path, stat in found.items()})
+        return found
+
+    def _home(self, path: str, etag: str) -> Path:
+        return self.folder / (hashlib.sha256(f"{self.url}\0{path}\0{etag}".encode()).hexdigest()[:32] + _PAGES)
+
+    @staticmethod
+    def _load(home: Path, page: int, size: int) -> bytes | None:
+        """A page, if it is here and as long as it must be (a power cut may leave a name without content)."""
+        try:
+            data = (home / str(page)).read_bytes()
+        except OSError:
+            return None
+        return data if len(data) == min(PAGE_BYTES, size - page * PAGE_BYTES) else None
+
+    def _keep(self, home: Path, first: int, data: memoryview) -> None:
+        """Store neighbouring pages, as far as the limit allows."""
+        if not self._keeping:
+            return
+        partial = home / PARTIAL
+        try:
+            with self._locked() as account:
+                text = account.read().strip()
+                used = int(text) if text.isdigit() else self._make_room(0)  # lost in a power cut, or by hand
+                for page, low in enumerate(range(0, len(data), PAGE_BYTES), first):
+                    piece = data[low : low + PAGE_BYTES]
+                    if _size(home / str(page)) == len(piece):  # another reader was faster
+                        continue
+                    if used + len(piece) > self.limit_bytes:
+                        used = self._make_room(len(piece))
+                        self._keeping = used + len(piece) <= self.limit_bytes
+                        if not self._keeping:
+                            return
+                    used += len(piece)  # before the page is there: a kill -9 in between makes the account too high
+                    account.seek(0)
+                    account.write(f"{used:<20}")
+                    account.flush()
+                    home.mkdir(exist_ok=True)
+                    partial.write_bytes(piece)
+                    partial.replace(home / str(page))
+        except OSError as error:
+            self._keeping = False
+            with suppress(OSError):
+                partial.unlink()
+            warnings.warn(f"{self.folder}: nothing more is cached ({error.strerror})", RuntimeWarning, stacklevel=2)
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[str]]:
+        """The account of the bytes, an open file; its lock is dropped with the file, so also by kill -9."""
+        with open(os.open(self.folder / _ACCOUNT, os.O_RDWR | os.O_CREAT, 0o666), "r+") as account:
+            fcntl.flock(account, fcntl.LOCK_EX)
+            yield account
+
+    def _make_room(self, needed: int) -> int:
+        """Drop versions of objects that this data set does not have, the oldest first; returns the bytes left.
+
+        Pages of its own stay (unless the limit was lowered): each is wanted once an epoch, so a cache of the share f of
+        the data that keeps what it has is hit f of the time, while least-recently-used drops most pages just before they
+        are wanted (f + (1 - f) ln(1 - f): 15 % at f = 1/2).
+        """
+        own = {self._home(*version) for version in self._sizes}
+        sizes: dict[Path, int] = {}
+        for home in self.folder.glob(f"*{_PAGES}"):
+            (home / PARTIAL).unlink(missing_ok=True)
+            sizes[home] = sum(entry.stat().st_size for entry in os.scandir(home))
+        left = sum(sizes.values())
+        for home in sorted(sizes, key=lambda home: (home in own, home.stat().st_mtime)):
+            if left + (0 if home in own else needed) <= self.limit_bytes:
+                break
+            shutil.rmtree(home)
+            left -= sizes[home]
+        return left
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

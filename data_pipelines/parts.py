@@ -1,0 +1,94 @@
+"""What a packing has done so far: one record beside each finished shard, so that it can go on, elsewhere or later.
+
+`parts/RECIPE/NNNNNN-….npz` below the data set's folder; RECIPE is a hash of the source and of every option that the
+shards' bytes depend on, so work on something else is never mistaken for this.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines.index import Indexed
+from data_pipelines.manifest import Shard
+from data_pipelines.measure import Measure
+from data_pipelines.sources import BadImage
+from data_pipelines.store import Store
+from warm_dist.errors import DataError
+
+FOLDER = "parts"
+EMPTY = "empty"  # in the place of the shard's name where no image was good
+_READERS = 8
+_ROWS = ("label", "offset", "length", "crc32")
+_SUMS = ("total", "squares", "products")
+
+
+class Part(NamedTuple):
+    """A finished shard, None if no image of it was good, and what was left out."""
+
+    indexed: Indexed | None
+    bad: Sequence[BadImage]
+
+
+def path_of(recipe: str, number: int, shard: str) -> str:
+    """Where the record of the number-th shard lies; shard: its file's name, or EMPTY."""
+    return f"{FOLDER}/{recipe}/{number:06d}.{shard}.npz"
+
+
+def shard_of(path: str) -> str:
+    """The shard's name in a record's path."""
+    return path.rpartition("/")[2].partition(".")[2].removesuffix(".npz")
+
+
+def finished(store: Store, recipe: str) -> dict[int, str]:
+    """Number → path of the records that are there."""
+    paths = [path for path in store.list(f"{FOLDER}/{recipe}/") if path.endswith(".npz")]
+    return {int(path.rpartition("/")[2].partition(".")[0]): path for path in paths}
+
+
+def save(store: Store, recipe: str, number: int, part: Part) -> None:
+    """Write the record of a shard that is already stored."""
+    arrays = {}
+    head: dict[str, object] = {"bad": [asdict(item) for item in part.bad]}
+    if part.indexed:
+        found = part.indexed
+        head |= {"shard": found.shard, "shape": found.shape, "payloads": found.payloads, "keys": found.keys}
+        head["count"] = found.measure.count
+        arrays = {name: getattr(found, name) for name in _ROWS} | {n: getattr(found.measure, n) for n in _SUMS}
+    buffer = io.BytesIO()
+    np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+    store.write(path_of(recipe, number, part.indexed.shard.name if part.indexed else EMPTY), buffer.getvalue())
+
+
+def load_all(store: Store, paths: Sequence[str]) -> Iterator[Part]:
+    """The records at these paths, in order, a few read at a time. Raises DataError for a damaged one."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(paths), _READERS):
+            yield from pool.map(lambda path: _load(store, path), paths[start : start + _READERS])
+
+
+def _load(store: Store, path: str) -> Part:
+    try:
+        with np.load(io.BytesIO(store.read(path)), allow_pickle=False) as arrays:
+            head = json.loads(arrays["head"].tobytes())
+            bad = [BadImage(**item) for item in head["bad"]]
+            if "shard" not in head:
+                return Part(None, bad)
+            indexed = Indexed(
+                Shard(*head["shard"]),
+                tuple(head["shape"]),
+                tuple(head["payloads"]),
+                tuple(head["keys"]),
+                measure=Measure(head["count"], *(arrays[name] for name in _SUMS)),
+                **{name: arrays[name] for name in _ROWS},
+            )
+            return Part(indexed, bad)
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{store.url}/{path}: is damaged ({error}); delete it, and the same command goes on") from None

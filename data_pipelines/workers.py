@@ -1,0 +1,62 @@
+"""Work spread over processes, one a CPU, that end with their owner."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from itertools import islice
+from typing import TypeVar
+
+from data_pipelines.store import Store, open_store
+from warm_dist import owned
+from warm_dist.errors import ConfigError, Stopped
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[Result]:
+    """`work` of every task, as they get done. Few tasks are taken ahead; the first error cancels what is left.
+
+    count: of processes; 1 works in this one. With more, `work` and the tasks must be picklable and the caller's script
+    importable. Raises ConfigError for a count below 1, Stopped if a process was killed, and what `work` raises.
+    """
+    if count < 1:
+        raise ConfigError(f"{count} workers: must be at least 1")
+    if count == 1:
+        yield from map(work, tasks)
+        return
+    remaining = iter(tasks)
+    # spawn: a fork would copy the locks of this process's threads in whatever state they are
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
+    try:
+        pending: set[Future[Result]] = {pool.submit(work, task) for task in islice(remaining, 2 * count)}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            pending |= {pool.submit(work, task) for task in islice(remaining, len(done))}
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise Stopped(
+            "a worker process was killed (no memory left?); the same command goes on, with fewer --workers it takes less"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@lru_cache(maxsize=4)
+def shared_store(url: str, endpoint_url: str | None) -> Store:
+    """`open_store`, once a process: making a client of S3 takes as long as packing fifty images."""
+    return open_store(url, endpoint_url)
+
+
+def _begin(owner: int) -> None:
+    owned.end_with_parent(signal.SIGKILL)
+    if os.getppid() != owner:  # it was gone before the kernel was asked
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
