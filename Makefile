@@ -1,10 +1,10 @@
-# make install | quickstart | ui | test | soak | lint
+# make install | quickstart | ui | test | soak | lint | peers
 PYTHON ?= python3
 UI_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart ui test soak lint format clean
+.PHONY: install quickstart ui test soak lint format clean peers
 
 install: $(STAMP)
 
@@ -38,6 +38,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What launch/bench.py compares with, in an environment of its own (several GB: MosaicML Streaming brings torch).
+peers:
+	test -x .venv.peers/bin/python || $(PYTHON) -m venv .venv.peers
+	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check -r launch/peers/requirements.txt
+
 # Removes the environment and caches; runs/ (data, checkpoints, MLflow) stays.
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv.peers .mypy_cache .ruff_cache .pytest_cache *.egg-info

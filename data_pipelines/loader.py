@@ -7,7 +7,6 @@ GET, and while one block is consumed the next is fetched. What is in a batch dep
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from threading import RLock
 
 import numpy as np
+from isal.isal_zlib import crc32  # ten times as fast as zlib's
 from numpy.typing import NDArray
 
 from data_pipelines.cache import CachedStore
@@ -116,12 +116,19 @@ class Loader:
         self._shape = (info.resolution, info.resolution, info.channels)
         batch_bytes = batch_size // world * info.resolution**2 * info.channels
         spare = buffer_bytes - 3 * batch_bytes  # a batch handed out and a block on either side of it are always held
-        self._get_bytes = max(int(manifest.length.max()), min(_GET_BYTES, spare // 2 // threads))
+        # half of the spare ones at most, where a store holds it twice
+        # a quarter of the spare ones, since a store may hold a GET twice
+        get_bytes = min(_GET_BYTES, spare // 4 // threads)
+        self._get_bytes = max(int(manifest.length.max()), get_bytes)
         others = batch_bytes + threads * store.held_bytes(self._get_bytes)
         # half of what is left for the block that is consumed, half for the one that is fetched
         batches = max(1, (buffer_bytes - others) // 2 // batch_bytes)
         self._max_block = batches * batch_size
         self.threads, self.most_bytes = threads, 2 * batches * batch_bytes + others
+        whole = -(-min(window * num_lanes, self.order.num_images) // batch_size)  # batches
+        self.pieces = -(-whole // batches)
+        largest = max(int(manifest.length.max()), _GET_BYTES)
+        self.whole_bytes = (2 * whole + 1) * batch_bytes + threads * store.held_bytes(largest)
         self._held = _Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._etags: dict[int, str] = {}
@@ -240,7 +247,7 @@ class Loader:
                 rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
             ):
                 payload = data[start : start + length]
-                if zlib.crc32(payload) != crc:
+                if crc32(payload) != crc:
                     cached = self.store.forget(name, first + start, length, etag)
                     advice = "its cached copy is dropped, run the same command again" if cached else _REPACK
                     raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")

@@ -115,6 +115,11 @@ class Attempt:
                 f"reader: {loader.threads} threads, at most {loader.most_bytes / 1e6:.0f} MB a rank, "
                 f"{len(loader.manifest.shards):,} shards checked"
             )
+            if loader.pieces > 1:
+                self.say(
+                    f"reader: a window comes in {loader.pieces} pieces, and a chunk is fetched up to as often; "
+                    f"data.buffer_bytes={loader.whole_bytes} would hold it whole"
+                )
             found = distributed.on_main(world, lambda: checkpoint.latest(self.path / "checkpoints", self.say))
             trainer = Trainer(config, world, info, self.path, self.say)
             trainer.resume(found)

@@ -231,6 +231,19 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
     assert reader._held.now == 0
 
 
+@pytest.mark.parametrize("world", [1, 4])
+def test_the_reader_says_what_a_whole_window_takes(local: tuple[Manifest, Path], world: int) -> None:
+    store = FileStore(local[1])
+    with closing(loader(local[0], store, world=world, buffer_bytes=1)) as tight:
+        assert tight.pieces == 16  # 8 lanes' windows of 64 images, in batches of 32
+        whole_bytes = tight.whole_bytes
+    with closing(loader(local[0], store, world=world, buffer_bytes=whole_bytes)) as roomy:
+        assert roomy.pieces == 1
+        assert roomy.most_bytes <= whole_bytes
+        blocks = islice(roomy._blocks(0), 3)
+        assert max(len(block.positions) for block in blocks) <= 512 // world
+
+
 def test_read_gives_rows_in_the_order_asked_for(local: tuple[Manifest, Path]) -> None:
     with closing(loader(local[0], FileStore(local[1]))) as reader:
         rows = np.array([1796, 0, 5, 5, 499, 500, 1001])

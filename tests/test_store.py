@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import http.server
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,6 +139,37 @@ def test_deleting_the_last_file_removes_its_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_known_object_is_read_without_boto3_unless_something_is_unusual(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store("warm-dist", "quick", s3.endpoint_url)
+    store.write("a.bin", b"0123456789")
+    etag, asked = store.stat("a.bin").etag, list[Any]()
+    for client in (store.client, store.streaming):
+
+        def counted(original: Callable[..., Any] = client.get_object, **words: Any) -> Any:
+            asked.append(words)
+            return original(**words)
+
+        monkeypatch.setattr(client, "get_object", counted)
+    assert store.read("a.bin") == b"0123456789"  # not known yet
+    assert len(asked) == 1
+    assert store.read("a.bin", 2, 3, etag) == b"234"
+    assert store.read("a.bin", 0, 10, etag) == b"0123456789"
+    assert len(asked) == 1
+    url, made = store._presigned["a.bin"]
+    store._presigned["a.bin"] = url.replace("X-Amz-Signature=", "X-Amz-Signature=0"), made  # as if it had expired
+    assert store.read("a.bin", 2, 3, etag) == b"234"
+    assert len(asked) == 2
+    assert store.read("a.bin", 2, 3, etag) == b"234"  # by a new URL
+    assert len(asked) == 2
+    store.write("a.bin", b"9876543210")
+    with pytest.raises(DataError, match=r"a\.bin: was replaced"):
+        store.read("a.bin", 2, 3, etag)
+    with pytest.raises(DataError, match=r"a\.bin: bytes 8 to 13 were asked for, it ends at 10"):
+        store.read("a.bin", 8, 5, store.stat("a.bin").etag)
+
+
 def test_urls(tmp_path: Path) -> None:
     assert split_url("s3://bucket/a/manifest.parquet") == ("s3://bucket/a", "manifest.parquet")
     assert split_url("manifest.parquet") == (".", "manifest.parquet")
@@ -197,7 +231,7 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
     content = bytes(range(256)) * 2000
     limit = 200_000
     trickle_s = 0.0  # between pieces of 500 bytes
-    refusals, refusal, promised = 0, 503, 0  # so many requests are answered with that, and fewer bytes than promised
+    refusals, refusal, promised = 0, 503, 0  # so many requests are answered with that, and a reset
     requests: list[tuple[str | None, str | None]]
     connections: list[object] | None = None
     etag = "first"
@@ -214,6 +248,9 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
             self.send_response(self.refusal)
             self.send_header("Content-Length", str(self.promised))
             self.end_headers()
+            if self.promised:  # no linger: a reset, not an end
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
             return
         if self.headers["If-Match"] not in (None, f'"{self.etag}"'):
             self.send_response(412)

@@ -1,0 +1,112 @@
+"""The benchmark on few pictures: its figures are there, everybody sees the same pixels, and missing peers are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.bench import BATCH, DataBench, Spread, crop, photographs
+from tests.processes import ROOT
+from warm_dist.errors import WarmDistError
+
+COUNT = 2 * BATCH
+PEERS = Path(os.environ.get("WARM_DIST_PEERS_PYTHON", ROOT / ".venv.peers" / "bin" / "python"))
+
+
+def bench(tmp_path: Path, *arguments: str, peers: Path) -> subprocess.CompletedProcess[str]:
+    counts = ["--images", str(COUNT), "--shard-size", str(BATCH), "--rounds", "1"]
+    command = [sys.executable, "launch/bench.py", "data", *counts, "--peers-python", str(peers), *arguments]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    return done
+
+
+def check(report: dict[str, Any]) -> None:
+    photos = photographs()
+    expected = sum(zlib.crc32(crop(photos, number).tobytes()) for number in range(COUNT))
+    assert report["checksums"]["npy"] == report["checksums"]["png"] == expected != report["checksums"]["jpg"]
+    assert report["payload_bytes"]["npy"] == 64 * 64 * 3 + 128
+    assert report["payload_bytes"]["png"] > report["payload_bytes"]["jpg"] > 1000
+    for row in report["results"]:
+        for name in ("images_per_s", "cpu_us"):
+            assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
+
+
+@pytest.mark.slow
+def test_without_peers_ours_is_measured_and_the_way_to_them_is_told(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--json", peers=tmp_path / "none" / "python")
+    assert done.stderr.strip() == f"peers are skipped: {tmp_path}/none/python does not exist; `make peers` makes it"
+    report = json.loads(done.stdout)
+    check(report)
+    assert [(row["payload"], row["contender"]) for row in report["results"]] == [
+        (kind, "ours") for kind in ("npy", "png", "jpg")
+    ]
+    assert report["skipped"] == done.stderr.strip()
+    assert report["ratios"] == []
+
+
+@pytest.mark.slow
+def test_all_contenders_see_the_same_pixels(tmp_path: Path) -> None:
+    if not PEERS.exists():
+        pytest.skip(f"{PEERS} does not exist; `make peers` makes it, WARM_DIST_PEERS_PYTHON names another")
+    report = json.loads(bench(tmp_path, "--json", peers=PEERS).stdout)  # unequal checksums would have ended it
+    check(report)
+    assert len(report["results"]) == 3 * 4
+    assert [ratio["target"] for ratio in report["ratios"]] == [0.45, 0.70, 0.20]
+    assert report["versions"]["peers"]["pillow"] == report["versions"]["ours"]["pillow"]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataBench:
+    """Two rounds of made-up runs of everybody."""
+    out = DataBench(None, tmp_path, 100, 50, Path("python"))  # type: ignore[arg-type]
+    cost = {"ours": 1.0, "pipe:aws": 4.0, "boto3": 2.0, "streaming": 3.0}
+
+    def run(contender: str, job: dict[str, Any]) -> dict[str, Any]:
+        cpu_s = 100e-6 * cost[contender] * (0.1 if job["payload"] == "npy" else 1)
+        return {"images": 100, "wall_s": 0.5, "cpu_s": cpu_s, "checksum": 7, "versions": {"pillow": "1"}}
+
+    monkeypatch.setattr(out, "_run", run)
+    monkeypatch.setattr(out, "_mds", lambda kind, name: "")
+    out.jobs = {kind: {"payload": kind} for kind in ("npy", "png", "jpg")}
+    out.payload_bytes = dict.fromkeys(out.jobs, 9.0)
+    return out
+
+
+def test_the_table_has_the_figures(measured: DataBench) -> None:
+    from launch.bench import table
+
+    assert len(list(measured.measure(2))) == 2 * 3 * 4
+    report = measured.report()
+    assert [(ratio["median"], ratio["met"]) for ratio in report["ratios"]] == [(0.25, True), (0.5, True), (0.05, True)]
+    text = table(report)
+    assert re.search(r"^PNG +webdataset, boto3 body +200 +200\.\.200 +2\.0 +2\.0\.\.2\.0$", text, re.M)
+    assert re.search(r"^ours PNG / webdataset, pipe:aws PNG +0\.250 +0\.250\.\.0\.250 +target 0\.45: met$", text, re.M)
+
+
+def test_other_pixels_end_it(measured: DataBench) -> None:
+    measured.checksums["png"] = 8
+    with pytest.raises(WarmDistError, match="ours sees other pixels in the png images"):
+        list(measured.measure(1))
+
+
+def test_spread_of_rounds() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+def test_pictures_are_the_same_in_every_run_and_differ() -> None:
+    photos = photographs()
+    images = [crop(photos, number) for number in range(50)]
+    assert all(image.shape == (64, 64, 3) for image in images)
+    assert len({image.tobytes() for image in images}) == 50
+    assert zlib.crc32(images[0].tobytes()) == 2017775910  # what `crop(photographs(), 0)` gave when this was written
