@@ -134,7 +134,8 @@ class S3Store(Store):
     def _quick_get(self, path: str, conditions: dict[str, str], etag: str) -> _Answer | None:
         """get_object by one presigned URL for all ranges of an object: boto3 spends a millisecond on every other request.
 
-        None if the server does not give the bytes: get_object is to ask again and find the words, or new credentials.
+        None if the server refuses: get_object is to ask again and find the words, or new credentials. Raises
+        UnreachableError if the server fails.
         """
         from botocore.awsrequest import AWSRequest
 
@@ -147,9 +148,12 @@ class S3Store(Store):
         request = AWSRequest("GET", url, headers, stream_output=True).prepare()
         # the client's own session, with its timeouts, connections, proxies and certificates
         answer = self.streaming._endpoint.http_session.send(request)
-        if answer.status_code not in (200, 206):
-            self._presigned.pop(path, None)
+        status = answer.status_code
+        if status not in (200, 206):
             answer.raw.close()
+            if status >= 500 or status == 429:  # asking again at once would only add to the load
+                raise UnreachableError(f"{self._name(path)}: the server failed ({status})")
+            self._presigned.pop(path, None)
             return None
         return _Answer(answer.raw, int(answer.headers["Content-Length"]), etag)
 
