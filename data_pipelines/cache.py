@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -101,8 +102,8 @@ class CachedStore(Store):
     def delete(self, path: str) -> None:
         self.base.delete(path)
 
-    def discard_partials(self) -> None:
-        self.base.discard_partials()
+    def discard_partials(self, ours: re.Pattern[str]) -> None:
+        self.base.discard_partials(ours)
 
     def _know(self, found: dict[str, Stat]) -> dict[str, Stat]:
         self._sizes.update({(path, stat.etag): stat.size for path, stat in found.items()})

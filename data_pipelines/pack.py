@@ -16,13 +16,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipelines import parts
-from data_pipelines.index import Indexed, index_shard, merge, sha256
+from data_pipelines.index import Indexed, index_shard, merge
 from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifest
 from data_pipelines.parts import Part
 from data_pipelines.payload import PAYLOADS, encode
@@ -156,7 +157,8 @@ class Packing:
         abandoned = {name for path in records if OURS.fullmatch(name := parts.shard_of(path))}
         for name in [*sorted((former | abandoned) - current), *records]:
             self.store.delete(name)
-        self.store.discard_partials()
+        # nobody else's: the prefix may be a whole bucket
+        self.store.discard_partials(re.compile(rf"{OURS.pattern}|{parts.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}"))
 
 
 def _make(output: _Output, shard: _Shard) -> int:
@@ -167,8 +169,10 @@ def _make(output: _Output, shard: _Shard) -> int:
         local = Path(folder) / "shard.tar"
         indexed = None
         if _write(local, _named(shard, bad), output.resolution, output.payload):
-            indexed = index_shard(local, f"{shard.number:06d}-{sha256(local)[:12]}.tar")
-            store.upload(indexed.shard.name, local)
+            indexed = index_shard(local, f"{shard.number:06d}")
+            name = f"{shard.number:06d}-{indexed.shard.sha256[:12]}.tar"
+            store.upload(name, local)
+            indexed = replace(indexed, shard=indexed.shard._replace(name=name))
     parts.save(store, output.recipe, shard.number, Part(indexed, bad))
     return shard.number
 

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import random
+import re
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -191,12 +192,14 @@ class S3Store(Store):
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self.prefix + path)
 
-    def discard_partials(self) -> None:
+    def discard_partials(self, ours: re.Pattern[str]) -> None:
         # not every server knows this request, nor may everybody send it
         with suppress(ConfigError, AccessError), self._errors(""):
             pages = self.client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
                 for item in page.get("Uploads", ()):
+                    if not ours.fullmatch(item["Key"][len(self.prefix) :]):
+                        continue
                     with suppress(self.client.exceptions.NoSuchUpload):
                         self.client.abort_multipart_upload(
                             Bucket=self.bucket, Key=item["Key"], UploadId=item["UploadId"]

@@ -16,7 +16,7 @@ from warm_dist.errors import AccessError, ConfigError, DataError, OutputError
 
 PIECE_BYTES = 32 << 20  # of a download
 PARTIAL = ".partial"  # the name of a file until it is whole
-_OWN_PARTIAL = re.compile(r"\..+\.\d+\.partial")
+_OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 
 
 class Stat(NamedTuple):
@@ -84,8 +84,8 @@ class Store(ABC):
         """Remove an object; harmless if it does not exist."""
 
     @abstractmethod
-    def discard_partials(self) -> None:
-        """Remove what killed writers left behind; what somebody is just writing goes too, so call it before writing."""
+    def discard_partials(self, ours: re.Pattern[str]) -> None:
+        """Remove what killed writers left of objects whose whole path matches `ours`; what is just being written goes too."""
 
     def forget(self, path: str, start: int, length: int, etag: str) -> bool:
         """Drop copies of these bytes, which turned out wrong, so that they are fetched anew; True if there were any."""
@@ -156,11 +156,13 @@ class FileStore(Store):
             except OSError:
                 break
 
-    def discard_partials(self) -> None:
+    def discard_partials(self, ours: re.Pattern[str]) -> None:
         for folder, _, names in os.walk(self.root):
-            for name in filter(_OWN_PARTIAL.fullmatch, names):
-                with output(Path(folder) / name):
-                    (Path(folder) / name).unlink(missing_ok=True)
+            for partial in filter(None, map(_OWN_PARTIAL.fullmatch, names)):
+                target = Path(folder) / partial[1]
+                if ours.fullmatch(target.relative_to(self.root).as_posix()):
+                    with output(target):
+                        target.with_name(partial[0]).unlink(missing_ok=True)
 
     @staticmethod
     def _tag(stat: os.stat_result) -> str:

@@ -172,6 +172,22 @@ def test_an_interrupted_packing_goes_on_to_the_same_bytes(tmp_path: Path, positi
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
+def test_what_killed_packers_left_goes_and_other_files_stay(tmp_path: Path) -> None:
+    pack(noise_source(8), str(tmp_path / "alone"))
+    (tmp_path / "out" / "parts" / "0123").mkdir(parents=True)
+    ours = (
+        ".000001-0123456789ab.tar.7.partial",
+        "parts/0123/.000001.empty.npz.7.partial",
+        ".manifest.parquet.7.partial",
+    )
+    others = (".thesis.tar.7.partial", "thesis.tar", "checkpoint/.weights.7.partial")
+    (tmp_path / "out" / "checkpoint").mkdir()
+    for name in (*ours, *others):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    pack(noise_source(8), str(tmp_path / "out"))
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "alone").keys() | set(others)
+
+
 def test_another_packing_is_not_mistaken_for_an_unfinished_one(tmp_path: Path) -> None:
     half = Packing(noise_source(40), str(tmp_path / "out"), shard_size=4)
     assert half.run(part=(1, 2)) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -23,6 +24,8 @@ from data_pipelines.s3_server import S3Server
 from data_pipelines.s3_store import S3Store
 from data_pipelines.store import Store, open_store, split_url
 from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
+
+BINARIES = re.compile(r"(a/)?\w+\.bin")
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -99,12 +102,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_remains_of_killed_writers_are_discarded_and_nothing_else(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("a/b.bin", b"1")
-    for name in ("a/.b.bin.4711.partial", ".c.bin.1.partial", "mine.partial", ".d.partial"):
+    for name in ("a/.b.bin.4711.partial", ".c.bin.1.partial", ".e.txt.1.partial", "mine.partial", ".d.partial"):
         (tmp_path / name).write_bytes(b"half")
-    store.discard_partials()
+    store.discard_partials(BINARIES)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"a/b.bin", "mine.partial", ".d.partial"}
-    open_store(str(tmp_path / "none")).discard_partials()
+    assert left == {"a/b.bin", ".e.txt.1.partial", "mine.partial", ".d.partial"}
+    open_store(str(tmp_path / "none")).discard_partials(BINARIES)
 
 
 def test_incomplete_uploads_to_s3_are_aborted_below_the_prefix_only(s3: S3Server) -> None:
@@ -120,15 +123,17 @@ def test_incomplete_uploads_to_s3_are_aborted_below_the_prefix_only(s3: S3Server
         return sorted(item["Key"] for item in found)
 
     assert incomplete("partial/") == ["partial/one/big.bin", "partial/other/big.bin"]
-    store.discard_partials()
+    store.discard_partials(re.compile("some/other.bin"))
+    assert len(incomplete("partial/")) == 2
+    store.discard_partials(BINARIES)
     assert incomplete("partial/") == ["partial/other/big.bin"]
     assert list(store.list()) == ["whole.bin"]
-    other.discard_partials()
+    other.discard_partials(BINARIES)
 
 
 def test_a_server_that_does_not_know_of_incomplete_uploads_is_no_failure() -> None:
     with unsteady(refusals=9, refusal=501) as (store, handler):
-        store.discard_partials()
+        store.discard_partials(BINARIES)
         assert len(handler.requests) == 1
 
 
