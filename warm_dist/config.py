@@ -96,16 +96,41 @@ class TrainConfig(Section):
     label_dropout: Fraction = Field(0.0, description="share of images whose class is hidden")
     ema_half_life_nimg: Positive
     ema_ramp: PositiveFloat | None = Field(0.05, description="half-life at most so many times nimg (EDM's ramp)")
+    ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.25)], ...] = Field(
+        (), description="power-function EMAs beside it, by relative width sigma_rel (EDM2: [0.05, 0.1])"
+    )
+    snapshot_nimg: Positive | None = Field(
+        None, description="keep those EMAs every so many images for ever: launch/ema.py makes any length of them"
+    )
+    max_nonfinite: Positive = Field(
+        1, description="steps in a row with a non-finite gradient, each left out and reported, that end the run"
+    )
     log_nimg: Positive
     save_nimg: Positive
-    keep_last: Positive = 2
 
 
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
+    offload_optimizer: bool = Field(False, description="ZeRO 1-3: master weights, Adam and EMA in the host's memory")
+    compile: bool = Field(False, description="torch.compile the network (CUDA; ZeRO 0-2 and local)")
+    peak_flops: PositiveFloat | None = Field(
+        None, description="floating-point operations a second of one rank's device, for the MFU; null: known GPUs' own"
+    )
     timeout_s: Positive = Field(120, description="how long a rank waits for another before it gives up")
+    preemption_file: str | None = Field(
+        None, description="when this file appears on any rank's machine, the run saves and stops as after SIGTERM"
+    )
+
+
+class CheckpointConfig(Section):
+    url: str | None = Field(
+        None, description="s3://bucket/prefix or a folder that gets every checkpoint in the background; null: output only"
+    )
+    endpoint_url: str | None = Field(None, description="its S3 endpoint, if other than AWS's own")
+    keep_last: Positive = 2
+    keep_every_nimg: Positive | None = Field(None, description="multiples of it are kept for ever")
 
 
 Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
@@ -168,6 +193,10 @@ class TrackingConfig(Section):
     )
     experiment: str = "warm-dist"
     run_name: str | None = None
+    prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
+        None, description="rank 0 serves its metrics there as Prometheus text; null: no endpoint"
+    )
+    prometheus_host: str = Field("127.0.0.1", description="the address that it listens on")
 
 
 class Config(Section):
@@ -180,6 +209,7 @@ class Config(Section):
     network: NetworkConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sampler: SamplerConfig = SamplerConfig()
     eval: EvalConfig | None = Field(None, description="null: no evaluation during training")
     tracking: TrackingConfig = TrackingConfig()
@@ -191,15 +221,17 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size {train.batch_size} is not a multiple of data.num_lanes {data.num_lanes}"
             )
-        for key in ("total_nimg", "log_nimg", "save_nimg"):
-            if getattr(train, key) % train.batch_size:
-                raise ValueError(
-                    f"train.{key} {getattr(train, key)} is not a multiple of train.batch_size {train.batch_size}"
-                )
-        if self.eval and self.eval.eval_nimg % train.batch_size:
-            raise ValueError(
-                f"eval.eval_nimg {self.eval.eval_nimg} is not a multiple of train.batch_size {train.batch_size}"
-            )
+        rhythms = {f"train.{key}": getattr(train, key) for key in ("total_nimg", "log_nimg", "save_nimg", "snapshot_nimg")}
+        rhythms |= {"checkpoint.keep_every_nimg": self.checkpoint.keep_every_nimg}
+        rhythms |= {"eval.eval_nimg": self.eval.eval_nimg if self.eval else None}
+        for name, value in rhythms.items():
+            if value is not None and value % train.batch_size:
+                raise ValueError(f"{name} {value} is not a multiple of train.batch_size {train.batch_size}")
+        if train.snapshot_nimg is not None and not train.ema_lengths:
+            raise ValueError("train.snapshot_nimg has nothing to keep: set train.ema_lengths, e.g. [0.05, 0.1]")
+        if len(set(train.ema_lengths)) < len(train.ema_lengths):
+            raise ValueError("train.ema_lengths names a length twice")
+        self._check_engine()
         if (
             self.eval
             and self.eval.extractor == "inception"
@@ -218,6 +250,13 @@ class Config(Section):
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
         check_sampling(self, self.sampler)
         return self
+
+    def _check_engine(self) -> None:
+        parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0
+        if parallel.offload_optimizer and not sharded:
+            raise ValueError("parallel.offload_optimizer needs engine deepspeed and parallel.zero_stage 1, 2 or 3")
+        if parallel.compile and self.engine == "deepspeed" and parallel.zero_stage == 3:
+            raise ValueError("parallel.compile does not go with parallel.zero_stage 3, which gathers weights in hooks")
 
 
 def check_sampling(config: Config, sampler: SamplerConfig) -> None:
