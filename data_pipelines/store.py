@@ -136,7 +136,7 @@ class FileStore(Store):
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         out = {}
-        for folder, _, names in os.walk(self.root):
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
             for name in names:
                 path = (Path(folder) / name).relative_to(self.root).as_posix()
                 if path.startswith(prefix) and not name.endswith(PARTIAL):

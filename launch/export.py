@@ -7,34 +7,45 @@ import sys
 from pathlib import Path
 
 from warm_dist import errors
-from warm_dist.errors import CheckpointError
+from warm_dist.errors import CheckpointError, ConfigError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--kind", choices=["ema", "master"], default="ema", help="averaged weights, or the last ones")
+    parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
+    parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
+    parser.add_argument(
+        "--kind", default="ema", help="ema (averaged), master (the last weights), ema_0.05 … (default: ema)"
+    )
     parser.add_argument("--nimg", type=int, help="which checkpoint; default: the newest intact one")
     parser.add_argument("--out", type=Path, help="default: RUN/weights/KIND.safetensors")
     args = parser.parse_args()
+    if args.out is None and "://" in args.run:
+        raise ConfigError("--out is needed: the run is not a folder here")
 
+    from data_pipelines.store import open_store
     from warm_dist import checkpoint, generate
 
-    root = args.run / "checkpoints"
+    store = open_store(args.run, args.endpoint_url)
+    names = checkpoint.complete(store, checkpoint.CHECKPOINTS)
     if args.nimg is not None:
-        folder = checkpoint.folder_of(root, args.nimg)
-        if folder not in checkpoint.complete_folders(root):
-            have = ", ".join(str(int(path.name)) for path in checkpoint.complete_folders(root)) or "none"
+        wanted = checkpoint.name_of(checkpoint.CHECKPOINTS, args.nimg)
+        if wanted not in names:
+            have = ", ".join(str(checkpoint.nimg_of(name)) for name in names) or "none"
             raise CheckpointError(f"{args.run}: no complete checkpoint at nimg {args.nimg}; complete ones: {have}")
-    else:
-        found = checkpoint.latest(root, lambda text: print(text, file=sys.stderr))
-        if found is None:
-            raise CheckpointError(f"{args.run}: has no complete checkpoint")
-        folder = found[0]
-    out = args.out or args.run / "weights" / f"{args.kind}.safetensors"
-    generate.export_weights(folder, args.kind, out)
-    print(f"{out}: {args.kind} weights at nimg {int(folder.name)}")
-    return errors.EXIT_OK
+        names = [wanted]
+    out = args.out or Path(args.run) / "weights" / f"{args.kind}.safetensors"
+    problem = "has no complete checkpoint"
+    for name in reversed(names):
+        try:
+            generate.export_weights([(checkpoint.opened(store, name), args.kind, 1.0)], out)
+        except CheckpointError as error:
+            problem = f"no intact checkpoint ({error})"
+            print(f"checkpoint passed over: {error}", file=sys.stderr)
+        else:
+            print(f"{out}: {args.kind} weights at nimg {checkpoint.nimg_of(name)}")
+            return errors.EXIT_OK
+    raise CheckpointError(f"{args.run}: {problem}")
 
 
 if __name__ == "__main__":

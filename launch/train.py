@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
+import sys
 from pathlib import Path
+from typing import Any
 
 from warm_dist import errors
 from warm_dist.config import Config
 from warm_dist.config_file import load_config
+
+STOP_UPLOAD_S = 15  # what an ending run spends on sending its last checkpoint: launchers kill after 30 s
 
 
 def parse() -> argparse.Namespace:
@@ -44,16 +47,29 @@ def main() -> int:
     return errors.EXIT_OK
 
 
+def tell(error: errors.WarmDistError) -> None:
+    """Say an error on a rank that `errors.run` keeps quiet."""
+    prefix = "" if isinstance(error, errors.PeerError) else f"{type(error).__name__}: "
+    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+
+
 class Attempt:
     """One attempt at a run: joins the processes, wires data to trainer, and leaves exit.json at every end but kill -9."""
 
     def __init__(self, config: Config) -> None:
         from warm_dist import distributed
+        from warm_dist.heartbeat import Heartbeat
 
-        self.config, self.path = config, Path(config.output)
+        self.config, self.path, parallel = config, Path(config.output), config.parallel
         self.stop = distributed.StopSignal().install()
         distributed.set_threads()
-        self.world = distributed.init(config.parallel.timeout_s)
+        try:
+            self.world = distributed.init(parallel.timeout_s)
+        except errors.UnreachableError as error:
+            if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
+                tell(error)  # rank 0 tells its own machine only
+            raise
+        self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
 
     def say(self, text: str) -> None:
@@ -66,13 +82,17 @@ class Attempt:
 
         failure: BaseException | None = None
         try:
-            try:
-                self.number = distributed.on_main(self.world, self._claim)
-                self._train()
-            except (RuntimeError, errors.UnreachableError) as error:
-                if self.world.size == 1 or not distributed.is_peer_loss(error):
-                    raise  # our own fault (a bug, no memory left) keeps its traceback and is not called resumable
-                raise self._peer_error(error) from error
+            self.number = distributed.on_main(self.world, self._claim, "claim")
+            with self.heartbeat:
+                try:
+                    self._train()
+                except errors.Stopped:  # on every rank, after the save
+                    reason = self.stop.reason(self.world)
+                    raise errors.Stopped(f"{reason} at nimg {self.nimg}; run the same command again to go on") from None
+                except (RuntimeError, distributed.PeerLost) as error:
+                    if self.world.size == 1 or not distributed.is_peer_loss(error):
+                        raise  # our own fault (a bug, no memory left) keeps its traceback and is not called resumable
+                    raise self._peer_error(error) from error
         except BaseException as error:
             failure = error
             raise
@@ -89,63 +109,99 @@ class Attempt:
         return number
 
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
-        """A broken collective is usually a peer's end; the peer has written why."""
+        """A broken collective is usually a peer's end: the peer has written why, or its silence tells who it was."""
         from warm_dist.metrics import read_json
 
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            told = read_json(self.path / "exit.json")
-            if told and told["attempt"] == self.number:
-                return errors.PeerError(told["reason"], told["code"], told["resumable"])
-            time.sleep(0.1)
-        return errors.UnreachableError(f"rank {self.world.rank} lost a peer: {str(error).splitlines()[0]}")
+        def told() -> errors.PeerError | None:
+            end = read_json(self.path / "exit.json")
+            if end and end["attempt"] == self.number:
+                return errors.PeerError(end["reason"], end["code"], end["resumable"])
+            return self.heartbeat.peers_end()
+
+        message = self.heartbeat.diagnose(error, lambda: told() is not None)
+        found = told() or errors.UnreachableError(message)
+        if self.world.rank and self.heartbeat.speaks():
+            tell(found)  # rank 0, which tells people everything else, is not there to do so
+        return found
 
     def _train(self) -> None:
         from data_pipelines.loader import open_loader
-        from warm_dist import checkpoint, distributed, generate, run_folder
+        from data_pipelines.store import open_store
+        from warm_dist import distributed
         from warm_dist.evaluation import Evaluator
         from warm_dist.metrics import MetricsLog, read_metrics
-        from warm_dist.networks import num_parameters
+        from warm_dist.prometheus import Exporter
+        from warm_dist.storage import Storage
         from warm_dist.trainer import Trainer
 
-        config, world = self.config, self.world
+        config, world, port = self.config, self.world, self.config.tracking.prometheus_port
         with contextlib.closing(open_loader(config, world.rank, world.size)) as loader:
             info = loader.manifest.info
-            self.say(
-                f"reader: {loader.threads} threads, at most {loader.most_bytes / 1e6:.0f} MB a rank, "
-                f"{len(loader.manifest.shards):,} shards checked"
-            )
-            if loader.pieces > 1:
-                self.say(
-                    f"reader: a window comes in {loader.pieces} pieces, and a chunk is fetched up to as often; "
-                    f"data.buffer_bytes={loader.whole_bytes} would hold it whole"
-                )
-            found = distributed.on_main(world, lambda: checkpoint.latest(self.path / "checkpoints", self.say))
-            trainer = Trainer(config, world, info, self.path, self.say)
-            trainer.resume(found)
-            self.nimg = trainer.nimg
-            if world.is_main:
-                facts = {
-                    "fingerprint": info.fingerprint,
-                    "world_size": world.size,
-                    "num_parameters": num_parameters(trainer.engine.module),
-                    "device": str(world.device),
-                }
-                run_folder.describe(self.path, config, self.number, facts)
-            log = MetricsLog(self.path / "metrics.jsonl", self.number) if world.is_main else None
-            self._start_mirror()
-            evaluator = Evaluator(config, world, info, loader.read, self.path, self.say) if config.eval else None
-            done = {r["nimg"] for r in read_metrics(self.path / "metrics.jsonl") if r["kind"] == "eval"}
-            done = distributed.on_main(world, lambda: done)
+            self._describe_reader(loader)
+            storage = Storage(self.path, world, open_store, config.checkpoint, self.say)
+            trainer = Trainer(config, world, info, self.say, storage, self.heartbeat)
+            late_s = float(STOP_UPLOAD_S)
             try:
+                trainer.restore()
+                self.nimg = trainer.nimg
+                self._describe_run(trainer, info.fingerprint)
+                log = None
+                if world.is_main:
+                    exporter = Exporter(config.tracking.prometheus_host, port) if port else None
+                    log = MetricsLog(self.path / "metrics.jsonl", self.number, exporter)
+                self._start_mirror()
+                evaluator = Evaluator(config, world, info, loader.read, self.path, self.say) if config.eval else None
+                done = {r["nimg"] for r in read_metrics(self.path / "metrics.jsonl") if r["kind"] == "eval"}
+                done = distributed.on_main(world, lambda: done)
                 trainer.fit(loader.batches(trainer.nimg), log, self.stop, evaluator, done)
+                late_s = float(config.parallel.timeout_s)
             finally:
                 self.nimg = trainer.nimg
+                late = storage.close(late_s)
+                trainer.report_uploads()
+                for upload in late:
+                    self.say(
+                        f"{upload.name} is not at {config.checkpoint.url} yet ({upload.error}); the same command sends it"
+                    )
             self.say(f"reader: at most {loader.peak_bytes / 1e6:.1f} MB were held")
-            if world.is_main:
-                folder = checkpoint.folder_of(trainer.checkpoints, trainer.nimg)
-                generate.export_weights(folder, "ema", self.path / "weights" / "ema.safetensors")
-                self.say(f"finished: {self.path}/weights/ema.safetensors")
+            self._finish(storage, late)
+
+    def _describe_reader(self, loader: Any) -> None:
+        self.say(
+            f"reader: {loader.threads} threads, at most {loader.most_bytes / 1e6:.0f} MB a rank, "
+            f"{len(loader.manifest.shards):,} shards checked"
+        )
+        if loader.pieces > 1:
+            self.say(
+                f"reader: a window comes in {loader.pieces} pieces, and a chunk is fetched up to as often; "
+                f"data.buffer_bytes={loader.whole_bytes} would hold it whole"
+            )
+
+    def _describe_run(self, trainer: Any, fingerprint: str) -> None:
+        from warm_dist import run_folder
+        from warm_dist.networks import num_parameters
+
+        if self.world.is_main:
+            facts = {
+                "fingerprint": fingerprint,
+                "world_size": self.world.size,
+                "num_parameters": num_parameters(trainer.engine.module),
+                "device": str(self.world.device),
+            }
+            run_folder.describe(self.path, self.config, self.number, facts)
+
+    def _finish(self, storage: Any, late: list[Any]) -> None:
+        from warm_dist import generate
+
+        if self.world.is_main and (storage.shared or not late):
+            path = self.path / "weights" / "ema.safetensors"
+            generate.export_weights([(storage.saved(self.nimg), "ema", 1.0)], path)
+            self.say(f"finished: {path}")
+        if late:
+            raise errors.UnreachableError(
+                f"trained to nimg {self.nimg}, but {late[0].name} is not at {self.config.checkpoint.url}: "
+                f"{late[0].error}; the same command sends it"
+            )
 
     def _start_mirror(self) -> None:
         if self.world.is_main and self.config.tracking.mlflow_url:

@@ -15,18 +15,20 @@ from tests.processes import ROOT
 LEVELS = [
     {"errors", "types", "bnr"},
     {"config", "rng", "spectrum", "owned"},
-    {"config_file", "process", "distributed", "augment", "analysis"},
-    {"blocks", "metrics", "prefetch"},
-    {"networks", "precond", "engine", "tracking", "run_folder"},
-    {"loss", "per_frequency", "sampler", "ema", "plan", "edm_weights"},
-    {"checkpoint", "fid", "figures", "guidance"},
-    {"generate", "spectrum_figure"},
-    {"evaluation", "trainer"},
+    {"config_file", "process", "distributed", "augment", "analysis", "prometheus", "stopwatch", "uploads"},
+    {"blocks", "metrics", "prefetch", "finite"},
+    {"networks", "precond", "engine", "tracking", "run_folder", "heartbeat", "posthoc"},
+    {"loss", "per_frequency", "sampler", "ema", "flops", "plan", "edm_weights"},
+    {"checkpoint", "fid", "figures", "guidance", "window"},
+    {"generate", "spectrum_figure", "storage"},
+    {"evaluation", "preparation"},
+    {"trainer"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": "warm_dist/tracking.py", "cleanfid": "warm_dist/fid.py",
-           "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py"}  # fmt: skip
-HEAVY = {"deepspeed", "mlflow", "ray", "cleanfid", "matplotlib", "pyarrow", "boto3", "webdataset", "sklearn"}
+           "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py",
+           "prometheus_client": "warm_dist/prometheus.py"}  # fmt: skip
+HEAVY = {"deepspeed", "mlflow", "ray", "cleanfid", "matplotlib", "pyarrow", "boto3", "webdataset", "sklearn", "prometheus_client"}
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))
 ]

@@ -1,19 +1,29 @@
+"""The format: what is written is read, by whom it may be, and anything else is noticed."""
+
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from data_pipelines.store import FileStore
 from tests.distributed.worker import config, info
 from warm_dist import checkpoint
+from warm_dist.checkpoint import CHECKPOINTS, Saved
 from warm_dist.config_file import dump
 from warm_dist.distributed import World
-from warm_dist.ema import EMA
+from warm_dist.ema import EMA, half_life
 from warm_dist.engine import LocalEngine
-from warm_dist.errors import CheckpointError, OutputError
+from warm_dist.errors import CheckpointError
 from warm_dist.generate import build_network, export_weights, load_weights
+from warm_dist.storage import Storage
 
 ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def ema_of(engine: LocalEngine) -> EMA:
+    return EMA(engine.owned(), partial(half_life, 100, None))
 
 
 @pytest.fixture
@@ -23,94 +33,125 @@ def state(tmp_path: Path):
     for k, f in enumerate(engine.owned()):
         f.exp_avg.fill_(k)
         f.exp_avg_sq.copy_(torch.arange(f.numel))
-    ema = EMA(engine.owned(), 100, None)
+    ema = ema_of(engine)
     for value in ema.values:
         value.add_(1)
     return settings, engine, ema
 
 
-def save(root: Path, state, nimg: int) -> Path:
+def save(run: Path, state, nimg: int) -> Saved:
     settings, engine, ema = state
-    meta = {"config": dump(settings), "data": info().to_json()}
-    return checkpoint.save(root, ALONE, engine, ema, nimg, nimg // 8, meta)
+    storage = Storage(run, ALONE, lambda url, endpoint: FileStore(Path(url)), settings.checkpoint, print)
+    meta = {"num_steps": nimg // 8, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
+    storage.save(CHECKPOINTS, nimg, checkpoint.tensors_of(engine, {"ema": ema}), meta)
+    return storage.saved(nimg)
 
 
 def test_round_trip_is_bit_exact(tmp_path, state):
     settings, engine, ema = state
-    folder = save(tmp_path / "c", state, 80)
+    saved = save(tmp_path, state, 80)
     other = LocalEngine(build_network(settings), settings, ALONE)
-    shadow = EMA(other.owned(), 100, None)
+    shadow = ema_of(other)
     for f in other.owned():
         f.master.zero_()
-    meta = checkpoint.inspect(folder)
-    checkpoint.load(folder, meta, other, shadow)
+    checkpoint.load(saved, 0, other, {"ema": shadow})
     for a, b in zip(engine.owned(), other.owned(), strict=True):
         assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("master", "exp_avg", "exp_avg_sq"))
     assert all(torch.equal(a, b) for a, b in zip(ema.values, shadow.values, strict=True))
     assert {float(s["step"]) for s in other.optimizer.state.values()} == {10.0}
 
 
+def test_any_safetensors_reader_understands_it(tmp_path, state):
+    _, engine, _ = state
+    save(tmp_path, state, 80)
+    with safe_open(tmp_path / "checkpoints" / f"{80:012d}" / "rank_0.safetensors", framework="pt") as file:
+        for f in engine.owned():
+            assert torch.equal(file.get_tensor(f"master/{f.name}@{f.start}"), f.master)
+        assert len(list(file.keys())) == 4 * len(engine.owned())
+
+
 def test_no_pickle_and_complete_comes_last(tmp_path, state):
-    folder = save(tmp_path / "c", state, 80)
+    save(tmp_path, state, 80)
+    folder = tmp_path / "checkpoints" / f"{80:012d}"
     assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "rank_0.done", "rank_0.safetensors"]
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert max(times, key=lambda name: times[name]) == "COMPLETE"
 
 
-def test_damaged_ones_are_passed_over_and_never_a_fresh_start(tmp_path, state):
-    root, warnings = tmp_path / "c", []
-    assert checkpoint.latest(root, warnings.append) is None
-    first, second, third = (save(root, state, nimg) for nimg in (80, 160, 240))
-    (third / "COMPLETE").unlink()  # killed before the end of a save
-    blob = bytearray((second / "rank_0.safetensors").read_bytes())
-    blob[-1] ^= 1
-    (second / "rank_0.safetensors").write_bytes(blob)
-    found = checkpoint.latest(root, warnings.append)
-    assert found is not None
-    assert found[0] == first
-    assert len(warnings) == 1
-    assert "differs from what COMPLETE says" in warnings[0]
-    (first / "rank_0.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        checkpoint.latest(root, warnings.append)
+@pytest.mark.parametrize("reads", [1, 7, 1 << 30], ids=["one tensor a read", "few", "whole files"])
+def test_parts_that_ranks_wrote_are_put_together_by_readers_of_another_number(tmp_path, state, monkeypatch, reads):
+    """Three writers cut every parameter at odd places; one reader, whose own file is only the first, gets all of it."""
+    settings, engine, ema = state
+    monkeypatch.setattr(checkpoint, "_GET_BYTES", reads * 4096)
+    whole = checkpoint.tensors_of(engine, {"ema": ema})
+    lines = []
+    for rank in range(3):
+        share = {}
+        for key, tensor in whole.items():
+            cut = [0, tensor.numel() // 3, tensor.numel() // 2 + 1, tensor.numel()]
+            if cut[rank] < cut[rank + 1]:
+                share[key.replace("@0", f"@{cut[rank]}")] = tensor[cut[rank] : cut[rank + 1]]
+        lines.append(checkpoint.write_rank(tmp_path, rank, share))
+    saved = Saved(FileStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10})
+    other = LocalEngine(build_network(settings), settings, ALONE)
+    shadow = ema_of(other)
+    checkpoint.load(saved, 1, other, {"ema": shadow})
+    read = checkpoint.tensors_of(other, {"ema": shadow})
+    assert all(torch.equal(tensor, read[key]) for key, tensor in whole.items())
 
 
-def test_a_half_written_one_is_replaced(tmp_path, state):
-    folder = checkpoint.folder_of(tmp_path / "c", 80)
-    folder.mkdir(parents=True)
-    (folder / "rank_7.safetensors").write_bytes(b"left over")
-    save(tmp_path / "c", state, 80)
-    assert not (folder / "rank_7.safetensors").exists()
-    checkpoint.inspect(folder)
+def test_a_rank_reads_no_file_but_its_own_if_that_holds_everything(tmp_path, state):
+    _, engine, ema = state
+    whole = checkpoint.tensors_of(engine, {"ema": ema})
+    lines = [checkpoint.write_rank(tmp_path, rank, whole) for rank in range(2)]
+    (tmp_path / "rank_0.safetensors").unlink()
+    (tmp_path / "rank_0.done").unlink()
+    saved = Saved(FileStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1})
+    checkpoint.load(saved, 1, engine, {"ema": ema})
+    with pytest.raises(CheckpointError, match=r"rank_0\.done"):
+        checkpoint.load(saved, 0, engine, {"ema": ema})
 
 
-def test_only_the_last_are_kept(tmp_path, state):
-    folders = [save(tmp_path / "c", state, nimg) for nimg in (80, 160, 240)]
-    checkpoint.prune(tmp_path / "c", 2)
-    assert checkpoint.complete_folders(tmp_path / "c") == folders[1:]
-    assert not folders[0].exists()
+@pytest.mark.parametrize("victim", ["rank_0.safetensors", "rank_0.done"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_noticed(tmp_path, state, victim, damage):
+    _, engine, ema = state
+    saved = save(tmp_path, state, 80)
+    path = tmp_path / "checkpoints" / f"{80:012d}" / victim
+    blob = bytearray(path.read_bytes())
+    if damage == "flip":
+        blob[-9] ^= 1
+        path.write_bytes(blob)
+    elif damage == "cut":
+        path.write_bytes(blob[:-5])
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=victim):
+        checkpoint.load(saved, 0, engine, {"ema": ema})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "nimg": 80}'])
+def test_a_complete_that_says_too_little_is_refused(tmp_path, state, text):
+    saved = save(tmp_path, state, 80)
+    (tmp_path / saved.name / "COMPLETE").write_text(text)
+    with pytest.raises(CheckpointError, match="COMPLETE"):
+        checkpoint.opened(saved.store, saved.name)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, state):
-    folder = save(tmp_path / "c", state, 80)
+    saved = save(tmp_path, state, 80)
     wider = config(tmp_path, engine="local", network__channels=32)
     engine = LocalEngine(build_network(wider), wider, ALONE)
     with pytest.raises(CheckpointError, match="lacks"):
-        checkpoint.load(folder, checkpoint.inspect(folder), engine, EMA(engine.owned(), 100, None))
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_without_complete(tmp_path, state):
-    (tmp_path / "c").write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match="cannot be made"):
-        save(tmp_path / "c", state, 80)
+        checkpoint.load(saved, 0, engine, {"ema": ema_of(engine)})
 
 
 def test_exported_weights_load_without_anything_else(tmp_path, state):
     settings, engine, ema = state
-    folder = save(tmp_path / "c", state, 80)
+    saved = save(tmp_path, state, 80)
     for kind, values in (("ema", ema.values), ("master", [f.master for f in engine.owned()])):
         path = tmp_path / f"{kind}.safetensors"
-        export_weights(folder, kind, path)
+        export_weights([(saved, kind, 1.0)], path)
         network, loaded, data = load_weights(path)
         assert loaded == settings
         assert data.fingerprint == "synthetic"
@@ -120,6 +161,17 @@ def test_exported_weights_load_without_anything_else(tmp_path, state):
         with safe_open(path, framework="pt") as file:
             assert file.metadata()["nimg"] == "80"
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_exported_sums_are_sums(tmp_path, state):
+    _, engine, ema = state
+    saved = save(tmp_path, state, 80)
+    path = tmp_path / "sum.safetensors"
+    export_weights([(saved, "ema", 0.25), (saved, "master", 2.0)], path)
+    parameters = dict(load_weights(path).network.named_parameters())
+    for fragment, value in zip(engine.owned(), ema.values, strict=True):
+        expected = (0.25 * value.double() + 2 * fragment.master.double()).float()
+        assert torch.equal(parameters[fragment.name].detach().flatten(), expected)
 
 
 def test_a_foreign_file_is_not_taken_for_weights(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from tests.distributed.worker import batches, config, info
 from warm_dist import distributed
 from warm_dist.prefetch import Prefetch
+from warm_dist.preparation import prepare
 from warm_dist.spectrum import unblurred
-from warm_dist.trainer import Trainer, prepare
+from warm_dist.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def world():
 )
 def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
     settings = config(tmp_path, engine="local", **changes)
-    trainer = Trainer(settings, world, info(), tmp_path, print)
+    trainer = Trainer(settings, world, info(), print)
     source = batches(world, 0)
     steps = [prepare(next(source), settings, info(), world.device) for _ in range(4)]
     trainer.step(steps[0])  # the first one makes Adam's state

@@ -1,211 +1,286 @@
 """One checkpoint format: flat float32 fragments in safetensors, one file a rank, COMPLETE written last. No pickle.
 
-It loads at any world size and ZeRO stage, and bit-exactly at the same ones. A folder `checkpoints/000016000` holds
-rank_K.safetensors (keys KIND/NAME@START), rank_K.done (size, sha256) and COMPLETE (what it was made of).
+It loads at any world size and ZeRO stage, and bit-exactly at the same ones. `checkpoints/000016000` holds
+rank_K.safetensors (tensors KIND/NAME@START), rank_K.done (their places and sha256) and COMPLETE (what it was made of, and
+the sha256 of every .done). It is read through a Store, so that a folder and S3 are one; `storage` decides what lies where.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from warm_dist.distributed import World, gather, on_main
 from warm_dist.ema import EMA
 from warm_dist.engine import STATE, Engine
-from warm_dist.errors import CheckpointError, OutputError
-from warm_dist.metrics import read_json, write_json
+from warm_dist.errors import CheckpointError, DataError, OutputError
+from warm_dist.metrics import write_json
+from warm_dist.types import Store
+
+FORMAT = 2
+COMPLETE = "COMPLETE"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # all of the state, kept for a while; some EMAs, kept for ever
+_GET_BYTES = 32 << 20  # neighbouring tensors are read together up to so many
 
 
-def folder_of(root: Path, nimg: int) -> Path:
-    return root / f"{nimg:012d}"
+class Saved(NamedTuple):
+    """A complete checkpoint or snapshot: its store, its name there, and what COMPLETE says."""
+
+    store: Store
+    name: str
+    meta: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.store.url}/{self.name}"
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(file)
+def name_of(group: str, nimg: int) -> str:
+    """`checkpoints/000000016000`: names sort as their nimg."""
+    return f"{group}/{nimg:012d}"
 
 
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def nimg_of(name: str) -> int:
+    return int(name.rpartition("/")[2])
 
 
-def save(root: Path, world: World, engine: Engine, ema: EMA, nimg: int, num_steps: int, meta: dict[str, Any]) -> Path:
-    """Write the state at `nimg` as a whole or not at all. A collective.
+# -- writing --------------------------------------------------------------------------------------------------------
 
-    Raises OutputError on every rank if one of them cannot write; the folder then has no COMPLETE and is not used.
+
+def tensors_of(engine: Engine, emas: dict[str, EMA]) -> dict[str, Tensor]:
+    """This rank's share of the whole state by KIND/NAME@START."""
+    out = {f"{key}/{f.name}@{f.start}": getattr(f, key) for f in engine.owned() for key in STATE}
+    return out | ema_tensors(emas)
+
+
+def ema_tensors(emas: dict[str, EMA]) -> dict[str, Tensor]:
+    """This rank's share of the EMAs by KIND/NAME@START."""
+    return {
+        f"{kind}/{f.name}@{f.start}": value
+        for kind, ema in emas.items()
+        for f, value in zip(ema.fragments, ema.values, strict=True)
+    }
+
+
+def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write rank_K.safetensors and rank_K.done; returns this file's line in COMPLETE. One tensor at a time is on the host.
+
+    Raises OutputError, and nothing of the two remains.
     """
-    folder = folder_of(root, nimg)
-    tensors = {f"{key}/{f.name}@{f.start}": getattr(f, key) for f in engine.owned() for key in STATE}
-    tensors |= {f"ema/{f.name}@{f.start}": v for f, v in zip(ema.fragments, ema.values, strict=True)}
-    needed = sum(t.numel() * 4 for t in tensors.values()) * world.size  # the folder is shared
-
-    def prepare() -> None:
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
-
-    on_main(world, prepare)
-    name, failure, done = f"rank_{world.rank}.safetensors", None, None
+    path, done = folder / f"rank_{rank}.safetensors", folder / f"rank_{rank}.done"
+    header, size = _header({key: (tensor.numel(),) for key, tensor in tensors.items()}, {})
+    index: dict[str, tuple[int, int, str]] = {}
     try:
-        free = shutil.disk_usage(folder).free
-        if free < needed * 1.1:
-            raise OutputError(f"{folder}: {needed:,} bytes to write, {free:,} free")
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / name)
-        done = {"file": name, "bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        write_json(folder / f"rank_{world.rank}.done", done)
-    except (OSError, SafetensorError, OutputError) as error:
-        failure = str(error)
-    reports = gather(world, (done, failure))
-    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
-    if failures:
-        raise OutputError(f"checkpoint at nimg {nimg} not saved; " + "; ".join(failures))
-
-    def complete() -> None:
-        tree = {"format": 1, "nimg": nimg, "num_steps": num_steps, **meta, "files": [done for done, _ in reports]}
-        write_json(folder / "COMPLETE", tree)
-
-    on_main(world, complete)
-    return folder
+        with path.open("wb") as out:
+            out.write(header)
+            for key, tensor in tensors.items():
+                data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
+                index[key] = out.tell(), len(data), hashlib.sha256(data).hexdigest()
+                out.write(data)
+        write_json(done, {"file": path.name, "bytes": size, "tensors": index})
+    except (OSError, OutputError) as error:
+        for part in (path, done):
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{path}: cannot be written ({reason})") from None
+    return {"file": path.name, "bytes": size, "done": done.name, "sha256": _digest(done.read_bytes())}
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all complete checkpoints but the last ones; COMPLETE goes first, so none is ever half a checkpoint."""
-    for folder in complete_folders(root)[:-keep_last]:
-        (folder / "COMPLETE").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def complete_folders(root: Path) -> list[Path]:
-    """Folders with COMPLETE, oldest first."""
-    return sorted(path.parent for path in root.glob("[0-9]*/COMPLETE")) if root.is_dir() else []
+def _header(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The head of a safetensors file of float32 tensors in this order, and the size of the whole file, bytes."""
+    tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * int(np.prod(shape))
+        tree[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 8)  # the format wants its data aligned to 8 bytes
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + offset
 
 
-def inspect(folder: Path) -> dict[str, Any]:
-    """COMPLETE's content after every file was found with its size and sha256. Raises CheckpointError."""
-    meta = read_json(folder / "COMPLETE")
-    if not isinstance(meta, dict) or meta.get("format") != 1:
-        raise CheckpointError(f"{folder}: COMPLETE is not readable, or of an unknown format")
-    for file in meta["files"]:
-        path = folder / file["file"]
-        if not path.exists():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != file["bytes"] or sha256(path) != file["sha256"]:
-            raise CheckpointError(f"{path}: differs from what COMPLETE says was written")
-    return meta
+# -- finding --------------------------------------------------------------------------------------------------------
 
 
-def latest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint, or None if there has never been one; damaged ones are passed over with a warning.
+def complete(store: Store, group: str) -> list[str]:
+    """Names of what is complete in a store, oldest first."""
+    found = (path.rpartition("/") for path in store.list(f"{group}/"))
+    return sorted(name for name, _, file in found if file == COMPLETE and name.rpartition("/")[2].isdigit())
 
-    Raises CheckpointError if there are complete checkpoints and none is intact: never a silent fresh start.
-    """
-    folders = complete_folders(root)
-    problems = []
-    for folder in reversed(folders):
-        try:
-            return folder, inspect(folder)
-        except CheckpointError as error:
-            problems.append(str(error))
-            warn(f"checkpoint passed over: {error}")
-    if problems:
-        raise CheckpointError(
-            f"{root}: no intact checkpoint ({'; '.join(problems)}); remove the folder to start afresh"
+
+def opened(store: Store, name: str) -> Saved:
+    """A complete one with its metadata. Raises CheckpointError if COMPLETE is not readable, or of another format."""
+    place = f"{store.url}/{name}/{COMPLETE}"
+    try:
+        meta = json.loads(store.read(f"{name}/{COMPLETE}"))
+    except (DataError, ValueError) as error:
+        raise CheckpointError(f"{place}: not readable ({error})") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{place}: of format {found}, this version reads format {FORMAT}")
+    if missing := {"nimg", "num_steps", "config", "data", "fingerprint", "files"} - meta.keys():
+        raise CheckpointError(f"{place}: lacks {', '.join(sorted(missing))}")
+    return Saved(store, name, meta)
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    kind: str
+    name: str
+    start: int
+    place: int
+    size: int
+    sha256: str
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size // 4
+
+
+Wanted = Callable[[str, str, int, int], bool]
+"""(kind, name, start, stop) of a stored fragment → is it needed?"""
+
+
+def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
+    """What a rank's file holds, in its order."""
+    place = f"{saved}/{file['done']}"
+    try:
+        text = saved.store.read(f"{saved.name}/{file['done']}")
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if _digest(text) != file["sha256"]:
+        raise CheckpointError(f"{place}: differs from what COMPLETE says was written")
+    out = []
+    for key, (offset, size, sha256) in json.loads(text)["tensors"].items():
+        kind, _, rest = key.partition("/")
+        name, _, start = rest.rpartition("@")
+        out.append(_Tensor(kind, name, int(start), offset, size, sha256))
+    return out
+
+
+def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> Iterator[tuple[_Tensor, Tensor]]:
+    """Every stored fragment that is wanted and its values (n,) float32, checked by its hash; neighbours by one read."""
+    for file in files:
+        run: list[_Tensor] = []
+        for tensor in [t for t in _index(saved, file) if wanted(t.kind, t.name, t.start, t.stop)]:
+            if run and (run[-1].place + run[-1].size != tensor.place
+                        or tensor.place + tensor.size - run[0].place > _GET_BYTES):  # fmt: skip
+                yield from _read(saved, file["file"], run)
+                run = []
+            run.append(tensor)
+        if run:
+            yield from _read(saved, file["file"], run)
+
+
+def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor, Tensor]]:
+    place = run[0].place
+    try:
+        data = memoryview(
+            bytearray(saved.store.read(f"{saved.name}/{file}", place, run[-1].place + run[-1].size - place))
         )
-    return None
-
-
-def _parse(key: str) -> tuple[str, str, int]:
-    kind, rest = key.split("/", 1)
-    name, start = rest.rsplit("@", 1)
-    return kind, name, int(start)
-
-
-def _pieces(folder: Path, meta: dict[str, Any]) -> Iterator[tuple[str, str, int, Any, int]]:
-    """(kind, name, start, lazy slice, numel) of every fragment, file after file."""
-    for entry in meta["files"]:
-        try:
-            with safe_open(folder / entry["file"], framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a dict
-                    part = file.get_slice(key)
-                    yield *_parse(key), part, part.get_shape()[0]
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / entry['file']}: {error}") from None
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    for tensor in run:
+        part = data[tensor.place - place : tensor.place - place + tensor.size]
+        if hashlib.sha256(part).hexdigest() != tensor.sha256:
+            key = f"{tensor.kind}/{tensor.name}@{tensor.start}"
+            raise CheckpointError(f"{saved}/{file}: {key} differs from what was written")
+        yield tensor, torch.frombuffer(part, dtype=torch.float32) if tensor.size else torch.empty(0)
 
 
 @torch.no_grad()
-def load(folder: Path, meta: dict[str, Any], engine: Engine, ema: EMA) -> None:
-    """Fill the engine's and the EMA's fragments from a checkpoint of any world size and stage, fragment by fragment.
+def load(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) -> None:
+    """Fill the engine's and the EMAs' fragments from a checkpoint of any world size and stage, piece by piece.
 
-    Raises CheckpointError if a value of this rank is not in it.
+    Every value that is used is checked by its hash. The file of the same rank is read first: at the same world size and
+    stage it holds everything. Raises CheckpointError if something is damaged or missing; the state is then undefined.
     """
-    wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+    targets: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
     for f in engine.fragments():
         for key in STATE:
-            wanted.setdefault((key, f.name), []).append((f.start, getattr(f, key)))
-    for f, value in zip(ema.fragments, ema.values, strict=True):
-        wanted.setdefault(("ema", f.name), []).append((f.start, value))
-    missing = {key: sum(target.numel() for _, target in targets) for key, targets in wanted.items()}
-    for kind, name, start, part, numel in _pieces(folder, meta):
-        for target_start, target in wanted.get((kind, name), []):
-            low, high = max(start, target_start), min(start + numel, target_start + target.numel())
-            if low < high:
-                target[low - target_start : high - target_start].copy_(part[low - start : high - start])
-                missing[kind, name] -= high - low
+            targets.setdefault((key, f.name), []).append((f.start, getattr(f, key)))
+    for kind, ema in emas.items():
+        for f, value in zip(ema.fragments, ema.values, strict=True):
+            targets.setdefault((kind, f.name), []).append((f.start, value))
+    missing = {key: sum(target.numel() for _, target in group) for key, group in targets.items()}
+
+    def wanted(kind: str, name: str, start: int, stop: int) -> bool:
+        group = targets.get((kind, name), ()) if missing.get((kind, name)) else ()
+        return any(low < stop and start < low + target.numel() for low, target in group)
+
+    files = saved.meta["files"]
+    mine = rank % len(files)
+    for tensor, values in _pieces(saved, _until_whole(files[mine:] + files[:mine], missing), wanted):
+        for low, target in targets[tensor.kind, tensor.name]:
+            first, last = max(tensor.start, low), min(tensor.stop, low + target.numel())
+            if first < last:
+                target[first - low : last - low].copy_(values[first - tensor.start : last - tensor.start])
+                missing[tensor.kind, tensor.name] -= last - first
     absent = [f"{kind}/{name}" for (kind, name), count in missing.items() if count]
     if absent:
-        raise CheckpointError(f"{folder}: lacks {len(absent)} of this network's tensors, first {absent[0]}")
-    engine.loaded(meta["num_steps"])
+        raise CheckpointError(f"{saved}: lacks {len(absent)} of this network's tensors, first {absent[0]}")
+    engine.loaded(saved.meta["num_steps"])
 
 
-def export(
-    folder: Path, meta: dict[str, Any], kind: str, shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]
-) -> None:
-    """Write whole tensors of one kind ("ema" or "master") as one safetensors file, holding one tensor at a time.
+def _until_whole(files: list[dict[str, Any]], missing: dict[Any, int]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        if any(missing.values()):
+            yield file
 
-    Raises CheckpointError if the checkpoint lacks a value, OutputError if the file cannot be written.
+
+Part = tuple[Saved, str, float]
+"""A kind of tensors in a checkpoint or snapshot, and the factor that they are taken with."""
+
+
+def export(parts: list[Part], shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]) -> None:
+    """Write the sum of the parts as one safetensors file of whole tensors, holding one tensor at a time.
+
+    Raises CheckpointError if a part lacks a value, OutputError if the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + 4 * shape.numel()]}
-        offset += 4 * shape.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants its data aligned to 8 bytes
-    base = 8 + len(text)
-    missing = {name: shape.numel() for name, shape in shapes.items()}
+    layouts = [_layout(saved, kind) for saved, kind, _ in parts]
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            out.truncate(base + offset)
-            for piece_kind, name, start, part, numel in _pieces(folder, meta):
-                if piece_kind == kind and name in shapes:
-                    out.seek(base + header[name]["data_offsets"][0] + 4 * start)
-                    out.write(part[:].numpy().tobytes())
-                    missing[name] -= numel
-        absent = [name for name, count in missing.items() if count]
-        if absent:
-            raise CheckpointError(f"{folder}: lacks {kind}/{absent[0]}")
+            out.write(_header(shapes, metadata)[0])
+            for name, shape in shapes.items():
+                total = torch.zeros(shape.numel(), dtype=torch.float64)
+                for (saved, kind, factor), layout in zip(parts, layouts, strict=True):
+                    missing = shape.numel()
+                    for file, stored in layout.get(name, ()):
+                        for tensor, values in _read(saved, file, [stored]):
+                            total[tensor.start : tensor.stop] += factor * values.double()
+                            missing -= len(values)
+                    if missing:
+                        raise CheckpointError(f"{saved}: lacks {kind}/{name}")
+                out.write(total.float().numpy().data.cast("B"))
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _layout(saved: Saved, kind: str) -> dict[str, list[tuple[str, _Tensor]]]:
+    """Where the fragments of every parameter lie: (file, fragment)."""
+    out: dict[str, list[tuple[str, _Tensor]]] = {}
+    for file in saved.meta["files"]:
+        for tensor in _index(saved, file):
+            if tensor.kind == kind:
+                out.setdefault(tensor.name, []).append((file["file"], tensor))
+    return out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,12 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from warm_dist import owned
 from warm_dist.errors import PortError, UnreachableError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+JOIN_S = 180  # nodes start at different speeds: a collective's patience would be too short
+NCCL_GRACE = timedelta(seconds=30)
+"""NCCL's watchdog aborts the process without a word: gloo, which raises, is to run out of patience first."""
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,16 @@ class World:
         return self.rank == 0
 
 
-def init(timeout_s: int) -> World:
+class PeerLost(UnreachableError):
+    """A wait for other ranks that broke or ran out of time."""
+
+
+def init(timeout_s: int, join_s: int = JOIN_S) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; default: alone.
 
-    Local runs listen on loopback only. Raises PortError if MASTER_PORT is taken, UnreachableError if peers stay away.
+    timeout_s: how long a collective may wait. join_s: how long to wait for all to come, at least timeout_s.
+    Local runs listen on loopback only, others on the interface that leads to MASTER_ADDR (unless GLOO_SOCKET_IFNAME
+    names another). Raises PortError if MASTER_PORT is taken, UnreachableError naming the ranks that stay away.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -48,32 +62,61 @@ def init(timeout_s: int) -> World:
     use_device(device)
     for key, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, str(value))
-    if os.environ["MASTER_ADDR"] in LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(seconds=timeout_s)
+    timeout, join_s = timedelta(seconds=timeout_s), max(timeout_s, join_s)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if size == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return World(0, 1, device, None)
+    interface = interface_to(os.environ["MASTER_ADDR"])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store: Store | None = None
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            dist.init_process_group(backend, timeout=timeout)  # torchrun's agent listens already
-        else:
-            store = _store(rank, size, timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        store = _store(rank, size, timedelta(seconds=join_s))
+        store.set(beat_key(rank), json.dumps({"host": socket.gethostname()}))
+        store.wait([beat_key(peer) for peer in range(size)])
+        main_timeout = timeout + NCCL_GRACE if cuda else timeout
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=main_timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except (dist.DistError, RuntimeError, TimeoutError) as error:
-        master = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        first = str(error).splitlines()[0]
-        raise UnreachableError(f"rank {rank} of {size} could not join its peers at {master}: {first}") from error
+        why = _who_stayed_away(store, size) or str(error).splitlines()[0]
+        raise UnreachableError(
+            f"rank {rank} of {size} (host {socket.gethostname()}) could not join its peers at {master()} "
+            f"in {join_s} s: {why}; start every node with the same MASTER_ADDR and port"
+        ) from error
     return World(rank, size, device, control)
 
 
-def _store(rank: int, size: int, timeout: timedelta) -> TCPStore:
+def master() -> str:
+    """Address and port of the rendezvous store, which rank 0 (under torchrun: an agent) holds."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+
+
+def beat_key(rank: int) -> str:
+    """Where in the store a rank tells that it is there, first in `init`, then from its heartbeat."""
+    return f"beat/{rank}"
+
+
+def connect(timeout: timedelta, listener: int | None = None, size: int | None = None) -> Store:
+    """A connection of its own to the rendezvous store; with the descriptor of a listening socket, the store itself."""
+    run = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ.get("MASTER_PORT", "29500")),
+        size,
+        is_master=listener is not None,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    return PrefixStore(f"warm_dist/{run}", store)  # torchrun's agent keeps one store through all its restarts
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> Store:
     """The rendezvous store, bound to MASTER_ADDR alone (torch's own would listen on every address)."""
+    if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
+        return connect(timeout)
     host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
-    if rank:
-        return TCPStore(host, port, size, is_master=False, timeout=timeout)
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,15 +127,38 @@ def _store(rank: int, size: int, timeout: timedelta) -> TCPStore:
         raise PortError(
             f"{host}:{port} cannot be bound ({error.strerror}); choose another with --master_port"
         ) from None
-    return TCPStore(
-        host,
-        port,
-        size,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    return connect(timeout, listener.detach(), size)
+
+
+def _who_stayed_away(store: Store | None, size: int) -> str:
+    """Which ranks came to the store and which did not; empty if it cannot tell."""
+    if store is None:
+        return "rank 0's machine does not answer"
+    try:
+        came = {r: json.loads(store.get(beat_key(r)))["host"] for r in range(size) if store.check([beat_key(r)])}
+    except RuntimeError:
+        return ""
+    absent = [str(r) for r in range(size) if r not in came]
+    here = ", ".join(f"{r} (host {host})" for r, host in came.items())
+    return f"ranks {', '.join(absent)} did not come; there are {here}" if absent else ""
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which `host` is reached, as gloo wants it named; None if that cannot be told (IPv6).
+
+    Left to itself gloo takes the address of the machine's own name, often 127.0.1.1, which no peer can reach.
+    """
+    if host in LOOPBACK:
+        return "lo"
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # a datagram socket sends nothing here; the kernel only looks up the route
+        ours = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if answer[20:24] == ours:
+                    return name
+    return None
 
 
 def use_device(device: torch.device) -> None:
@@ -115,16 +181,28 @@ def shutdown() -> None:
             dist.destroy_process_group()
 
 
-def any_rank(world: World, flag: bool) -> bool:
-    """True on every rank if it is True on one. A collective."""
+@contextmanager
+def _waiting(world: World, what: str) -> Iterator[None]:
+    """Turn the end of a peer, or its silence, into a PeerLost that says who waited, where and how long."""
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        waited = f"rank {world.rank} waited in vain at '{what}' for {time.monotonic() - began:.0f} s"
+        raise PeerLost(f"{waited}: {str(error).splitlines()[0]}") from error
+
+
+def any_rank(world: World, flag: bool, what: str = "vote") -> bool:
+    """True on every rank if it is True on one. A collective; raises PeerLost, and so do all below."""
     if world.control is None:
         return flag
     votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=world.control)
+    with _waiting(world, what):
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=world.control)
     return bool(votes.item())
 
 
-def on_main(world: World, action: Callable[[], Any]) -> Any:
+def on_main(world: World, action: Callable[[], Any], what: str = "rank 0's word") -> Any:
     """Run `action` on rank 0 and hand its (picklable) result, or its exception, to every rank. A collective."""
     outcome: list[Any] = [None, None]
     if world.is_main:
@@ -133,29 +211,28 @@ def on_main(world: World, action: Callable[[], Any]) -> Any:
         except Exception as error:
             outcome[1] = error
     if world.control is not None:
-        dist.broadcast_object_list(outcome, src=0, group=world.control)
+        with _waiting(world, what):
+            dist.broadcast_object_list(outcome, src=0, group=world.control)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def gather(world: World, value: Any) -> list[Any]:
+def gather(world: World, value: Any, what: str = "gather") -> list[Any]:
     """Every rank's (picklable) value in rank order, on every rank. A collective."""
     if world.control is None:
         return [value]
     out: list[Any] = [None] * world.size
-    dist.all_gather_object(out, value, group=world.control)
+    with _waiting(world, what):
+        dist.all_gather_object(out, value, group=world.control)
     return out
 
 
 def barrier(world: World, what: str) -> None:
-    """Wait for all ranks; raises UnreachableError naming the rank and the place when one does not come in time."""
-    if world.control is None:
-        return
-    try:
-        dist.barrier(group=world.control)
-    except RuntimeError as error:
-        raise UnreachableError(f"rank {world.rank} waited in vain at '{what}': {str(error).splitlines()[0]}") from error
+    """Wait for all ranks. A collective."""
+    if world.control is not None:
+        with _waiting(world, what):
+            dist.barrier(group=world.control)
 
 
 def is_peer_loss(error: BaseException) -> bool:
@@ -193,10 +270,8 @@ class Flags:
         values, work = self._pending
         self._pending = None
         if work is not None:
-            try:
+            with _waiting(self.world, "flags"):
                 work.wait()
-            except RuntimeError as error:
-                raise UnreachableError(f"rank {self.world.rank} lost a peer: {str(error).splitlines()[0]}") from error
         return [bool(value) for value in values]
 
 
@@ -219,3 +294,11 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+
+    def reason(self, world: World) -> str:
+        """What stopped the run, and where: `SIGTERM on rank 1 (host node2)`. A collective."""
+        mine = f"{self.name} on rank {world.rank} (host {socket.gethostname()})" if self.name else None
+        told: list[str | None] = []
+        with suppress(PeerLost):
+            told = gather(world, mine, "stop")
+        return next((name for name in told if name), mine or "a stop on another rank")

@@ -146,6 +146,8 @@ class LocalEngine(_Common):
 
     def __init__(self, module: nn.Module, config: Config, world: World) -> None:
         super().__init__(module.to(world.device), config, world, autocast=config.parallel.precision == "bf16")
+        if config.parallel.compile:
+            module.compile()  # in place: parameters keep their names
         self.parameters = list(module.parameters())
         self.optimizer = _adam(self.parameters, config)
 
@@ -200,6 +202,8 @@ class DeepSpeedEngine(_Common):
             config=deepspeed_config(config, world.size),
             dist_init_required=False,
         )
+        if config.parallel.compile:
+            module.compile()  # after DeepSpeed's hooks, which then stay outside of the graph
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
         self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
         self._micro_step = 0
@@ -223,8 +227,9 @@ class DeepSpeedEngine(_Common):
             self.engine.step()
             return norm
         self.engine.step()  # a non-finite gradient is left out by ZeRO's overflow check
-        norm = self.engine.get_global_grad_norm()
-        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm), device=self.world.device)
+        # a number after an overflow, and on the host with offload_optimizer
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32).detach()
+        return norm.to(self.world.device, non_blocking=True)
 
     def fragments(self) -> list[Fragment]:
         if self.stage == 0:
@@ -286,6 +291,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if stage == 3:
         # no parameter stays gathered between steps: what a checkpoint writes into is then all there is
         out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if config.parallel.offload_optimizer:
+        out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        out["zero_force_ds_cpu_optimizer"] = False  # its own would be compiled at the start; torch's is there
     if stage and config.train.clip is not None:
         out["gradient_clipping"] = config.train.clip
     if stage and config.parallel.precision == "bf16":

@@ -158,18 +158,19 @@ def build_network(config: Config) -> UNet:
     return build(config)
 
 
-def export_weights(folder: Path, kind: str, path: Path) -> None:
-    """Write a checkpoint's "ema" or "master" weights as one safetensors file that `load_weights` needs nothing besides.
+def export_weights(parts: list[checkpoint.Part], path: Path) -> None:
+    """Write weights out of a checkpoint as one safetensors file that `load_weights` needs nothing besides.
 
-    Raises CheckpointError if the checkpoint is damaged, OutputError if the file cannot be written.
+    parts: such as [(saved, "ema", 1.0)]; of several the sum is taken, and the last one's nimg and config are written.
+    Raises CheckpointError if something is damaged or missing, OutputError if the file cannot be written.
     """
-    meta = checkpoint.inspect(folder)
-    config = validate(meta["config"], str(folder))
+    saved = parts[-1][0]
+    config = validate(saved.meta["config"], str(saved))
     with torch.device("meta"):
         network = build(config)
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    header = {"config": json.dumps(meta["config"]), "data": json.dumps(meta["data"]), "nimg": str(meta["nimg"])}
-    checkpoint.export(folder, meta, kind, shapes, path, header)
+    header = {key: json.dumps(saved.meta[key]) for key in ("config", "data", "nimg")}
+    checkpoint.export(parts, shapes, path, header)
 
 
 def load_weights(path: Path, device: torch.device | None = None) -> Model:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import OutputError
+from warm_dist.prometheus import Exporter
 
 
 class MetricsLog:
-    """Appends lines {"time", "attempt", "nimg", "kind", …}; used by rank 0 alone."""
+    """Appends lines {"time", "attempt", "nimg", "kind", …}; used by rank 0 alone. exporter: is shown every line."""
 
-    def __init__(self, path: Path, attempt: int) -> None:
-        self.path, self.attempt = path, attempt
+    def __init__(self, path: Path, attempt: int, exporter: Exporter | None = None) -> None:
+        self.path, self.attempt, self.exporter = path, attempt, exporter
         _mend_last_line(path)
 
     def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
@@ -26,6 +27,13 @@ class MetricsLog:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if self.exporter is not None:
+            self.exporter.show(kind, {"nimg": nimg, **values})
+
+    def show_ranks(self, ranks: list[dict[str, float]]) -> None:
+        """Every rank's own figures: for the exporter only, there may be a thousand of them."""
+        if self.exporter is not None:
+            self.exporter.show_ranks(ranks)
 
 
 def _mend_last_line(path: Path) -> None:

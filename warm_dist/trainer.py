@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from warm_dist import augment, checkpoint, per_frequency, rng
+from warm_dist import checkpoint, per_frequency, rng
+from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS, Saved
 from warm_dist.config import Config
 from warm_dist.config_file import dump
-from warm_dist.distributed import Flags, StopSignal, World, gather
-from warm_dist.ema import EMA
+from warm_dist.distributed import StopSignal, World, gather
+from warm_dist.ema import averages, kind_of
 from warm_dist.engine import build_engine, micro_batches
-from warm_dist.errors import CheckpointError, NumericsError, Stopped
-from warm_dist.generate import build_network, centre
+from warm_dist.errors import CheckpointError, Stopped
+from warm_dist.finite import FiniteGuard, Trace
+from warm_dist.generate import build_network
+from warm_dist.heartbeat import Heartbeat
 from warm_dist.loss import loss
 from warm_dist.metrics import MetricsLog
-from warm_dist.precond import Condition, data_spectrum
+from warm_dist.precond import data_spectrum
 from warm_dist.prefetch import Prefetch
-from warm_dist.process import training_level
+from warm_dist.preparation import Prepared, prepare
+from warm_dist.storage import Storage
 from warm_dist.types import Batch, DataInfo, Level, Loss
-
-SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
-"""What a window of the metrics adds up over its images."""
+from warm_dist.window import Window, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 """EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
 
-
-class Prepared(NamedTuple):
-    """One rank's step, drawn and on its device: x0 (B, C, H, W) centred, level (B,), noise, condition, the samples."""
-
-    x0: Tensor
-    level: Level
-    noise: Tensor
-    condition: Condition
-    batch: Batch
-
-
-class Trace(NamedTuple):
-    """What to name if a step turns out to be non-finite."""
-
-    nimg: int
-    keys: tuple[str, ...]
-    sigma: Tensor
-    totals: list[Tensor]
+# of the config, what a checkpoint must have been made with: the state would mean something else
+SAME = ("network", "process", "data.num_lanes", "data.chunk", "data.window", "train.seed")
 
 
 def learning_rate(config: Config, nimg: int) -> float:
@@ -62,35 +45,6 @@ def learning_rate(config: Config, nimg: int) -> float:
     return train.lr * ramp * decay
 
 
-def prepare(batch: Batch, config: Config, info: DataInfo, device: torch.device) -> Prepared:
-    """Augment, centre, and draw every random number of the batch from its images' global positions."""
-    train, positions = config.train, [int(p) for p in batch.positions]
-    uniform = rng.uniforms(train.seed, "augment", positions, 2)
-    images = batch.images
-    if train.horizontal_flips:
-        flipped = uniform[:, 0] < 0.5
-        images = images.copy()
-        images[flipped] = images[flipped][..., ::-1]
-    labels = batch.labels.copy()
-    labels[uniform[:, 1] < train.label_dropout] = -1
-    normal = torch.from_numpy(rng.normals(train.seed, "level", positions, (1,))[:, 0])
-    ratio = torch.from_numpy(rng.uniforms(train.seed, "bnr", positions, 1)[:, 0])
-    noise = rng.normals(train.seed, "noise", positions, images.shape[1:])
-
-    def send(array: Any) -> Tensor:
-        tensor = torch.as_tensor(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    x0 = centre(send(images), torch.tensor(info.channel_mean, device=device))
-    condition: Condition = (send(labels),)
-    if train.augment:
-        drawn = augment.draw(train.seed, positions, train.augment, *images.shape[2:])
-        x0 = augment.warp(x0, send(drawn.matrix))
-        condition = (*condition, send(drawn.labels))
-    level = training_level(config.process, normal, ratio, images.shape[3])  # on the host: equal on every device
-    return Prepared(x0, Level(*map(send, level)), send(noise), condition, batch)
-
-
 def loss_function(config: Config) -> Callable[..., Loss]:
     """The loss that process.preconditioning and process.residual_weight name."""
     if config.process.preconditioning == "per_frequency":
@@ -99,148 +53,145 @@ def loss_function(config: Config) -> Callable[..., Loss]:
 
 
 class Trainer:
-    """Owns the state of a run: network, optimizer, EMA, nimg, and the sums of the metrics window."""
+    """Owns the state of a run: network, optimizer, EMAs, nimg, and the window of the metrics.
 
-    def __init__(self, config: Config, world: World, info: DataInfo, run: Path, say: Callable[[str], None]) -> None:
-        self.config, self.world, self.info, self.run, self.say = config, world, info, run, say
+    storage: where checkpoints go; None for a trainer that saves nothing. pulse: is told where this rank is.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        info: DataInfo,
+        say: Callable[[str], None],
+        storage: Storage | None = None,
+        pulse: Heartbeat | None = None,
+    ) -> None:
+        self.config, self.world, self.info, self.say = config, world, info, say
+        self.storage, self.pulse = storage, pulse
         network = build_network(config)
         self.shapes = {name: p.shape for name, p in network.named_parameters()}
         self.engine = build_engine(network, config, world)
-        self.ema = EMA(self.engine.owned(), config.train.ema_half_life_nimg, config.train.ema_ramp)
+        self.emas = averages(self.engine.owned(), config.train)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
-        self.nimg = self.num_steps = 0
         self.loss = loss_function(config)
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+        self.window = Window(config, world, say)
+        self.guard = FiniteGuard(world, config.train.max_nonfinite, self._report)
+        self.log: MetricsLog | None = None
+        self.nimg = self.num_steps = self.saved_nimg = 0
         self.grad_norm = torch.zeros((), device=world.device)
-        self.flags = Flags(world, 2)
-        self.traces: deque[Trace] = deque(maxlen=4)  # a non-finite step is known two steps later
-        self._bad = torch.zeros(1, dtype=torch.bool)
-        self._copied: torch.cuda.Event | None = None
-        self.train_s, self.window_nimg, self.saved_nimg = 0.0, 0, 0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run / "checkpoints"
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def resume(self, found: tuple[Path, dict[str, Any]] | None) -> None:
-        """Take up a checkpoint, of any world size and stage, of the same data and network. Raises CheckpointError."""
-        if found is None:
-            return
-        folder, meta = found
+    def restore(self) -> None:
+        """Take up the newest intact checkpoint, of any world size and stage, if there is one. A collective.
+
+        Raises CheckpointError if it is another run's, or none is intact.
+        """
+        assert self.storage is not None
+        self._at("restore")
+        saved = self.storage.restore(self._check, self._load)
+        if saved is not None:
+            self.nimg = self.saved_nimg = saved.meta["nimg"]
+            self.num_steps = saved.meta["num_steps"]
+            self.window.load(saved.meta["window"])
+            self.say(f"resumed at nimg {self.nimg} from {saved}")
+
+    def _load(self, saved: Saved) -> None:
+        checkpoint.load(saved, self.world.rank, self.engine, self.emas)
+
+    def _check(self, saved: Saved) -> None:
+        meta = saved.meta
         if meta["fingerprint"] != self.info.fingerprint:
             raise CheckpointError(
-                f"{folder}: made from data {meta['fingerprint'][:12]}, this run reads {self.info.fingerprint[:12]}; "
+                f"{saved}: made from data {meta['fingerprint'][:12]}, this run reads {self.info.fingerprint[:12]}; "
                 "point data.manifest at the former, or output at a new folder"
             )
-        saved, ours = meta["config"], dump(self.config)
-        for section, key in (("network", None), ("process", None), ("data", "num_lanes"), ("data", "chunk"), ("data", "window"),
-                             ("train", "seed")):  # fmt: skip
-            a, b = (tree[section] if key is None else tree[section][key] for tree in (saved, ours))
+        theirs, ours = meta["config"], dump(self.config)
+        for name in SAME:
+            a, b = (_value(tree, name) for tree in (theirs, ours))
             if a != b:
-                name = section if key is None else f"{section}.{key}"
-                raise CheckpointError(f"{folder}: made with {name} {a}, this run has {b}; give it a new output folder")
+                raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
+        if new := set(self.config.train.ema_lengths) - set(theirs["train"].get("ema_lengths", ())):
+            raise CheckpointError(
+                f"{saved}: holds no EMA of length {min(new):g}, and one cannot begin in mid-run; take it out of "
+                "train.ema_lengths, or give the run a new output folder"
+            )
         if meta["nimg"] % self.config.train.batch_size:
-            raise CheckpointError(f"{folder}: nimg {meta['nimg']} is not a multiple of train.batch_size")
-        checkpoint.load(folder, meta, self.engine, self.ema)
-        self.nimg, self.num_steps, self.saved_nimg = meta["nimg"], meta["num_steps"], meta["nimg"]
-        window = meta["window"]
-        if len(window) == self.world.size:
-            mine = window[self.world.rank]
-        else:
-            mine = [sum(column) for column in zip(*window, strict=True)] if self.world.is_main else [0.0] * len(SUMS)
-        self.sums.copy_(torch.tensor(mine, dtype=torch.float64))
-        self.say(f"resumed at nimg {self.nimg} from {folder}")
+            raise CheckpointError(f"{saved}: nimg {meta['nimg']} is not a multiple of train.batch_size")
 
     def save(self) -> None:
-        """Write a checkpoint at nimg and prune old ones. Only after `settle`. A collective."""
-        meta = {
+        """Write a checkpoint at nimg. Only after the guard has settled. A collective."""
+        self.saved_nimg = self.nimg
+        if self.storage is None:
+            return
+        self._at("save")
+        begun = time.monotonic()
+        meta = self._meta() | {"window": gather(self.world, self.window.sums.tolist())}
+        size = self.storage.save(CHECKPOINTS, self.nimg, checkpoint.tensors_of(self.engine, self.emas), meta)
+        if self.log is not None:
+            self.log.write(self.nimg, "checkpoint", write_s=time.monotonic() - begun, bytes=size)
+
+    def _snapshot(self) -> None:
+        if self.storage is None:
+            return
+        self._at("save")
+        powers = {kind_of(length): self.emas[kind_of(length)] for length in self.config.train.ema_lengths}
+        self.storage.save(SNAPSHOTS, self.nimg, checkpoint.ema_tensors(powers), self._meta())
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "num_steps": self.num_steps - self.guard.skipped,
             "fingerprint": self.info.fingerprint,
             "config": dump(self.config),
             "world_size": self.world.size,
             "data": self.info.to_json(),
-            "window": gather(self.world, self.sums.tolist()),
         }
-        self.saved_nimg = self.nimg
-        checkpoint.save(self.checkpoints, self.world, self.engine, self.ema, self.nimg, self.num_steps, meta)
-        if self.world.is_main:
-            checkpoint.prune(self.checkpoints, self.config.train.keep_last)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, data: Prepared) -> None:
-        """Forward, backward, update, EMA: no value is read back from the device here."""
+    def step(self, data: Prepared) -> Trace:
+        """Forward, backward, update, EMAs: no value is read back from the device here."""
         train = self.config.train
         rng.seed_torch(train.seed, self.nimg, self.world.rank)
         self.engine.module.train()
         micro, _ = micro_batches(self.config, self.world.size)
         totals = []
         for low in range(0, len(data.x0), micro):
+            self._at("forward")
             part = slice(low, low + micro)
             level = Level(data.level.sigma[part], data.level.alpha[part])
             condition = tuple(None if given is None else given[part] for given in data.condition)
             result = self.loss(self.engine, self.spectrum, data.x0[part], level, data.noise[part], condition)
+            self._at("backward")
             self.engine.backward(result.total.mean())
             totals.append(result.total.detach())
-            with torch.no_grad():
-                rows = [
-                    result.total,
-                    result.blurry,
-                    result.residual,
-                    result.inconsistency,
-                    torch.ones_like(result.total),
-                ]
-                self.sums += torch.stack(rows).double().sum(1)
-        self.traces.append(Trace(self.nimg, data.batch.keys, data.level.sigma, totals))
+            self.window.add(result)
+        self._at("update")
         self.grad_norm = self.engine.step(learning_rate(self.config, self.nimg))
+        trace = Trace(self.nimg, data.batch.keys, data.level.sigma, totals)
         self.nimg += train.batch_size
         self.num_steps += 1
-        self.ema.update(self.nimg, train.batch_size)
+        self.window.num_steps += 1
+        self._at("ema")
+        for ema in self.emas.values():
+            ema.update(self.nimg, train.batch_size)
+        self._at("flags")
+        return trace
 
-    # -- flags ------------------------------------------------------------------------------------------------------
+    def _non_finite(self, trace: Trace) -> Tensor:
+        finite = torch.stack([torch.isfinite(total).all() for total in trace.totals]).all()
+        return ~(finite & torch.isfinite(self.grad_norm)).view(1)
 
-    def check(self, stop: StopSignal) -> bool:
-        """Adopt last step's flags (True: somebody asked to stop), and send this step's. A collective."""
-        stopping, broken = self.flags.read()
-        if broken:
-            self._raise_non_finite()
-        self.flags.post(stop.name is not None, self._arrived())
-        cuda = self.world.device.type == "cuda"
-        bad = (~torch.isfinite(self.grad_norm) | ~torch.isfinite(self.sums[0])).view(1)
-        self._bad = torch.empty(1, dtype=torch.bool, pin_memory=cuda)
-        self._bad.copy_(bad, non_blocking=True)
-        if cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        return bool(stopping)
+    def _at(self, place: str) -> None:
+        self.window.watch.at(place)
+        if self.pulse is not None:
+            self.pulse.at(place, self.nimg)
 
-    def _arrived(self) -> bool:
-        """Whether the step before was non-finite: its flag has had a whole step to reach the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._bad)
-
-    def settle(self) -> bool:
-        """Read the flags still under way, so that no save follows an unread one. A collective."""
-        stopping, broken = self.flags.read()
-        self.flags.post(False, self._arrived())
-        broken |= self.flags.read()[1]
-        if broken:
-            self._raise_non_finite()
-        return bool(stopping)
-
-    def _raise_non_finite(self) -> None:
-        mine = []
-        for trace in self.traces:
-            for key, sigma, total in zip(
-                trace.keys, trace.sigma.tolist(), torch.cat(trace.totals).tolist(), strict=True
-            ):
-                if not torch.isfinite(torch.tensor(total)):
-                    mine.append(f"rank {self.world.rank} nimg {trace.nimg} sample {key} at sigma {sigma:.3g}")
-        found = [line for lines in gather(self.world, mine) for line in lines]
-        where = "; ".join(found[:4]) if found else f"gradient norm at nimg {self.nimg}, every loss finite"
-        raise NumericsError(f"non-finite: {where}. The update was not applied; the last checkpoint is untouched")
+    def _report(self, nimg: int, text: str) -> None:
+        self.say(text)
+        if self.log is not None:
+            self.log.write(nimg, "event", text=text)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -254,86 +205,97 @@ class Trainer:
     ) -> None:
         """Train to total_nimg. batches: this rank's, from self.nimg on. evaluated: the nimg that need no evaluation again.
 
-        Raises Stopped after a save when a signal came, NumericsError, DataError and what else its parts raise.
+        log: on rank 0. Raises Stopped after a save when a signal came, NumericsError, DataError and what else its parts raise.
         """
+        self.log = log
         total = self.config.train.total_nimg
-        with Prefetch(
-            lambda: prepare(next(batches), self.config, self.info, self.world.device), self.world.device
-        ) as ahead:
-            self._evaluate_if_due(log, stop, evaluate, evaluated)
+        device = self.world.device
+        with Prefetch(lambda: prepare(next(batches), self.config, self.info, device), device) as ahead:
+            self._evaluate_if_due(stop, evaluate, evaluated)
             for _ in range(min(2, (total - self.nimg) // self.config.train.batch_size)):
                 ahead.start()
-            self.window_nimg = self.nimg
-            clock = time.monotonic()
+            self.window.begin(self.nimg)
             while self.nimg < total:
+                self._at("data")
                 data = ahead.take()
                 if self.nimg + (len(ahead) + 2) * self.config.train.batch_size <= total:
                     ahead.start()
-                self.step(data)
-                stopping = self.check(stop)
-                self.train_s += time.monotonic() - clock
-                stopping = self._milestones(log, stop, evaluate, evaluated, stopping)
+                trace = self.step(data)
+                stopping = self.guard.check(stop.name is not None, trace, self._non_finite(trace))
+                stopping = self._milestones(stop, evaluate, evaluated, stopping)
                 if stopping and self.nimg < total:
                     raise Stopped(f"{stop.name or 'a peer'} at nimg {self.nimg}; run the same command again to go on")
-                clock = time.monotonic()
 
-    def _milestones(
-        self, log: MetricsLog | None, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int], stopping: bool
-    ) -> bool:
+    def _milestones(self, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int], stopping: bool) -> bool:
         train = self.config.train
         last = self.nimg == train.total_nimg
-        saving = stopping or last or self.nimg % train.save_nimg == 0
-        if saving:
-            stopping |= self.settle()
-        if self.nimg % train.log_nimg == 0 or last:
-            self._flush(log)
-        if saving:
+        saving, logging, snapshot = (
+            last or (every is not None and self.nimg % every == 0)
+            for every in (train.save_nimg, train.log_nimg, train.snapshot_nimg)
+        )
+        snapshot &= bool(train.ema_lengths)
+        if not (stopping or saving or logging or snapshot or self._evaluation_is_due(evaluate, evaluated)):
+            return stopping
+        if stopping or saving or snapshot:
+            stopping |= self.guard.settle()
+        self.window.pause()
+        if logging:
+            self._flush()
+        if snapshot:
+            self._snapshot()
+        if saving or stopping:
             self.save()
         if not stopping or last:  # the evaluation asks for itself whether to stop
-            self._evaluate_if_due(log, stop, evaluate, evaluated)
+            self._evaluate_if_due(stop, evaluate, evaluated)
+        self.window.resume()
         return stopping
 
-    def _flush(self, log: MetricsLog | None) -> None:
-        """Reduce the window's sums over ranks, write the line, show progress. A collective; the one place that syncs."""
-        sums = self.sums.clone()
-        if self.world.size > 1:
-            dist.all_reduce(sums)
-        self.sums.zero_()
-        *values, count = sums.tolist()
-        means = {name: value / count for name, value in zip(SUMS, values, strict=False)}
-        speed = (self.nimg - self.window_nimg) / max(self.train_s, 1e-9)
-        self.window_nimg, self.train_s = self.nimg, 0.0
-        if log is None:  # not rank 0
+    def _flush(self) -> None:
+        """Reduce the window over ranks, write its line, show progress. A collective; the one place that syncs."""
+        self._at("metrics")
+        line, ranks = self.window.flush(self.nimg, self.grad_norm)
+        if self.pulse is not None:
+            self.pulse.facts.update(ranks[self.world.rank])
+        if self.log is None:
             return
-        log.write(
-            self.nimg,
-            "train",
-            **means,
-            images_per_s=speed,
-            lr=learning_rate(self.config, self.nimg - self.config.train.batch_size),
-            grad_norm=float(self.grad_norm),
-        )
-        left = int((self.config.train.total_nimg - self.nimg) / speed)
-        self.say(
-            f"nimg {self.nimg}/{self.config.train.total_nimg}  loss {means['loss']:.4f} "
-            f"(blurry {means['loss_blurry']:.4f}, residual {means['loss_residual']:.4f})  {speed:.0f} images/s  "
-            f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        )
+        lr = learning_rate(self.config, self.nimg - self.config.train.batch_size)
+        self.log.write(self.nimg, "train", **line, lr=lr, skipped_steps=self.guard.skipped)
+        self.log.show_ranks(ranks)
+        self.say(progress(line, self.nimg, self.config.train.total_nimg))
+        self.report_uploads()
 
-    def _evaluate_if_due(
-        self, log: MetricsLog | None, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int]
-    ) -> None:
+    def report_uploads(self) -> None:
+        """Write down which checkpoints have arrived in the store meanwhile, and say which have not. Rank 0 only."""
+        for upload in self.storage.ended() if self.storage and self.log else ():
+            if upload.error:
+                self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
+            assert self.log is not None
+            failed = 0.0 if upload.error is None else 1.0
+            self.log.write(checkpoint.nimg_of(upload.name), "upload", seconds=upload.seconds, failed=failed)
+
+    def _evaluation_is_due(self, evaluate: Evaluate | None, evaluated: set[int]) -> bool:
         settings = self.config.eval
         if evaluate is None or settings is None or self.nimg in evaluated:
+            return False
+        return self.nimg % settings.eval_nimg == 0 or self.nimg == self.config.train.total_nimg
+
+    def _evaluate_if_due(self, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int]) -> None:
+        if evaluate is None or not self._evaluation_is_due(evaluate, evaluated):
             return
-        if self.nimg % settings.eval_nimg and self.nimg != self.config.train.total_nimg:
-            return
+        self._at("evaluate")
         try:
-            values = evaluate(self.ema.full(self.world, self.shapes), self.nimg, stop)
+            values = evaluate(self.emas["ema"].full(self.world, self.shapes), self.nimg, stop)
         except Stopped:
             if self.nimg > self.saved_nimg:
+                self.guard.settle()
                 self.save()
             raise
         evaluated.add(self.nimg)
-        if log is not None:
-            log.write(self.nimg, "eval", **values)
+        if self.log is not None:
+            self.log.write(self.nimg, "eval", **values)
+
+
+def _value(tree: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,3 +99,19 @@ class DataInfo:
         """Raises TypeError for missing or unknown keys."""
         values: dict[str, Any] = {k: np.asarray(v, np.float64) if isinstance(v, list) else v for k, v in tree.items()}
         return DataInfo(**values)
+
+
+class Store(Protocol):
+    """What checkpoints need of data_pipelines.store.Store, which says what each of these does and raises."""
+
+    url: str
+
+    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def upload(self, path: str, local_file: Path) -> None: ...
+    def list(self, prefix: str = "") -> Mapping[str, Any]: ...
+    def delete(self, path: str) -> None: ...
+
+
+OpenStore = Callable[[str, str | None], Store]
+"""data_pipelines.store.open_store: (URL or folder, endpoint or None) → Store."""

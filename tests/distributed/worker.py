@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_pipelines.store import open_store
 from warm_dist import checkpoint, distributed, rng
 from warm_dist.config import Config
 from warm_dist.config_file import validate
 from warm_dist.distributed import World
-from warm_dist.ema import EMA
+from warm_dist.ema import EMA, half_life
 from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.networks import build
+from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
 from warm_dist.types import Batch, DataInfo
 
@@ -82,29 +85,31 @@ def train(world: World, settings: Config, until: int | None = None) -> tuple[Tra
     """Train from the newest checkpoint of the run (or from scratch); the losses of all its lines."""
     run = Path(settings.output)
     run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(settings, world, info(), run, lambda text: None)
-    trainer.resume(distributed.on_main(world, lambda: checkpoint.latest(trainer.checkpoints, print)))
+    storage = Storage(run, world, open_store, settings.checkpoint, print)
+    trainer = Trainer(settings, world, info(), lambda text: None, storage)
+    trainer.restore()
     log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
     stop = distributed.StopSignal()
     if until is not None:
         step = trainer.step
 
-        def counted(data: Any) -> None:
-            step(data)
+        def counted(data: Any) -> Any:
+            trace = step(data)
             if trainer.nimg == until and world.rank == world.size - 1:
                 stop.name = "TEST"  # one rank asks, all must stop
+            return trace
 
         trainer.step = counted  # type: ignore[method-assign]
     with contextlib.suppress(Stopped):
         trainer.fit(batches(world, trainer.nimg), log, stop, None, set())
-    losses = [r["loss"] for r in read_metrics(run / "metrics.jsonl")] if world.is_main else []
+    losses = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"] if world.is_main else []
     return trainer, losses
 
 
 def state_digest(world: World, trainer: Trainer) -> list[float]:
     """Sums that are equal only if master weights, both moments and the EMA are, over all ranks."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for fragment, value in zip(trainer.engine.owned(), trainer.ema.values, strict=True):
+    for fragment, value in zip(trainer.engine.owned(), trainer.emas["ema"].values, strict=True):
         for k, tensor in enumerate((fragment.master, fragment.exp_avg, fragment.exp_avg_sq, value)):
             place = torch.arange(fragment.start, fragment.start + fragment.numel, dtype=torch.float64)
             sums[k] += (tensor.double() * torch.cos(place)).sum()
@@ -169,7 +174,7 @@ def elastic(world: World, root: Path, saved_by: int) -> dict[str, Any]:
             import shutil
 
             shutil.copytree(root / f"zero1-{saved_by}", target)
-            shutil.rmtree(checkpoint.folder_of(target / "checkpoints", BATCH * STEPS))
+            shutil.rmtree(target / checkpoint.name_of(checkpoint.CHECKPOINTS, BATCH * STEPS))
             (target / "metrics.jsonl").unlink()
         distributed.barrier(world, "copy")
         _, losses = train(world, config(target, parallel__zero_stage=stage))
@@ -185,17 +190,17 @@ def non_finite(world: World, root: Path) -> dict[str, Any]:
         **{f"zero{s}": {"parallel__zero_stage": s} for s in range(4)},
     }.items():
         settings = config(root / f"nan-{name}-{world.size}", **changes)
-        trainer = Trainer(settings, world, info(), Path(settings.output), lambda text: None)
+        trainer = Trainer(settings, world, info(), lambda text: None)
         stop = distributed.StopSignal()
         prepared, step = [], trainer.step
 
-        def poisoned(data: Any, step: Any = step, trainer: Trainer = trainer, prepared: list[Any] = prepared) -> None:
+        def poisoned(data: Any, step: Any = step, trainer: Trainer = trainer, prepared: list[Any] = prepared) -> Any:
             if trainer.nimg >= BATCH * 3:
                 if not prepared:
                     prepared.append(state_digest(world, trainer)[0])
                 if world.rank == world.size - 1:
                     data.x0[0] = float("nan")
-            step(data)
+            return step(data)
 
         trainer.step = poisoned  # type: ignore[method-assign]
         try:
@@ -235,13 +240,14 @@ def ema_whole(world: World, root: Path) -> float:
     network = build(settings)
     shapes = {name: p.shape for name, p in network.named_parameters()}
     engine = build_engine(network, settings, world)
-    ema = EMA(engine.owned(), 100, 0.05)
+    decay = partial(half_life, 100, 0.05)
+    ema = EMA(engine.owned(), decay)
     plain = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     for k in range(1, 6):
         for fragment in engine.owned():
             fragment.master.add_(torch.arange(fragment.start, fragment.start + fragment.numel), alpha=1e-4)
         engine.loaded(k)
-        beta = ema.beta(k * BATCH, BATCH)
+        beta = decay(k * BATCH, BATCH)
         ema.update(k * BATCH, BATCH)
         for name, p in engine.module.named_parameters():
             plain[name] = beta * plain[name] + (1 - beta) * p.detach()

@@ -1,0 +1,62 @@
+"""EMA weights of any length after training: `launch/ema.py RUN --length 0.08`, from the snapshots of train.ema_lengths."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from warm_dist import errors
+from warm_dist.errors import CheckpointError, ConfigError
+
+POOR = 0.05  # beyond this the wanted profile is not really approximated
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
+    parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
+    parser.add_argument(
+        "--length", type=float, nargs="+", required=True, help="relative widths sigma_rel, e.g. 0.03 0.08"
+    )
+    parser.add_argument("--nimg", type=int, help="as if training had ended there; default: at the last snapshot")
+    parser.add_argument("--out", type=Path, help="a folder; default: RUN/weights")
+    args = parser.parse_args()
+    if not all(0 < length <= 0.25 for length in args.length):
+        raise ConfigError(f"--length {args.length}: a relative width lies above 0 and not above 0.25")
+    if args.out is None and "://" in args.run:
+        raise ConfigError("--out is needed: the run is not a folder here")
+
+    import numpy as np
+
+    from data_pipelines.store import open_store
+    from warm_dist import checkpoint, generate, posthoc
+    from warm_dist.ema import exponent_of, kind_of
+
+    store = open_store(args.run, args.endpoint_url)
+    snapshots = [checkpoint.opened(store, name) for name in checkpoint.complete(store, checkpoint.SNAPSHOTS)]
+    if not snapshots:
+        raise CheckpointError(
+            f"{args.run}: has no snapshots; train with train.ema_lengths=[0.05,0.1] and train.snapshot_nimg"
+        )
+    nimg = snapshots[-1].meta["nimg"] if args.nimg is None else args.nimg
+    if nimg <= 0:
+        raise ConfigError(f"--nimg {nimg} must be positive")
+    held = [(saved, length) for saved in snapshots for length in saved.meta["config"]["train"]["ema_lengths"]]
+    times = np.array([float(saved.meta["nimg"]) for saved, _ in held])
+    gammas = np.array([exponent_of(length) for _, length in held])
+    for length in args.length:
+        wanted = float(nimg), exponent_of(length)
+        factors = posthoc.combination(times, gammas, *wanted)
+        far = posthoc.mismatch(factors, times, gammas, *wanted)
+        parts = [(saved, kind_of(known), float(c)) for (saved, known), c in zip(held, factors, strict=True)]
+        path = (args.out or Path(args.run) / "weights") / f"{kind_of(length)}_{nimg:012d}.safetensors"
+        generate.export_weights(parts, path)
+        warning = "  POOR: nearer to the tracked lengths, or more snapshots" if far > POOR else ""
+        print(
+            f"{path}: length {length:g} at nimg {nimg} from {len(snapshots)} snapshots, profile met to {far:.2%}{warning}"
+        )
+    return errors.EXIT_OK
+
+
+if __name__ == "__main__":
+    errors.run(main)

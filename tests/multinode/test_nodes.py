@@ -1,0 +1,248 @@
+"""Several nodes for real: one run that loses a node, a link and a rank in turn, and goes on each time, at other sizes too.
+
+Each failure is one attempt of the same run. DeepSpeed's runner reaches the nodes by pdsh where that is installed, else by
+a stand-in for it; ssh is a stand-in always (tests/multinode/nodes.py). Rank 0's node holds the rendezvous store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.multinode.nodes import MASTER, PORT, Cluster, missing
+from tests.processes import MARK, ROOT, end_marked, marked
+from tests.test_train import environment, launcher, losses, outcome, train, wait_for
+from warm_dist import errors
+from warm_dist.metrics import parse_line
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+BATCH, TIMEOUT_S, BIN = 48, 10, Path(sys.executable).parent
+STEPS = 20  # before each failure
+NOTICED_S = TIMEOUT_S + 10  # the collective's patience, the diagnosis (4 s), and the slowness of a busy machine
+
+
+class Attempt(NamedTuple):
+    """One attempt: what its failure came to."""
+
+    noticed_s: float
+    empty_s: float
+    codes: list[int]
+    errors: list[str]
+    outcome: dict[str, Any]
+    first_nimg: int
+    last_nimg: int
+
+
+class Story:
+    """A run on a cluster, one attempt after the other."""
+
+    def __init__(self, cluster: Cluster, config: Path, run: Path) -> None:
+        self.cluster, self.config, self.run, self.attempts = cluster, config, run, 0
+        self.env = environment() | {"PATH": f"{cluster.folder / 'bin'}:{environment()['PATH']}"}
+        self.env.pop("GLOO_SOCKET_IFNAME", None)  # init finds it
+
+    def script(self, *overrides: str) -> list[str]:
+        sets = [f"--set={item}" for item in (f"output={self.run}", *overrides)]
+        return [str(ROOT / "launch" / "train.py"), "--config", str(self.config), *sets]
+
+    def deepspeed(self, size: int) -> list[list[str]]:
+        shared = ["--hostfile", self.cluster.hostfile(size), "--master_addr", MASTER, "--master_port", str(PORT)]
+        return [[str(BIN / "deepspeed"), "--no_ssh", "--node_rank", str(rank), *shared] for rank in range(size)]
+
+    def torchrun(self, size: int) -> list[list[str]]:
+        shared = ["--rdzv-backend=c10d", f"--rdzv-endpoint={MASTER}:{PORT}", "--rdzv-id=story"]
+        return [[str(BIN / "torchrun"), f"--nnodes={size}", "--nproc-per-node=1", *shared]] * size
+
+    def lines(self) -> list[dict[str, Any]]:
+        path = self.run / "metrics.jsonl"
+        records = map(parse_line, path.read_text().splitlines() if path.exists() else [])
+        return [
+            record for record in records if record and record["attempt"] == self.attempts and record["kind"] == "train"
+        ]
+
+    def fail(self, commands: list[list[str]], fault: Callable[[Story], None], mend: Callable[[Story], None]) -> Attempt:
+        """Run the command of each node until the fault, wait for the survivors' word, mend, wait until nothing is left."""
+        self.attempts += 1
+        self.mark = f"{self.run}-{self.attempts}"
+        env = self.env | {MARK: self.mark}
+        self.nodes = [
+            self.cluster.start(name, [*command, *self.script()], env)
+            for name, command in zip(self.cluster.names, commands, strict=False)
+        ]
+        try:
+            wait_for("steps", lambda: len(self.lines()) >= STEPS or any(node.poll() is not None for node in self.nodes))
+            fault(self)
+            began = time.monotonic()
+            wait_for("a survivor's word", (self.run / "exit.json").exists)
+            noticed_s = time.monotonic() - began
+            mend(self)
+            wait_for(f"nobody left: {marked(self.mark)}", lambda: not marked(self.mark))
+            empty_s = time.monotonic() - began
+        finally:
+            end_marked(self.mark)
+            said = [node.communicate(timeout=60)[1] for node in self.nodes]
+        lines = self.lines()
+        codes = [node.returncode for node in self.nodes]
+        return Attempt(noticed_s, empty_s, codes, said, outcome(self.run), lines[0]["nimg"], lines[-1]["nimg"])
+
+    def signal_rank(self, rank: int, signum: signal.Signals) -> None:
+        (pid,) = [found.pid for found in marked(self.mark) if found.role == f"rank {rank}"]
+        os.kill(pid, signum)
+
+
+def nothing(story: Story) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if missing():
+        pytest.skip(missing())
+    with Cluster(3, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits in a local folder: no S3 server is needed inside the namespaces."""
+    from data_pipelines.pack import pack
+    from data_pipelines.sources import open_source
+
+    folder = tmp_path_factory.mktemp("digits")
+    pack(open_source("digits", 8), str(folder / "data"), None, shard_size=500)
+    tree = {
+        "output": "unset",
+        "data": {
+            "manifest": str(folder / "data" / "manifest.parquet"),
+            "resolution": 8,
+            "channels": 1,
+            "num_classes": 10,
+            "num_lanes": BATCH,
+            "chunk": 16,
+        },
+        "process": {"bnr": 0.5},
+        "network": {
+            "arch": "ddpmpp",
+            "channels": 16,
+            "channel_mult": [1, 2],
+            "num_blocks": 1,
+            "attention_resolutions": [4],
+        },
+        "train": {
+            "total_nimg": BATCH * 100_000,
+            "batch_size": BATCH,
+            "lr": 1e-3,
+            "eps": 1e-4,
+            "clip": 1.0,
+            "label_dropout": 0.1,
+            "ema_half_life_nimg": 1000,
+            "log_nimg": BATCH,
+            "save_nimg": BATCH * 5,
+        },
+        "parallel": {"zero_stage": 2, "timeout_s": TIMEOUT_S},
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def story(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The whole life of the run: three failures, the end, and the losses of an unbroken run of one process."""
+    story = Story(cluster, config, tmp_path_factory.mktemp("run") / "run")
+    told: dict[str, Any] = {
+        "node killed": story.fail(story.deepspeed(3), lambda s: s.nodes[2].kill(), nothing),
+        "link cut": story.fail(
+            story.deepspeed(2), lambda s: cluster.link("node2", "down"), lambda s: cluster.link("node2", "up")
+        ),
+        "rank hung": story.fail(
+            story.torchrun(3),
+            lambda s: s.signal_rank(2, signal.SIGSTOP),
+            lambda s: s.signal_rank(2, signal.SIGCONT),
+        ),
+    }
+    total = f"train.total_nimg={told['rank hung'].last_nimg + BATCH * 5}"
+    story.attempts += 1
+    variables = cluster.folder / "deepspeed_env"
+    variables.write_text(f"OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n{MARK}={story.run}-end\n")
+    over_ssh = [str(BIN / "deepspeed"), "--hostfile", cluster.hostfile(2), "--master_port", str(PORT)]
+    told["end"] = subprocess.run(
+        [*over_ssh, *story.script(total)],
+        env=story.env | {"DS_ENV_FILE": str(variables)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    end_marked(f"{story.run}-end")
+    told["first after"], told["losses"] = story.lines()[0]["nimg"], losses(story.run)
+    whole = story.run.with_name("whole")
+    code, _, err = train(launcher("python"), config, whole, total, "engine=local", "train.save_nimg=4800")
+    assert code == 0, err
+    told["whole"] = losses(whole)
+    return told
+
+
+def survivors_end_resumably(attempt: Attempt) -> None:
+    told = attempt.outcome
+    assert (told["code"], told["resumable"]) == (errors.UnreachableError.exit_code, True), told
+    assert told["reason"].startswith("UnreachableError: ")
+    assert 0 not in attempt.codes
+
+
+def test_a_killed_node_is_named_by_the_survivors_at_once(story):
+    attempt = story["node killed"]
+    survivors_end_resumably(attempt)
+    assert attempt.outcome["reason"].startswith("UnreachableError: rank 2 (host node3) silent for")
+    assert "last at '" in attempt.outcome["reason"]
+    assert attempt.noticed_s < TIMEOUT_S  # by the broken connection and three missing beats, not by the timeout
+    assert attempt.errors[0].count("UnreachableError: rank 2 (host node3)") == 1
+    assert "UnreachableError" not in attempt.errors[1]  # one rank speaks
+
+
+def test_a_cut_link_is_noticed_in_time_on_both_sides(story):
+    attempt = story["link cut"]
+    survivors_end_resumably(attempt)
+    assert "(host node2)" in attempt.outcome["reason"]
+    assert "of nimg" in attempt.outcome["reason"]
+    assert attempt.noticed_s < NOTICED_S
+    assert all("UnreachableError: " in said for said in attempt.errors)
+
+
+def test_a_hung_rank_is_named_and_ends_too_when_it_wakes(story):
+    attempt = story["rank hung"]
+    survivors_end_resumably(attempt)
+    assert attempt.outcome["reason"].startswith("UnreachableError: rank 2 (host node")
+    assert " silent for " in attempt.outcome["reason"]
+    assert attempt.noticed_s < NOTICED_S
+
+
+def test_the_same_command_goes_on_over_ssh_and_ends(story):
+    assert story["end"].returncode == 0, story["end"].stderr
+    assert "node1: finished: " in story["end"].stdout
+
+
+def test_every_attempt_goes_on_from_the_last_checkpoint(story):
+    """At most five steps are done twice."""
+    broken = [story[name] for name in ("node killed", "link cut", "rank hung")]
+    begun = [*(attempt.first_nimg for attempt in broken[1:]), story["first after"]]
+    for attempt, first in zip(broken, begun, strict=True):
+        assert first % (BATCH * 5) == BATCH
+        assert attempt.last_nimg - BATCH * 5 < first <= attempt.last_nimg + BATCH * 2
+
+
+def test_the_loss_curve_is_that_of_an_unbroken_run_of_one_process(story):
+    """Every image at its place: another order, a lost or a doubled batch would show at once."""
+    found, whole = story["losses"], story["whole"]
+    assert len(found) == len(whole) > 3 * STEPS
+    assert max(abs(a - b) / b for a, b in zip(found, whole, strict=True)) < 5e-6

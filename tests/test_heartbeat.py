@@ -1,0 +1,206 @@
+"""Signs of life and what they tell: three ranks' heartbeats around one real store, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import ROOT, free_port
+from warm_dist import distributed, owned
+from warm_dist.distributed import StopSignal, World
+from warm_dist.errors import DataError, Stopped, UnreachableError
+from warm_dist.heartbeat import Heartbeat, deepspeed_runner
+
+TIMEOUT_S = 2.0  # beats every 0.2 s, silent after 0.6 s
+ERROR = RuntimeError("[gloo] Timed out waiting 2000ms")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def heartbeat(rank: int, run: Path, size: int = 3, preemption_file: str | None = None) -> Heartbeat:
+    world = World(rank, size, torch.device("cpu"), None)
+    return Heartbeat(world, run, TIMEOUT_S, StopSignal(), preemption_file)
+
+
+def told(run: Path, rank: int) -> dict:
+    path = run / "heartbeat" / f"rank_{rank}.json"
+    return json.loads(path.read_text()) if path.exists() else {"place": None}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """The store as rank 0 of three opens it, after all three have come; emptied, it is closed."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    held = [distributed._store(0, 3, timedelta(seconds=5))]
+    for rank in range(3):
+        held[0].set(distributed.beat_key(rank), json.dumps({"host": f"node{rank}"}))
+    yield held
+    held.clear()
+
+
+def heard(listener: Heartbeat, rank: int, place: str) -> Callable[[], bool]:
+    return lambda: listener.beats[rank].told.get("place") == place
+
+
+def test_a_file_tells_where_a_rank_is_and_that_it_ended(tmp_path):
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_7.json").write_text("{}")  # of an attempt with more ranks
+    with heartbeat(0, tmp_path, size=1) as beat:
+        beat.facts["images_per_s"] = 12.5
+        beat.at("backward", 4096)
+        wait_for(lambda: told(tmp_path, 0)["place"] == "backward")
+        line = told(tmp_path, 0)
+        assert (line["nimg"], line["rank"], line["pid"], line["facts"]) == (
+            4096,
+            0,
+            os.getpid(),
+            {"images_per_s": 12.5},
+        )
+        assert abs(line["time"] - time.time()) < 5
+        assert line["since"] <= line["time"]
+    assert told(tmp_path, 0)["place"] == "ended"
+    assert [path.name for path in (tmp_path / "heartbeat").iterdir()] == ["rank_0.json"]
+
+
+def test_a_place_costs_next_to_nothing(tmp_path):
+    beat = heartbeat(0, tmp_path, size=1)
+    costs = []
+    for _ in range(20):
+        began = time.perf_counter()
+        for _ in range(1000):
+            beat.at("forward", 8)
+        costs.append((time.perf_counter() - began) / 1000)
+    assert min(costs) < 2e-6  # seconds; about 0.15e-6 measured
+
+
+def test_an_unwritable_folder_does_not_end_a_run(tmp_path):
+    (tmp_path / "heartbeat").write_text("in the way")
+    marker = tmp_path / "preempted"
+    with heartbeat(0, tmp_path, 1, str(marker)) as beat:
+        marker.touch()  # seen after at least one refused write
+        wait_for(lambda: beat.stop.name is not None)
+
+
+def test_a_preemption_file_asks_to_stop_and_is_named(tmp_path):
+    marker = tmp_path / "preempted"
+    with heartbeat(0, tmp_path, 1, str(marker)) as beat:
+        wait_for(lambda: told(tmp_path, 0)["place"] == "start")
+        assert beat.stop.name is None
+        marker.touch()
+        wait_for(lambda: beat.stop.name is not None)
+    assert str(marker) in beat.stop.name
+
+
+def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_path):
+    word = {"host": "node2", "place": "backward", "nimg": 4096, "held_s": 0.1, "end": None}
+    with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as second:
+        store[0].set(distributed.beat_key(2), json.dumps(word))  # its last
+        for beat in (first, second):
+            beat.at("flags", 4112)
+        wait_for(heard(first, 2, "backward"))
+        began = time.monotonic()
+        message = first.diagnose(ERROR)
+        assert time.monotonic() - began < 2 * first.silent_s
+        assert message.startswith("rank 2 (host node2) silent for 1 s, last at 'backward' of nimg 4096; rank 0 (host ")
+        assert "waited at 'flags' of nimg 4112 for" in message
+        assert first.peers_end() is None
+        assert [first.speaks(), second.speaks()] == [True, False]
+
+
+def test_a_rank_that_beats_elsewhere_is_named_and_not_called_silent(store, tmp_path):
+    with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as late, heartbeat(2, tmp_path) as waiting:
+        first.at("flags", 4112)
+        late.at("data", 4112)
+        waiting.at("backward", 4112)  # for rank 1, as does rank 0
+        wait_for(lambda: first.beats[1].held_s > first.silent_s and heard(first, 2, "backward")())
+        message = first.diagnose(ERROR)
+        assert message.startswith(f"rank 1 (host {first.host}) at 'data' of nimg 4112 for 1 s, and alive; rank 0")
+
+
+def test_nobody_is_blamed_when_all_wait_at_one_place(store, tmp_path):
+    with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as second, heartbeat(2, tmp_path) as third:
+        for beat in (first, second, third):
+            beat.at("flags", 8)
+        wait_for(lambda: heard(first, 1, "flags")() and heard(first, 2, "flags")())
+        assert first.diagnose(ERROR).startswith("every rank answers ([gloo] Timed out waiting 2000ms); rank 0")
+
+
+def test_a_lost_store_is_rank_0s_machine_and_another_rank_speaks(store, tmp_path):
+    with heartbeat(1, tmp_path) as second, heartbeat(2, tmp_path) as third:
+        store[0].set(distributed.beat_key(0), json.dumps({"host": "node0", "place": "data", "nimg": 64, "held_s": 0.0}))
+        wait_for(lambda: heard(second, 0, "data")() and heard(second, 2, "start")() and heard(third, 1, "start")())
+        store.clear()
+        message = second.diagnose(ERROR)
+        assert message.startswith("rank 0 (host node0) or the link to it is gone: 127.0.0.1:")
+        assert "rank 0 was last at 'data' of nimg 64; rank 1" in message
+        wait_for(third._store_is_lost)
+        assert [second.speaks(), third.speaks()] == [True, False]
+
+
+@pytest.mark.parametrize("error", [DataError("image 17 is damaged"), Stopped("SIGTERM")])
+def test_a_rank_that_ends_says_why_at_once(store, tmp_path, error):
+    with heartbeat(0, tmp_path) as first, heartbeat(2, tmp_path):
+        with pytest.raises(type(error)), heartbeat(1, tmp_path):
+            raise error
+        began = time.monotonic()
+        first.diagnose(ERROR, lambda: first.peers_end() is not None)
+        assert time.monotonic() - began < first.silent_s
+        end = first.peers_end()
+        assert (str(end), end.exit_code, end.resumable) == (
+            f"{type(error).__name__}: {error}",
+            error.exit_code,
+            error.resumable,
+        )
+
+
+def test_a_rank_that_blames_another_is_not_blamed(store, tmp_path):
+    with heartbeat(0, tmp_path) as first:
+        with pytest.raises(UnreachableError), heartbeat(1, tmp_path) as second:
+            raise UnreachableError(second.diagnose(ERROR))
+        message = first.diagnose(ERROR)
+        assert first.peers_end() is None
+        assert message.startswith("rank 2 (host node2) silent for")
+
+
+def test_a_join_that_lacks_a_rank_names_it(store):
+    message = distributed._who_stayed_away(store[0], 5)
+    assert message == "ranks 3, 4 did not come; there are 0 (host node0), 1 (host node1), 2 (host node2)"
+
+
+def test_the_interface_is_found_by_the_route():
+    assert distributed.interface_to("localhost") == "lo"
+    assert distributed.interface_to("127.0.0.5") == "lo"
+    assert distributed.interface_to("no.such.host.invalid") is None
+
+
+def test_the_deepspeed_command_is_watched_and_nothing_else(tmp_path):
+    """Three generations with the command lines of deepspeed, its launch.py and a rank."""
+    assert deepspeed_runner() == ""
+    rank = "from warm_dist.heartbeat import deepspeed_runner as r; print(r(), flush=True); input()"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
+    launch = tmp_path / "launch.py"
+    launch.write_text(parent)
+    for runner, watched in (("deepspeed", True), ("bash.py", False)):
+        path = tmp_path / runner
+        path.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])")
+        command = [sys.executable, str(path), str(launch), "deepspeed.launcher.launch", "-c", rank]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        said = process.stdout.readline().strip()
+        assert said == (owned.identity(process.pid) if watched else "")
+        process.communicate("\n", timeout=20)

@@ -1,0 +1,99 @@
+"""Non-finite steps: noticed by every rank two steps later without stopping the device, reported with their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warm_dist.distributed import Flags, World, gather
+from warm_dist.errors import NumericsError
+
+
+class Trace(NamedTuple):
+    """What to name if a step turns out to be non-finite: the samples' keys, sigma (B,) and losses (B,) per micro-batch."""
+
+    nimg: int
+    keys: tuple[str, ...]
+    sigma: Tensor
+    totals: list[Tensor]
+
+
+class FiniteGuard:
+    """Carries two facts of one rank to all, a step later: somebody asks to stop, and a step was non-finite.
+
+    A non-finite update is left out by the engine; here it is counted and told to `report`, and `limit` of them in a row
+    are a NumericsError. `skipped` counts them.
+    """
+
+    def __init__(self, world: World, limit: int, report: Callable[[int, str], None]) -> None:
+        self.world, self.limit, self.report = world, limit, report
+        self.skipped = 0
+        self._in_a_row = 0
+        self._flags = Flags(world, 2)
+        self._coming: Trace | None = None  # its verdict is on the way from the device to the host
+        self._posted: Trace | None = None  # its verdict is on the way to the other ranks
+        self._bad = torch.zeros(1, dtype=torch.bool)
+        self._copied: torch.cuda.Event | None = None
+
+    def check(self, stop: bool, trace: Trace, bad: Tensor) -> bool:
+        """After each step. Adopt what was sent a step ago (True: somebody asked to stop), send the news. A collective.
+
+        bad: (1,) bool on the device, whether this step was non-finite.
+        """
+        stopping = self._adopt()
+        self._post(stop)
+        self._coming = trace
+        cuda = bad.device.type == "cuda"
+        self._bad = torch.empty(1, dtype=torch.bool, pin_memory=cuda)
+        self._bad.copy_(bad, non_blocking=True)
+        if cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return stopping
+
+    def settle(self) -> bool:
+        """Adopt everything that is under way, so that no save follows an unread flag. A collective."""
+        stopping = self._adopt()
+        self._post(False)
+        return self._adopt() or stopping
+
+    def _post(self, stop: bool) -> None:
+        broken = False
+        if self._coming is not None:
+            if self._copied is not None:
+                self._copied.synchronize()  # it has had a whole step
+            broken = bool(self._bad)
+        self._flags.post(stop, broken)
+        self._posted, self._coming = self._coming, None
+
+    def _adopt(self) -> bool:
+        stopping, broken = self._flags.read()
+        trace, self._posted = self._posted, None
+        if trace is None:
+            return stopping
+        if not broken:
+            self._in_a_row = 0
+            return stopping
+        self._in_a_row += 1
+        self.skipped += 1
+        mine = self._samples(trace)
+        found = [line for lines in gather(self.world, mine) for line in lines]
+        where = "; ".join(found[:4]) if found else f"gradient norm at nimg {trace.nimg}, every loss finite"
+        if self._in_a_row >= self.limit:
+            times = "" if self.limit == 1 else f" in {self.limit} steps in a row, at last"
+            raise NumericsError(
+                f"non-finite{times}: {where}. The update was not applied; the last checkpoint is untouched"
+            )
+        self.report(trace.nimg, f"non-finite, update left out ({self._in_a_row} of {self.limit} in a row): {where}")
+        return stopping
+
+    def _samples(self, trace: Trace) -> list[str]:
+        rows = zip(trace.keys, trace.sigma.tolist(), torch.cat(trace.totals).tolist(), strict=True)
+        return [
+            f"rank {self.world.rank} nimg {trace.nimg} sample {key} at sigma {sigma:.3g}"
+            for key, sigma, total in rows
+            if not torch.isfinite(torch.tensor(total))
+        ]

@@ -1,0 +1,293 @@
+"""Each rank's sign of life, for people (a file) and for the other ranks; and who is at fault when a collective breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from warm_dist import distributed, owned
+from warm_dist.distributed import StopSignal, World
+from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
+
+PLACES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
+"""Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
+NEWS_RANKS = 64
+"""All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last told, and when this rank heard it (monotonic seconds: no two machines' clocks are compared)."""
+
+    raw: bytes = b""
+    heard: float = field(default_factory=time.monotonic)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.heard
+
+    @property
+    def held_s(self) -> float:
+        """How long the rank has been where it is."""
+        return float(self.told.get("held_s", 0.0)) + self.age_s
+
+    @property
+    def host(self) -> str:
+        return str(self.told.get("host", "unknown"))
+
+    @property
+    def where(self) -> str:
+        return f"'{self.told.get('place', 'start')}' of nimg {self.told.get('nimg', 0)}"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        place = self.told.get("place", "start")
+        return self.told.get("nimg", 0), PLACES.index(place) if place in PLACES else len(PLACES)
+
+
+class Heartbeat:
+    """`with Heartbeat(…) as heartbeat:` around a run, `heartbeat.at(place, nimg)` in it.
+
+    Every `interval_s` one thread writes RUN/heartbeat/rank_K.json and looks for what should stop the run: the
+    preemption file, or the end of the `deepspeed` command. Another exchanges beats with the other ranks over a
+    connection of its own to the rendezvous store, so that a rank is known by its silence whatever its main thread does.
+    facts: numbers for the file; set its items at will.
+    """
+
+    def __init__(
+        self, world: World, run: Path, timeout_s: float, stop: StopSignal, preemption_file: str | None = None
+    ) -> None:
+        self.world, self.stop, self.preemption_file = world, stop, preemption_file
+        self.path = run / "heartbeat" / f"rank_{world.rank}.json"
+        self.interval_s = min(2.0, timeout_s / 10)
+        self.silent_s = 3 * self.interval_s
+        self.facts: dict[str, Any] = {}
+        self.host = socket.gethostname()
+        self.beats = [Beat() for _ in range(world.size)]
+        self._now = ("start", 0, time.monotonic())
+        self._answered = time.monotonic()
+        self._end: dict[str, Any] | None = None
+        self._blames_a_peer = self._curious = False
+        self._closing, self._wake = threading.Event(), threading.Event()
+        self._runner = deepspeed_runner()
+        bodies = [self._watch, self._talk] if world.size > 1 else [self._watch]
+        self._threads = [
+            threading.Thread(target=body, name=f"heartbeat{body.__name__}", daemon=True) for body in bodies
+        ]
+
+    def at(self, place: str, nimg: int) -> None:
+        """Note where this rank is now. One store: it may be called in the hottest loop."""
+        self._now = (place, nimg, time.monotonic())
+
+    def __enter__(self) -> Heartbeat:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """A last beat, with the reason, so that nobody waits for this rank or calls it silent."""
+        self._end = {
+            "reason": "finished" if error is None else f"{type(error).__name__}: {error}",
+            "code": error.exit_code if isinstance(error, WarmDistError) else EXIT_UNEXPECTED if error else 0,
+            "resumable": isinstance(error, WarmDistError) and error.resumable,
+            "blames_a_peer": self._blames_a_peer or isinstance(error, PeerError),
+        }
+        self._closing.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(self.interval_s)  # it is a daemon: one that hangs on a dead store or disk is left behind
+
+    # -- the file, and reasons to stop ------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        with suppress(OSError):
+            if self.world.is_main:  # of an earlier attempt with more ranks
+                for old in self.path.parent.glob("rank_*.json"):
+                    if int(old.stem.partition("_")[2]) >= self.world.size:
+                        old.unlink(missing_ok=True)
+        while True:
+            last = self._closing.is_set()
+            with suppress(OSError):  # a full disk may hide a run but not end it
+                self._write("ended" if last else self._now[0])
+            if self.stop.name is None and not last:
+                self.stop.name = self._reason_to_stop()
+            if last:
+                return
+            self._closing.wait(self.interval_s)
+
+    def _write(self, place: str) -> None:
+        _, nimg, entered = self._now
+        now = time.time()
+        tree = {
+            "time": round(now, 3),
+            "pid": os.getpid(),
+            "host": self.host,
+            "rank": self.world.rank,
+            "nimg": nimg,
+            "place": place,
+            "since": round(now - (time.monotonic() - entered), 3),
+            "facts": dict(self.facts),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}")  # this rank's alone, and no litter after a kill
+        temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+    def _reason_to_stop(self) -> str | None:
+        if self.preemption_file is not None and os.path.exists(self.preemption_file):
+            return f"parallel.preemption_file {self.preemption_file} (remove it before the next start)"
+        if self._runner and not owned.alive(self._runner):
+            return f"the end of the deepspeed command (pid {self._runner.partition(':')[0]})"
+        return None
+
+    # -- the other ranks --------------------------------------------------------------------------------------------
+
+    def _talk(self) -> None:
+        every, count = max(1, self.world.size // NEWS_RANKS), 0
+        keys = [distributed.beat_key(rank) for rank in range(self.world.size)]
+        store = None
+        while True:
+            last = self._closing.is_set()
+            try:
+                if store is None:
+                    store = distributed.connect(timedelta(seconds=self.silent_s))
+                place, nimg, entered = self._now
+                word = {"host": self.host, "place": place, "nimg": nimg, "held_s": time.monotonic() - entered}
+                store.set(
+                    keys[self.world.rank], json.dumps({**word, "count": count, "end": self._end if last else None})
+                )
+                if self._curious or count % every == 0:
+                    self._hear(store.multi_get(keys))
+            except RuntimeError:
+                pass  # torch's word for a store that is gone or does not answer; `_answered` grows old
+            if last:
+                return
+            count += 1
+            self._wake.wait(self.interval_s)
+            if self._curious:
+                self._closing.wait(self.interval_s / 8)
+
+    def _hear(self, values: list[bytes]) -> None:
+        self._answered = now = time.monotonic()
+        for rank, raw in enumerate(values):
+            if raw != self.beats[rank].raw:
+                self.beats[rank] = Beat(raw, now, json.loads(raw))
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.world.size) if rank != self.world.rank]
+
+    def _ended(self, rank: int) -> bool:
+        return self.beats[rank].told.get("end") is not None
+
+    def _silent(self, rank: int) -> bool:
+        """Whether it was silent while the store still had news: rank 0, at its own end, takes the store along."""
+        return not self._ended(rank) and self._answered - self.beats[rank].heard > self.silent_s
+
+    def _store_is_lost(self) -> bool:
+        return time.monotonic() - self._answered > self.silent_s
+
+    def peers_end(self) -> PeerError | None:
+        """Another rank's own end, as its last beat told it; None while none has told one that blames no other."""
+        for rank in self._others():
+            end = self.beats[rank].told.get("end")
+            if end and end["code"] and not end["blames_a_peer"]:
+                return PeerError(end["reason"], end["code"], end["resumable"])
+        return None
+
+    def speaks(self) -> bool:
+        """Whether this rank is the one to tell people: the lowest that is left; of its host, when the store is lost."""
+        near = [rank for rank in self._others() if not self._silent(rank)]
+        if self._store_is_lost():
+            near = [rank for rank in near if rank and self.beats[rank].host == self.host]
+        return self.world.rank < min(near, default=self.world.size)
+
+    def diagnose(self, error: BaseException, told: Callable[[], bool] = lambda: False) -> str:
+        """Who is at fault that a collective broke or ran out of time, and where this rank waited: one sentence.
+
+        Listens for three more intervals (6 s at most), so that also a rank killed just now is known by its silence;
+        less if told() becomes true: somebody has said why.
+        """
+        place, nimg, entered = self._now
+        waited = time.monotonic() - entered
+        behind = self._behind()
+        self._blames_a_peer = self._curious = True
+        self._wake.set()
+        deadline = time.monotonic() + self.silent_s + self.interval_s / 2
+        while time.monotonic() < deadline and not told():
+            time.sleep(min(0.1, self.interval_s / 10))
+        mine = f"rank {self.world.rank} (host {self.host}) waited at '{place}' of nimg {nimg} for {waited:.0f} s"
+        fault = self._silence() or self._store_fault() or behind or f"every rank answers ({str(error).splitlines()[0]})"
+        return f"{fault}; {mine}; the same command goes on from the last checkpoint, with fewer nodes if need be"
+
+    def _store_fault(self) -> str:
+        if not self._store_is_lost():
+            return ""
+        first = self.beats[0]
+        return (
+            f"rank 0 (host {first.host}) or the link to it is gone: {distributed.master()} has not answered for "
+            f"{time.monotonic() - self._answered:.0f} s, rank 0 was last at {first.where}"
+        )
+
+    def _silence(self) -> str:
+        silent = [rank for rank in self._others() if self._silent(rank)]
+        return self._list(silent, lambda beat: f"silent for {beat.age_s:.0f} s, last at {beat.where}")
+
+    def _behind(self) -> str:
+        """The living ranks that the others wait for: those with the least progress that have not moved for a while."""
+        place, nimg, _ = self._now
+        mine = Beat(told={"place": place, "nimg": nimg}).progress
+        stuck = [r for r in self._others() if not self._ended(r) and self.beats[r].held_s > self.silent_s]
+        least = min((self.beats[rank].progress for rank in stuck), default=mine)
+        late = [rank for rank in stuck if self.beats[rank].progress == least] if least < mine else []
+        return self._list(late, lambda beat: f"at {beat.where} for {beat.held_s:.0f} s, and alive")
+
+    def _list(self, ranks: Iterable[int], describe: Callable[[Beat], str]) -> str:
+        """`ranks 2, 3 (host node3) …`: neighbours on one host and at one place together."""
+        parts = []
+        for (host, _), group in groupby(ranks, lambda rank: (self.beats[rank].host, self.beats[rank].where)):
+            members = list(group)
+            name = "rank" if len(members) == 1 else "ranks"
+            parts.append(f"{name} {', '.join(map(str, members))} (host {host}) {describe(self.beats[members[0]])}")
+        return " and ".join(parts)
+
+
+def deepspeed_runner() -> str:
+    """The identity of the `deepspeed` command two generations up, empty unless it is there.
+
+    Killed, it leaves its launch.py alive, and the kernel tells a process of its parent's end only.
+    """
+    launch = os.getppid()
+    if "deepspeed.launcher.launch" not in _command(launch):
+        return ""
+    runner = _parent(launch)
+    names = {Path(word).name for word in _command(runner)}
+    return owned.identity(runner) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
+
+
+def _parent(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(")") + 2 :].split()[1])  # the name, in parentheses, may hold anything
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []

@@ -1,0 +1,238 @@
+"""Where a run's checkpoints lie: in its folder, and in a store that gets them in the background; which are kept.
+
+A save is a whole before the next step begins: every rank has written its file to the run's folder. If all ranks share
+that folder (proven at the start), COMPLETE is written there at once. With checkpoint.url the files also go to that store,
+without a collective: rank 0 writes COMPLETE there when it finds all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from warm_dist.checkpoint import (
+    CHECKPOINTS,
+    COMPLETE,
+    FORMAT,
+    SNAPSHOTS,
+    Saved,
+    complete,
+    name_of,
+    nimg_of,
+    opened,
+    write_rank,
+)
+from warm_dist.config import CheckpointConfig
+from warm_dist.distributed import World, gather, on_main
+from warm_dist.errors import CheckpointError, ConfigError, OutputError
+from warm_dist.metrics import make_folder, write_json
+from warm_dist.types import OpenStore, Store
+from warm_dist.uploads import Upload, Uploads
+
+GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
+_VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
+
+
+class Storage:
+    """The checkpoints and snapshots of one run. All methods but `ended` and `close` are collectives.
+
+    Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
+    """
+
+    def __init__(
+        self, run: Path, world: World, open_store: OpenStore, config: CheckpointConfig, say: Callable[[str], None]
+    ) -> None:
+        self.run, self.world, self.config, self.say = run, world, config, say
+        make_folder(run)
+        self.shared = self._prove_shared()
+        self.local = open_store(str(run), None)
+        self.remote: Store | None = open_store(config.url, config.endpoint_url) if config.url else None
+        self.uploads = Uploads(self.remote, self._prune_remote) if self.remote else None
+
+    def _prove_shared(self) -> bool:
+        if self.world.size == 1:
+            return True
+        token = on_main(self.world, lambda: self._touch(f".shared-{secrets.token_hex(8)}"))
+        deadline = time.monotonic() + _VISIBLE_S
+        while not (seen := token in {path.name for path in self.run.glob(".shared-*")}) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [rank for rank, sees in enumerate(gather(self.world, seen)) if not sees]
+        on_main(self.world, lambda: (self.run / token).unlink())
+        if blind and not self.config.url:
+            raise ConfigError(
+                f"rank {blind[0]} does not see what rank 0 writes to output {self.run}: several machines need "
+                "checkpoint.url=s3://… or an output folder that all of them share"
+            )
+        return not blind
+
+    def _touch(self, name: str) -> str:
+        try:
+            (self.run / name).touch()
+        except OSError as error:
+            raise OutputError(f"{self.run}: cannot be written ({error.strerror})") from None
+        return name
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    def restore(self, check: Callable[[Saved], None], load: Callable[[Saved], None]) -> Saved | None:
+        """Load the newest intact checkpoint; None if there has never been one. Damaged ones are passed over with a warning.
+
+        check: raises to refuse a checkpoint that is not this run's. load: raises CheckpointError for a damaged one.
+        Raises CheckpointError if there are complete checkpoints and none is intact: never a silent fresh start.
+        """
+        candidates: list[tuple[bool, str]] = on_main(self.world, self._candidates, "list of checkpoints")
+        problem = None
+        for remote, name in candidates:
+            store = self.remote if remote else self.local
+            assert store is not None
+            saved: Saved | None
+            saved, problem = self._agreed(lambda store=store, name=name: opened(store, name))  # type: ignore[misc]
+            if saved is not None:
+                check(saved)
+                _, problem = self._agreed(lambda saved=saved: load(saved))  # type: ignore[misc]
+            if saved is not None and problem is None:
+                on_main(self.world, self._send_left_behind, "what an attempt before left")
+                return saved
+            self.say(f"checkpoint passed over: {problem}")
+        if candidates:
+            raise CheckpointError(
+                f"{self.run}: no intact checkpoint (the last fault: {problem}); set output to a new folder to start afresh"
+            )
+        return None
+
+    def _agreed(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Its result, or None with what was wrong with a checkpoint on the first rank that found fault with it."""
+        result, mine = None, None
+        try:
+            result = action()
+        except CheckpointError as error:
+            mine = str(error)
+        faults = [fault for fault in gather(self.world, mine, "checkpoint") if fault]
+        return (None, faults[0]) if faults else (result, None)
+
+    def _candidates(self) -> list[tuple[bool, str]]:
+        """(is remote, name), the newest first, of two alike the local one."""
+        found = [(False, name) for name in complete(self.local, CHECKPOINTS)] if self.shared else []
+        found += [(True, name) for name in complete(self.remote, CHECKPOINTS)] if self.remote else []
+        return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
+
+    def _send_left_behind(self) -> None:
+        """What an attempt before this one could not send any more; and nothing is left of uploads that broke off."""
+        if self.remote is None or self.uploads is None:
+            return
+        if discard := getattr(self.remote, "discard_partials", None):
+            discard(GROUPS)
+        for group in (SNAPSHOTS, CHECKPOINTS) if self.shared else ():
+            there = set(complete(self.remote, group))
+            here = complete(self.local, group)
+            for name in here if group != CHECKPOINTS else here[-1:]:
+                if name not in there:
+                    meta = json.loads((self.run / name / COMPLETE).read_text(encoding="utf-8"))
+                    files = [self.run / name / line[key] for line in meta["files"] for key in ("file", "done")]
+                    self.uploads.add(Upload(name, files, meta, droppable=group == CHECKPOINTS))
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, group: str, nimg: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
+        """Write this rank's tensors of a checkpoint or snapshot, as a whole or not at all, and prune old checkpoints.
+
+        Returns the bytes of all ranks' files. Raises OutputError on every rank if one of them cannot write; there is no COMPLETE then.
+        """
+        name = name_of(group, nimg)
+        folder = self.run / name
+        if self.uploads:
+            self.uploads.make_room()
+        if self.shared:
+            on_main(self.world, lambda: self._empty(folder), "folder of a checkpoint")
+        else:
+            make_folder(folder)
+        line, failure = None, None
+        try:
+            needed = sum(tensor.numel() * 4 for tensor in tensors.values()) * (self.world.size if self.shared else 1)
+            if (free := shutil.disk_usage(folder).free) < needed * 1.05:
+                raise OutputError(f"{folder}: {needed:,} bytes to write, {free:,} free")
+            line = write_rank(folder, self.world.rank, tensors)
+        except (OSError, OutputError) as error:
+            failure = str(error)
+        reports = gather(self.world, (line, failure), "checkpoint")
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+        if failures:
+            raise OutputError(f"{group[:-1]} at nimg {nimg} not saved; " + "; ".join(failures))
+        tree = {"format": FORMAT, "nimg": nimg, **meta, "files": [line for line, _ in reports]}
+        if self.shared:
+            on_main(self.world, lambda: write_json(folder / COMPLETE, tree), "COMPLETE")
+        if self.uploads:
+            assert line is not None
+            files = [folder / line["file"], folder / line["done"]]
+            last = tree if self.world.is_main else None
+            self.uploads.add(Upload(name, files, last, droppable=group == CHECKPOINTS))
+        self._prune_local()
+        return sum(line["bytes"] for line in tree["files"])
+
+    def _empty(self, folder: Path) -> None:
+        try:
+            if folder.exists():
+                (folder / COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
+
+    def _kept(self, names: list[str]) -> set[str]:
+        every = self.config.keep_every_nimg
+        return set(names[-self.config.keep_last :]) | {name for name in names if every and not nimg_of(name) % every}
+
+    def _prune_local(self) -> None:
+        """COMPLETE goes first, so that none is ever half a checkpoint; what a killed save left behind goes too."""
+        pending = self.uploads.pending() if self.uploads else set()
+        if not self.shared:  # the store has them: this rank's files go as soon as they are sent
+            for path in self.run.glob(f"*/[0-9]*/rank_{self.world.rank}.*"):
+                if path.parent.relative_to(self.run).as_posix() not in pending:
+                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # another rank's file is in it
+                        path.parent.rmdir()
+        elif self.world.is_main:
+            names = complete(self.local, CHECKPOINTS)
+            kept = self._kept(names) | pending
+            for folder in (self.run / CHECKPOINTS).glob("[0-9]*"):
+                name = f"{CHECKPOINTS}/{folder.name}"
+                if name not in kept and name < names[-1]:
+                    (folder / COMPLETE).unlink(missing_ok=True)
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _prune_remote(self) -> None:
+        assert self.remote is not None
+        names = complete(self.remote, CHECKPOINTS)
+        kept = self._kept(names)
+        for path in sorted(self.remote.list(f"{CHECKPOINTS}/"), key=lambda path: not path.endswith(COMPLETE)):
+            name = path.rpartition("/")[0]
+            if name not in kept and names and name < names[-1]:
+                self.remote.delete(path)
+
+    def saved(self, nimg: int) -> Saved:
+        """The complete checkpoint at nimg. Raises CheckpointError if there is none."""
+        return opened(self.local if self.shared or self.remote is None else self.remote, name_of(CHECKPOINTS, nimg))
+
+    # -- uploads ----------------------------------------------------------------------------------------------------
+
+    def ended(self) -> list[Upload]:
+        """Uploads of this rank that ended since the last call."""
+        return self.uploads.ended() if self.uploads else []
+
+    def close(self, timeout_s: float) -> list[Upload]:
+        """Wait for this rank's uploads, at most so long; returns those that failed or are still under way."""
+        if not self.uploads:
+            return []
+        late = self.uploads.close(timeout_s)
+        for upload in late:
+            upload.error = upload.error or f"not through after {timeout_s:.0f} s; {upload.last_failure}"
+        return [upload for upload in self.uploads.ended() if upload.error and upload not in late] + late

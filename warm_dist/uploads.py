@@ -1,0 +1,136 @@
+"""Saved folders on their way to a store: sent by a thread, one after the other, through outages, beside the training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from warm_dist.errors import DataError, UnreachableError, WarmDistError
+from warm_dist.types import Store
+
+MAX_PAUSE_S = 10.0  # between two attempts at a store that does not answer; the wait is uniform up to that
+_POLL_S = 0.2  # how often rank 0 looks whether the other ranks' files have come
+
+
+class Upload:
+    """One rank's files of one checkpoint; rank 0's also carries COMPLETE, written when every rank's files are there.
+
+    files: sent in this order, to `name/FILE`. complete: COMPLETE's content, or None on other ranks.
+    """
+
+    def __init__(self, name: str, files: list[Path], complete: dict[str, Any] | None, droppable: bool) -> None:
+        self.name, self.files, self.complete, self.droppable = name, files, complete, droppable
+        self.begun = time.monotonic()
+        self.dropped = threading.Event()
+        self.seconds = 0.0
+        self.error: str | None = None
+        self.last_failure = ""
+
+
+class Uploads:
+    """A queue and its thread. `after`, called when a COMPLETE was written, may tidy the store."""
+
+    def __init__(self, store: Store, after: Callable[[], None]) -> None:
+        self.store, self.after = store, after
+        self._queue: deque[Upload] = deque()  # the first one is being sent
+        self._ended: list[Upload] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
+        self._thread.start()
+
+    def add(self, upload: Upload) -> None:
+        """Send it when those before are through."""
+        with self._changed:
+            self._queue.append(upload)
+            self._changed.notify_all()
+
+    def make_room(self) -> None:
+        """Give up all droppable ones but the newest: at most one waits beside the one that is about to be added."""
+        with self._changed:
+            for upload in [u for u in self._queue if u.droppable][:-1]:
+                upload.dropped.set()
+            self._changed.notify_all()
+
+    def pending(self) -> set[str]:
+        """Names whose files are still needed here."""
+        with self._changed:
+            return {upload.name for upload in self._queue}
+
+    def ended(self) -> list[Upload]:
+        """Those that ended since the last call; `error` says why one has failed."""
+        with self._changed:
+            out, self._ended = self._ended, []
+        return out
+
+    def close(self, timeout_s: float) -> list[Upload]:
+        """Wait until everything is sent, or for so long; returns what is not. The thread ends by itself."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while self._queue and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            left_over = list(self._queue)
+            for upload in left_over:
+                upload.dropped.set()
+        return left_over
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                upload = self._queue[0]
+            try:
+                self._send(upload)
+            except WarmDistError as error:
+                upload.error = str(error)
+            except Exception as error:  # a bug must be heard of, and must not end the thread
+                upload.error = f"{type(error).__name__}: {error}"
+            upload.seconds = time.monotonic() - upload.begun
+            with self._changed:
+                self._queue.popleft()
+                self._ended.append(upload)
+                self._changed.notify_all()
+
+    def _send(self, upload: Upload) -> None:
+        for path in upload.files:
+            self._patiently(upload, lambda path=path: self.store.upload(f"{upload.name}/{path.name}", path))  # type: ignore[misc]
+        if upload.complete is None:
+            return
+        absent = list(upload.complete["files"])
+        while absent := self._patiently(upload, lambda: [f for f in absent if not self._arrived(upload.name, f)]):
+            if upload.dropped.wait(_POLL_S):
+                raise UnreachableError(f"given up: {absent[0]['file']} and {len(absent) - 1} others did not come")
+        text = json.dumps(upload.complete, indent=2).encode()
+        self._patiently(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
+        self._patiently(upload, self.after)
+
+    def _arrived(self, name: str, file: dict[str, Any]) -> bool:
+        """Is this rank's file there, and not one of an earlier attempt at the same nimg?"""
+        try:
+            return bool(hashlib.sha256(self.store.read(f"{name}/{file['done']}")).hexdigest() == file["sha256"])
+        except DataError:
+            return False
+
+    @staticmethod
+    def _patiently(upload: Upload, action: Callable[[], Any]) -> Any:
+        """Again and again while the store does not answer, until the upload is dropped."""
+        failures = 0
+        while not upload.dropped.is_set():
+            try:
+                return action()
+            except UnreachableError as error:
+                failures, upload.last_failure = failures + 1, str(error)
+            upload.dropped.wait(random.uniform(0, min(MAX_PAUSE_S, 0.5 * 2**failures)))
+        raise UnreachableError(f"given up after {failures} attempts; {upload.last_failure or 'others came first'}")
