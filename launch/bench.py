@@ -1,4 +1,4 @@
-"""Measure this program beside its peers: `launch/bench.py data` (images from the embedded S3; peers: `make peers`)."""
+"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step` and `scaling`."""
 
 from __future__ import annotations
 
@@ -289,7 +289,20 @@ def data(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
+def scaling(args: argparse.Namespace) -> int:
+    """The subcommand `scaling`."""
+    from warm_dist import scaling as model
+    from warm_dist.config_file import load_config
+    from warm_dist.flops import facts
+
+    config = load_config(args.config, args.set)
+    print(model.table(config, *facts(config)))
+    return errors.EXIT_OK
+
+
 def main() -> int:
+    from launch import bench_step  # which imports this module
+
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("data", help="images/s and CPU per image of the loader and its peers, on loopback")
@@ -299,6 +312,13 @@ def main() -> int:
     command.add_argument("--peers-python", type=Path, default=ROOT / ".venv.peers" / "bin" / "python")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=data)
+    bench_step.add_arguments(commands.add_parser("step", help="what EMAs, metrics and a second rank cost a step"))
+    command = commands.add_parser(
+        "scaling", help="a step from 1 to 1024 GPUs by warm_dist/scaling.py; measures nothing"
+    )
+    command.add_argument("--config", default=str(ROOT / "configs" / "imagenet64.json"), help="a file of configs/")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key")
+    command.set_defaults(run=scaling)
     args = parser.parse_args()
     return int(args.run(args))
 

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from launch.services import free_port
 
-__all__ = ["MARK", "ROOT", "Found", "end_marked", "free_port", "marked", "run_ranks"]
+__all__ = ["MARK", "ROOT", "Found", "end_marked", "free_port", "marked", "run_ranks", "wait_for"]
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "WARM_DIST_TEST_MARK"
@@ -90,3 +91,12 @@ def end_marked(mark: str) -> None:
     for process in marked(mark):
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 240) -> float:
+    """Poll until true; returns the seconds that took. timeout_s: many processes may start on few, busy cores."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + timeout_s, f"in vain: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began

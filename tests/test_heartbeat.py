@@ -117,7 +117,9 @@ def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_pa
         began = time.monotonic()
         message = first.diagnose(ERROR)
         assert time.monotonic() - began < 2 * first.silent_s
-        assert message.startswith("rank 2 (host node2) silent for 1 s, last at 'backward' of nimg 4096; rank 0 (host ")
+        assert message.startswith(
+            "rank 2 (host node2) has been silent for 1 s, last at 'backward' of nimg 4096; rank 0 (host "
+        )
         assert "waited at 'flags' of nimg 4112 for" in message
         assert first.peers_end() is None
         assert [first.speaks(), second.speaks()] == [True, False]
@@ -125,12 +127,12 @@ def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_pa
 
 def test_a_rank_that_beats_elsewhere_is_named_and_not_called_silent(store, tmp_path):
     with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as late, heartbeat(2, tmp_path) as waiting:
-        first.at("flags", 4112)
+        first.at("update", 4112)
         late.at("data", 4112)
         waiting.at("backward", 4112)  # for rank 1, as does rank 0
         wait_for(lambda: first.beats[1].held_s > first.silent_s and heard(first, 2, "backward")())
         message = first.diagnose(ERROR)
-        assert message.startswith(f"rank 1 (host {first.host}) at 'data' of nimg 4112 for 1 s, and alive; rank 0")
+        assert message.startswith(f"rank 1 (host {first.host}) is at 'data' of nimg 4112 for 1 s, and alive; rank 0")
 
 
 def test_nobody_is_blamed_when_all_wait_at_one_place(store, tmp_path):
@@ -175,12 +177,12 @@ def test_a_rank_that_blames_another_is_not_blamed(store, tmp_path):
             raise UnreachableError(second.diagnose(ERROR))
         message = first.diagnose(ERROR)
         assert first.peers_end() is None
-        assert message.startswith("rank 2 (host node2) silent for")
+        assert message.startswith("rank 2 (host node2) has been silent for")
 
 
 def test_a_join_that_lacks_a_rank_names_it(store):
     message = distributed._who_stayed_away(store[0], 5)
-    assert message == "ranks 3, 4 did not come; there are 0 (host node0), 1 (host node1), 2 (host node2)"
+    assert message == "ranks 3, 4 did not come, only 0 (host node0), 1 (host node1), 2 (host node2)"
 
 
 def test_the_interface_is_found_by_the_route():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,27 @@ from uuid import uuid4
 
 import pytest
 
-from tests.processes import MARK, end_marked, marked
-from tests.test_train import BATCH, config_file, finish, launcher, losses, outcome, reached, start, train, wait_for
+from tests.processes import MARK, ROOT, end_marked, free_port, marked, wait_for
+from tests.test_train import (
+    BATCH,
+    config_file,
+    environment,
+    finish,
+    launcher,
+    losses,
+    outcome,
+    ranks,
+    reached,
+    start,
+    train,
+)
 from warm_dist import errors
 from warm_dist.metrics import parse_line
 
 __all__ = ["config_file"]  # a fixture
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PREEMPTION_FILE = "preempted"
+TIMEOUT_S = 5  # for those who wait for a hung rank
 ENDLESS = ["engine=local", "train.total_nimg=8000000", "train.save_nimg=8000000"]  # every save is a stop's
 
 
@@ -76,12 +89,6 @@ def lines_of(run: Path, attempt: int) -> list[dict[str, Any]]:
     return [record for record in records if record["attempt"] == attempt and record["kind"] == "train"]
 
 
-def seconds_until(condition: Callable[[], bool], what: str) -> float:
-    began = time.monotonic()
-    wait_for(what, condition)
-    return time.monotonic() - began
-
-
 def stop(case: Case, attempt: int, config: Path, run: Path) -> Stop:
     mark, preemption = uuid4().hex, run / PREEMPTION_FILE
     settings = [*ENDLESS, f"parallel.preemption_file={preemption}"]
@@ -95,8 +102,8 @@ def stop(case: Case, attempt: int, config: Path, run: Path) -> Stop:
         else:
             (target,) = [found.pid for found in marked(mark) if found.role == case.to]
             os.kill(target, case.signal)
-        told_s = seconds_until((run / "exit.json").exists, "exit.json")
-        empty_s = told_s + seconds_until(lambda: not marked(mark), f"nobody left: {marked(mark)}")
+        told_s = wait_for("exit.json", (run / "exit.json").exists)
+        empty_s = told_s + wait_for("nobody left", lambda: not marked(mark))
         preemption.unlink(missing_ok=True)
     finally:
         end_marked(mark)
@@ -136,12 +143,13 @@ def chains(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_a_stop_saves_and_ends_everything(chains, number, name):
     found = chains[number].stops[name]
     told = found.outcome
+    print(f"{name}: saved after {found.told_s:.1f} s, nothing left after {found.empty_s:.1f} s: {told['reason']}")
     assert (told["code"], told["resumable"]) == (errors.Stopped.exit_code, True), told
     assert CHAINS[number][name].words in told["reason"]
     assert found.told_s < 30  # what launchers grant before they kill
     assert found.empty_s < 40
     assert any(str(told["nimg"]) in checkpoint for checkpoint in found.checkpoints)
-    assert "Traceback" not in found.stderr or "SignalException" in found.stderr or "KeyboardInterrupt" in found.stderr
+    assert 'launch/train.py", line' not in found.stderr  # launchers' own tracebacks are theirs
 
 
 @pytest.mark.parametrize("number", range(len(CHAINS)))
@@ -151,3 +159,54 @@ def test_the_same_command_goes_on_after_each_stop(chains, number):
     assert [stop.outcome["attempt"] for stop in stops] == list(range(1, len(stops) + 1))
     assert [stop.first_nimg for stop in stops[1:]] == [stop.outcome["nimg"] + BATCH for stop in stops[:-1]]
     assert losses(chains[number].run) == losses(chains[number].whole)
+
+
+@pytest.fixture(scope="module")
+def hung(
+    config_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[float, dict[str, Any], list[str]]]:
+    """Two runs of two ranks, of which one is stopped (not ended): seconds until the other told, exit.json, both stderr."""
+    runs = {rank: tmp_path_factory.mktemp(f"hung{rank}") / "run" for rank in range(2)}
+    pairs = {rank: ranks(config_file, run, *ENDLESS, f"parallel.timeout_s={TIMEOUT_S}") for rank, run in runs.items()}
+    found = {}
+    for rank, run in runs.items():
+        wait_for("some steps", lambda run=run: len(lines_of(run, 1)) >= 3)
+        os.kill(pairs[rank][rank].pid, signal.SIGSTOP)
+        told_s = wait_for("the other rank's word", (run / "exit.json").exists)
+        os.kill(pairs[rank][rank].pid, signal.SIGCONT)  # it finds itself alone
+        ends = [finish(process) for process in pairs[rank]]
+        assert [code for code, _, _ in ends] == [errors.UnreachableError.exit_code] * 2, ends
+        found[rank] = (told_s, outcome(run), [err for _, _, err in ends])
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hung_rank_is_named_in_time_by_the_other(hung, rank):
+    """Rank 0 holds the store, so its silence shows otherwise; and then rank 1 must speak."""
+    told_s, told, said = hung[rank]
+    print(f"told after {told_s:.1f} s: {told['reason']}")
+    assert told["reason"].startswith(f"UnreachableError: rank {rank} (host ")
+    assert f"; rank {1 - rank} (host " in told["reason"]
+    assert "of nimg " in told["reason"]
+    assert told["resumable"]
+    assert told_s < TIMEOUT_S + 5  # a step that had begun, and the slowness of a busy machine
+    assert said[1 - rank].count("UnreachableError: ") == 1
+
+
+def test_a_rank_that_never_comes_is_named():
+    code = "from warm_dist import distributed, errors; errors.run(lambda: distributed.init(1, join_s=3) and None)"
+    shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    alone = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=shared | {"RANK": rank, "MASTER_PORT": str(free_port())},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=120)[1].splitlines()[-1] for process in alone]
+    print(*said, sep="\n")
+    assert [process.returncode for process in alone] == [errors.UnreachableError.exit_code] * 2
+    assert "in 3 s: rank 1 did not come, only 0 (host " in said[0]
+    assert "in 3 s: rank 0's machine does not answer" in said[1]

@@ -82,7 +82,7 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str,
             out.write(header)
             for key, tensor in tensors.items():
                 data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
-                index[key] = out.tell(), len(data), hashlib.sha256(data).hexdigest()
+                index[key] = out.tell(), len(data), _digest(data)
                 out.write(data)
         write_json(done, {"file": path.name, "bytes": size, "tensors": index})
     except (OSError, OutputError) as error:
@@ -94,7 +94,7 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str,
     return {"file": path.name, "bytes": size, "done": done.name, "sha256": _digest(done.read_bytes())}
 
 
-def _digest(data: bytes) -> str:
+def _digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -196,7 +196,7 @@ def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor
         raise CheckpointError(str(error)) from None
     for tensor in run:
         part = data[tensor.place - place : tensor.place - place + tensor.size]
-        if hashlib.sha256(part).hexdigest() != tensor.sha256:
+        if _digest(part) != tensor.sha256:
             key = f"{tensor.kind}/{tensor.name}@{tensor.start}"
             raise CheckpointError(f"{saved}/{file}: {key} differs from what was written")
         yield tensor, torch.frombuffer(part, dtype=torch.float32) if tensor.size else torch.empty(0)

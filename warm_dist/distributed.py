@@ -140,7 +140,8 @@ def _who_stayed_away(store: Store | None, size: int) -> str:
         return ""
     absent = [str(r) for r in range(size) if r not in came]
     here = ", ".join(f"{r} (host {host})" for r, host in came.items())
-    return f"ranks {', '.join(absent)} did not come; there are {here}" if absent else ""
+    noun = "rank" if len(absent) == 1 else "ranks"
+    return f"{noun} {', '.join(absent)} did not come, only {here}" if absent else ""
 
 
 def interface_to(host: str) -> str | None:
@@ -293,7 +294,7 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name  # the first: a launcher answers Ctrl-C with SIGTERM
 
     def reason(self, world: World) -> str:
         """What stopped the run, and where: `SIGTERM on rank 1 (host node2)`. A collective."""

@@ -24,6 +24,7 @@ PLACES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "da
 """Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
 NEWS_RANKS = 64
 """All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
+_PLURAL = {"is": "are", "has been": "have been"}
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ class Heartbeat:
     def diagnose(self, error: BaseException, told: Callable[[], bool] = lambda: False) -> str:
         """Who is at fault that a collective broke or ran out of time, and where this rank waited: one sentence.
 
-        Listens for three more intervals (6 s at most), so that also a rank killed just now is known by its silence;
-        less if told() becomes true: somebody has said why.
+        Listens for three more intervals (7 s at most), so that also a rank killed just now is known by its silence;
+        less if told() becomes true (somebody has said why), or if this rank waited so long that it is known already.
         """
         place, nimg, entered = self._now
         waited = time.monotonic() - entered
@@ -227,7 +228,10 @@ class Heartbeat:
         self._blames_a_peer = self._curious = True
         self._wake.set()
         deadline = time.monotonic() + self.silent_s + self.interval_s / 2
+        long = waited > self.silent_s + 2 * self.interval_s
         while time.monotonic() < deadline and not told():
+            if long and (behind or self._silence() or self._store_fault()):
+                break
             time.sleep(min(0.1, self.interval_s / 10))
         mine = f"rank {self.world.rank} (host {self.host}) waited at '{place}' of nimg {nimg} for {waited:.0f} s"
         fault = self._silence() or self._store_fault() or behind or f"every rank answers ({str(error).splitlines()[0]})"
@@ -244,7 +248,7 @@ class Heartbeat:
 
     def _silence(self) -> str:
         silent = [rank for rank in self._others() if self._silent(rank)]
-        return self._list(silent, lambda beat: f"silent for {beat.age_s:.0f} s, last at {beat.where}")
+        return self._list(silent, "has been", lambda beat: f"silent for {beat.age_s:.0f} s, last at {beat.where}")
 
     def _behind(self) -> str:
         """The living ranks that the others wait for: those with the least progress that have not moved for a while."""
@@ -253,15 +257,16 @@ class Heartbeat:
         stuck = [r for r in self._others() if not self._ended(r) and self.beats[r].held_s > self.silent_s]
         least = min((self.beats[rank].progress for rank in stuck), default=mine)
         late = [rank for rank in stuck if self.beats[rank].progress == least] if least < mine else []
-        return self._list(late, lambda beat: f"at {beat.where} for {beat.held_s:.0f} s, and alive")
+        return self._list(late, "is", lambda beat: f"at {beat.where} for {beat.held_s:.0f} s, and alive")
 
-    def _list(self, ranks: Iterable[int], describe: Callable[[Beat], str]) -> str:
-        """`ranks 2, 3 (host node3) …`: neighbours on one host and at one place together."""
+    def _list(self, ranks: Iterable[int], verb: str, describe: Callable[[Beat], str]) -> str:
+        """`ranks 2, 3 (host node3) VERB …`: neighbours on one host and at one place together."""
         parts = []
         for (host, _), group in groupby(ranks, lambda rank: (self.beats[rank].host, self.beats[rank].where)):
             members = list(group)
-            name = "rank" if len(members) == 1 else "ranks"
-            parts.append(f"{name} {', '.join(map(str, members))} (host {host}) {describe(self.beats[members[0]])}")
+            noun, does = ("rank", verb) if len(members) == 1 else ("ranks", _PLURAL[verb])
+            names = f"{noun} {', '.join(map(str, members))} (host {host})"
+            parts.append(f"{names} {does} {describe(self.beats[members[0]])}")
         return " and ".join(parts)
 
 

@@ -61,4 +61,5 @@ def mismatch(
     wanted = float(inner_products(unit, unit * gamma, unit, unit * gamma)[0])
     cross = coefficients @ inner_products(times, gammas, unit, unit * gamma)
     square = coefficients @ inner_products(times[:, None], gammas[:, None], times, gammas) @ coefficients
-    return float(max(0.0, 1 - (2 * cross - square) / wanted) ** 0.5)
+    square_distance = 1.0 - float(2 * cross - square) / wanted
+    return float(np.sqrt(np.maximum(square_distance, 0.0)))

@@ -39,6 +39,7 @@ from warm_dist.types import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
+PROBE = f"{CHECKPOINTS}/.probe"
 _VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
 
 
@@ -121,6 +122,9 @@ class Storage:
 
     def _candidates(self) -> list[tuple[bool, str]]:
         """(is remote, name), the newest first, of two alike the local one."""
+        if self.remote is not None:
+            self.remote.write(PROBE, b"")  # better refused now than after hours
+            self.remote.delete(PROBE)
         found = [(False, name) for name in complete(self.local, CHECKPOINTS)] if self.shared else []
         found += [(True, name) for name in complete(self.remote, CHECKPOINTS)] if self.remote else []
         return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
@@ -149,8 +153,7 @@ class Storage:
         """
         name = name_of(group, nimg)
         folder = self.run / name
-        if self.uploads:
-            self.uploads.make_room()
+        self._make_room()
         if self.shared:
             on_main(self.world, lambda: self._empty(folder), "folder of a checkpoint")
         else:
@@ -177,6 +180,18 @@ class Storage:
             self.uploads.add(Upload(name, files, last, droppable=group == CHECKPOINTS))
         self._prune_local()
         return sum(line["bytes"] for line in tree["files"])
+
+    def _make_room(self) -> None:
+        """At most two checkpoints are on their way to the store, by all ranks' agreement: the oldest, and the one to come.
+
+        One that has failed on a rank is given up by all.
+        """
+        if self.uploads is None:
+            return
+        states = gather(self.world, self.uploads.state(), "uploads")
+        failed = {name for _, names in states for name in names}
+        pending = sorted({name for names, _ in states for name in names} - failed)
+        self.uploads.drop(failed | set(pending[1:]))
 
     def _empty(self, folder: Path) -> None:
         try:
@@ -235,4 +250,5 @@ class Storage:
         late = self.uploads.close(timeout_s)
         for upload in late:
             upload.error = upload.error or f"not through after {timeout_s:.0f} s; {upload.last_failure}"
-        return [upload for upload in self.uploads.ended() if upload.error and upload not in late] + late
+        ended = [upload for upload in self.uploads.ended() if upload not in late]
+        return [upload for upload in ended if upload.error and not upload.superseded] + late

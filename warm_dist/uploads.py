@@ -29,13 +29,14 @@ class Upload:
         self.name, self.files, self.complete, self.droppable = name, files, complete, droppable
         self.begun = time.monotonic()
         self.dropped = threading.Event()
+        self.superseded = False
         self.seconds = 0.0
         self.error: str | None = None
         self.last_failure = ""
 
 
 class Uploads:
-    """A queue and its thread. `after`, called when a COMPLETE was written, may tidy the store."""
+    """A queue and its thread. after: called when a COMPLETE was written; it may tidy the store."""
 
     def __init__(self, store: Store, after: Callable[[], None]) -> None:
         self.store, self.after = store, after
@@ -52,12 +53,18 @@ class Uploads:
             self._queue.append(upload)
             self._changed.notify_all()
 
-    def make_room(self) -> None:
-        """Give up all droppable ones but the newest: at most one waits beside the one that is about to be added."""
+    def state(self) -> tuple[list[str], list[str]]:
+        """Droppable names under way, oldest first, and names that have failed."""
         with self._changed:
-            for upload in [u for u in self._queue if u.droppable][:-1]:
-                upload.dropped.set()
-            self._changed.notify_all()
+            return [u.name for u in self._queue if u.droppable], [u.name for u in self._ended if u.error]
+
+    def drop(self, names: set[str]) -> None:
+        """Give these up, also the one that is just being sent, as soon as it can be interrupted."""
+        with self._changed:
+            for upload in self._queue:
+                if upload.name in names:
+                    upload.superseded = True
+                    upload.dropped.set()
 
     def pending(self) -> set[str]:
         """Names whose files are still needed here."""
@@ -111,7 +118,8 @@ class Uploads:
         absent = list(upload.complete["files"])
         while absent := self._patiently(upload, lambda: [f for f in absent if not self._arrived(upload.name, f)]):
             if upload.dropped.wait(_POLL_S):
-                raise UnreachableError(f"given up: {absent[0]['file']} and {len(absent) - 1} others did not come")
+                upload.last_failure = f"{', '.join(file['file'] for file in absent[:4])} did not come"
+                break
         text = json.dumps(upload.complete, indent=2).encode()
         self._patiently(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
         self._patiently(upload, self.after)
@@ -133,4 +141,5 @@ class Uploads:
             except UnreachableError as error:
                 failures, upload.last_failure = failures + 1, str(error)
             upload.dropped.wait(random.uniform(0, min(MAX_PAUSE_S, 0.5 * 2**failures)))
-        raise UnreachableError(f"given up after {failures} attempts; {upload.last_failure or 'others came first'}")
+        why = "a newer one takes its place" if upload.superseded else "the run ends"
+        raise UnreachableError(f"given up, {why}{f'; {upload.last_failure}' if failures else ''}")

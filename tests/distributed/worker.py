@@ -1,10 +1,12 @@
-"""Run by test_engines.py in real processes: every engine, stage and checkpoint case of one world size, results as JSON."""
+"""Run by test_engines.py in real processes: `worker.py FOLDER LABEL CASE…` writes what the cases gave to LABEL.json."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipelines.store import open_store
-from warm_dist import checkpoint, distributed, rng
+from warm_dist import distributed, rng
 from warm_dist.config import Config
 from warm_dist.config_file import validate
 from warm_dist.distributed import World
@@ -24,11 +26,16 @@ from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.networks import build
+from warm_dist.preparation import prepare
 from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
 from warm_dist.types import Batch, DataInfo
 
-BATCH, STEPS = 8, 20
+BATCH, STEPS = 16, 50
+HALF, REST = 30, 20  # a run is saved after so many steps, and others take it up for so many
+
+# Engines are compared on fewer layers than `config` has: ZeRO-3 gathers each of them over and over.
+SMALL = {"network__channel_mult": [1], "network__attention_resolutions": [], "train__clip": 0.3}
 
 
 def config(output: Path, **changes: Any) -> Config:
@@ -117,32 +124,125 @@ def state_digest(world: World, trainer: Trainer) -> list[float]:
     return sums.tolist()
 
 
+def bits(world: World, trainer: Trainer) -> list[int]:
+    """Of master weights, both moments and the EMA: a sum over every bit pattern times its element's own odd number.
+
+    Integers wrap, so the sum is the same in any order: equal for equal states, whoever holds which part.
+    """
+    sums = torch.zeros(4, dtype=torch.int64)
+    for fragment, value in zip(trainer.engine.owned(), trainer.emas["ema"].values, strict=True):
+        place = torch.arange(fragment.start, fragment.start + fragment.numel) * 2 + 1
+        place *= 2 * zlib.crc32(fragment.name.encode()) + 1
+        for k, tensor in enumerate((fragment.master, fragment.exp_avg, fragment.exp_avg_sq, value)):
+            sums[k] += (tensor.contiguous().view(torch.int32).long() * place).sum()
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def start(world: World, settings: Config) -> Trainer:
+    """A trainer that has taken up its run's newest checkpoint, if there is one."""
+    run = Path(settings.output)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        settings, world, info(), lambda text: None, Storage(run, world, open_store, settings.checkpoint, print)
+    )
+    trainer.restore()
+    return trainer
+
+
+def steps(world: World, trainer: Trainer, count: int) -> tuple[list[float], list[float]]:
+    """The losses, averaged over the batch, and the gradient norms of the next steps."""
+    losses, norms = [], []
+    source = batches(world, trainer.nimg)
+    for _ in range(count):
+        trainer.step(prepare(next(source), trainer.config, trainer.info, world.device))
+        sums = trainer.window.sums.clone()
+        trainer.window.sums.zero_()
+        dist.all_reduce(sums)
+        losses.append(float(sums[0] / sums[-1]))
+        norms.append(float(trainer.grad_norm))
+    return losses, norms
+
+
+def weights(world: World, trainer: Trainer) -> np.ndarray[Any, Any]:
+    """All master weights, one after another."""
+    whole = EMA(trainer.engine.owned(), lambda nimg, count: 0.0).full(world, trainer.shapes)
+    return torch.cat([value.view(-1) for value in whole.values()]).numpy()
+
+
+def cases(size: int) -> dict[str, dict[str, Any]]:
+    """What is compared at one world size; two ranks do everything."""
+    accumulate = {"train__micro_batch_size": BATCH // size // 4}
+    out: dict[str, dict[str, Any]] = {"local": {"engine": "local"}}
+    out |= {f"zero{stage}": {"parallel__zero_stage": stage} for stage in range(4)}
+    out |= {f"zero{stage}-accumulate": {"parallel__zero_stage": stage, **accumulate} for stage in range(4)}
+    if size == 1:
+        out["local-bf16"] = {"engine": "local"}
+    if size == 2:
+        for stage in range(4):
+            out[f"zero{stage}-bf16"] = {"parallel__zero_stage": stage}
+        for stage in (1, 2, 3):
+            out[f"zero{stage}-offload"] = {"parallel__zero_stage": stage, "parallel__offload_optimizer": True}
+        for stage in (1, 3):
+            out[f"zero{stage}-recompute"] = {"parallel__zero_stage": stage, "parallel__activation_checkpointing": True}
+        out["zero1-offload-accumulate"] = out["zero1-offload"] | accumulate
+        out["zero1-offload-bf16"] = out["zero1-offload"]
+        out["zero2-accumulate-bf16"] = out["zero2-accumulate"]
+    for name, changes in out.items():
+        changes = {**SMALL, **changes}
+        out[name] = changes | {"parallel__precision": "bf16"} if name.endswith("-bf16") else changes
+    return out
+
+
 def engines(world: World, root: Path) -> dict[str, Any]:
+    """Each case from the same start: losses and norms of 50 steps, and who holds how much."""
     out = {}
-    for name, changes in {
-        "local": {"engine": "local"},
-        "zero0": {"parallel__zero_stage": 0},
-        "zero1": {"parallel__zero_stage": 1},
-        "zero2": {"parallel__zero_stage": 2},
-        "zero3": {"parallel__zero_stage": 3},
-        "zero1-accumulate": {"parallel__zero_stage": 1, "train__micro_batch_size": 2},
-        "zero2-accumulate": {"parallel__zero_stage": 2, "train__micro_batch_size": 2},
-        "zero1-recompute": {"parallel__zero_stage": 1, "parallel__activation_checkpointing": True},
-        "zero3-recompute": {"parallel__zero_stage": 3, "parallel__activation_checkpointing": True},
-        "zero0-bf16": {"parallel__zero_stage": 0, "parallel__precision": "bf16"},
-        "zero1-bf16": {"parallel__zero_stage": 1, "parallel__precision": "bf16"},
-    }.items():
-        if world.size == 1 and "-" in name:
-            continue  # two ranks show it
-        trainer, losses = train(world, config(root / f"{name}-{world.size}", **changes))
+    for name, changes in cases(world.size).items():
+        trainer = start(world, config(root / f"{name}-{world.size}", **changes))
+        losses, norms = steps(world, trainer, STEPS)
         elements = torch.tensor([sum(f.numel for f in trainer.engine.owned())])
         dist.all_reduce(elements)
         out[name] = {
             "losses": losses,
+            "norms": norms,
             "elements": int(elements),
             "held": sum(f.numel for f in trainer.engine.fragments()),
             "digest": state_digest(world, trainer),
         }
+    return out
+
+
+def halves(world: World, root: Path, *stages: str) -> dict[str, list[int]]:
+    """Runs that are saved in the middle, for other world sizes to take up: the bits of what was saved."""
+    out = {}
+    for stage in stages:
+        trainer = start(world, config(root / f"half{stage}-{world.size}", **SMALL, parallel__zero_stage=int(stage)))
+        steps(world, trainer, HALF)
+        trainer.save()
+        out[stage] = bits(world, trainer)
+    return out
+
+
+def elastic(world: World, root: Path, stage: str, saved_by: str, *names: str) -> dict[str, Any]:
+    """What a run of `saved_by` ranks at `stage` saved, taken up by each case: its bits, and the rest of the losses.
+
+    The weights before and after the first step are left in the folder.
+    """
+    out = {}
+    for name in names:
+        target = root / f"elastic-{stage}-{saved_by}-{name}-{world.size}"
+        if world.is_main:
+            shutil.copytree(root / f"half{stage}-{saved_by}", target)
+        distributed.barrier(world, "copy")
+        trainer = start(world, config(target, **cases(world.size)[name]))
+        found, before = bits(world, trainer), weights(world, trainer)
+        losses, _ = steps(world, trainer, 1)
+        after = weights(world, trainer)
+        if "accumulate" not in name:
+            losses += steps(world, trainer, REST - 1)[0]
+        if world.is_main:
+            np.save(target / "weights.npy", np.stack([before, after]))
+        out[name] = {"bits": found, "losses": losses}
     return out
 
 
@@ -160,25 +260,8 @@ def interrupted(world: World, root: Path) -> dict[str, Any]:
             "stopped_at": first.nimg,
             "expected": expected,
             "losses": losses,
-            "digests": [state_digest(world, unbroken), state_digest(world, second)],
+            "digests": [bits(world, unbroken), bits(world, second)],
         }
-    return out
-
-
-def elastic(world: World, root: Path, saved_by: int) -> dict[str, Any]:
-    """Take up at every stage what a run of `saved_by` ranks at stage 1 saved in mid-run; losses of the rest."""
-    out = {}
-    for stage in range(4):
-        target = root / f"elastic{stage}-{saved_by}-{world.size}"
-        if world.is_main:
-            import shutil
-
-            shutil.copytree(root / f"zero1-{saved_by}", target)
-            shutil.rmtree(target / checkpoint.name_of(checkpoint.CHECKPOINTS, BATCH * STEPS))
-            (target / "metrics.jsonl").unlink()
-        distributed.barrier(world, "copy")
-        _, losses = train(world, config(target, parallel__zero_stage=stage))
-        out[str(stage)] = losses
     return out
 
 
@@ -256,17 +339,16 @@ def ema_whole(world: World, root: Path) -> float:
 
 
 def main() -> None:
-    root, saved_by = Path(sys.argv[1]), int(sys.argv[2])
+    root, label, *names = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
-    world = distributed.init(60)
-    results: dict[str, Any] = {"engines": engines(world, root)}
-    if world.size > 1:
-        cases = {"interrupted": interrupted, "non_finite": non_finite, "collectives": collectives, "ema": ema_whole}
-        results |= {name: case(world, root) for name, case in cases.items()}
-    if saved_by:
-        results["elastic"] = elastic(world, root, saved_by)
+    world = distributed.init(120)
+    known = {f.__name__: f for f in (engines, halves, elastic, interrupted, non_finite, collectives, ema_whole)}
+    results = {}
+    for name in names:
+        case, *arguments = name.split("/")
+        results[name] = known[case](world, root, *arguments)
     if world.is_main:
-        (root / f"results-{world.size}.json").write_text(json.dumps(results))
+        (root / f"{label}.json").write_text(json.dumps(results))
     distributed.shutdown()
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +18,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.multinode.nodes import MASTER, PORT, Cluster, missing
-from tests.processes import MARK, ROOT, end_marked, marked
-from tests.test_train import environment, launcher, losses, outcome, train, wait_for
+from tests.processes import MARK, ROOT, end_marked, marked, wait_for
+from tests.test_train import environment, launcher, losses, outcome, train
 from warm_dist import errors
 from warm_dist.metrics import parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BATCH, TIMEOUT_S, BIN = 48, 10, Path(sys.executable).parent
 STEPS = 20  # before each failure
-NOTICED_S = TIMEOUT_S + 10  # the collective's patience, the diagnosis (4 s), and the slowness of a busy machine
+NOTICED_S = TIMEOUT_S + 5  # a step that had begun, and the slowness of a busy machine
 
 
 class Attempt(NamedTuple):
@@ -81,15 +80,13 @@ class Story:
         try:
             wait_for("steps", lambda: len(self.lines()) >= STEPS or any(node.poll() is not None for node in self.nodes))
             fault(self)
-            began = time.monotonic()
-            wait_for("a survivor's word", (self.run / "exit.json").exists)
-            noticed_s = time.monotonic() - began
+            noticed_s = wait_for("a survivor's word", (self.run / "exit.json").exists)
             mend(self)
-            wait_for(f"nobody left: {marked(self.mark)}", lambda: not marked(self.mark))
-            empty_s = time.monotonic() - began
-        finally:
+            empty_s = noticed_s + wait_for("nobody left", lambda: not marked(self.mark))
+        except AssertionError as error:
             end_marked(self.mark)
-            said = [node.communicate(timeout=60)[1] for node in self.nodes]
+            raise AssertionError("\n".join([str(error), *(node.communicate()[1] for node in self.nodes)])) from None
+        said = [node.communicate(timeout=60)[1] for node in self.nodes]
         lines = self.lines()
         codes = [node.returncode for node in self.nodes]
         return Attempt(noticed_s, empty_s, codes, said, outcome(self.run), lines[0]["nimg"], lines[-1]["nimg"])
@@ -195,6 +192,9 @@ def story(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFacto
 
 def survivors_end_resumably(attempt: Attempt) -> None:
     told = attempt.outcome
+    print(f"told after {attempt.noticed_s:.1f} s, nothing left after {attempt.empty_s:.1f} s: {told['reason']}")
+    for node, (code, said) in enumerate(zip(attempt.codes, attempt.errors, strict=True), 1):
+        print(f"node{node} ended with {code}:", *[line for line in said.splitlines() if "UnreachableError" in line])
     assert (told["code"], told["resumable"]) == (errors.UnreachableError.exit_code, True), told
     assert told["reason"].startswith("UnreachableError: ")
     assert 0 not in attempt.codes
@@ -203,7 +203,7 @@ def survivors_end_resumably(attempt: Attempt) -> None:
 def test_a_killed_node_is_named_by_the_survivors_at_once(story):
     attempt = story["node killed"]
     survivors_end_resumably(attempt)
-    assert attempt.outcome["reason"].startswith("UnreachableError: rank 2 (host node3) silent for")
+    assert attempt.outcome["reason"].startswith("UnreachableError: rank 2 (host node3) has been silent for")
     assert "last at '" in attempt.outcome["reason"]
     assert attempt.noticed_s < TIMEOUT_S  # by the broken connection and three missing beats, not by the timeout
     assert attempt.errors[0].count("UnreachableError: rank 2 (host node3)") == 1
@@ -223,7 +223,7 @@ def test_a_hung_rank_is_named_and_ends_too_when_it_wakes(story):
     attempt = story["rank hung"]
     survivors_end_resumably(attempt)
     assert attempt.outcome["reason"].startswith("UnreachableError: rank 2 (host node")
-    assert " silent for " in attempt.outcome["reason"]
+    assert "has been silent for" in attempt.outcome["reason"]
     assert attempt.noticed_s < NOTICED_S
 
 
@@ -244,5 +244,5 @@ def test_every_attempt_goes_on_from_the_last_checkpoint(story):
 def test_the_loss_curve_is_that_of_an_unbroken_run_of_one_process(story):
     """Every image at its place: another order, a lost or a doubled batch would show at once."""
     found, whole = story["losses"], story["whole"]
-    assert len(found) == len(whole) > 3 * STEPS
+    assert len(found) == len(whole) >= 3 * STEPS
     assert max(abs(a - b) / b for a, b in zip(found, whole, strict=True)) < 5e-6

@@ -1,0 +1,188 @@
+"""One rank of a measurement of `launch/bench.py step`: the trainer's own loop and stopwatch on made-up images."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from warm_dist.errors import WarmDistError
+
+if TYPE_CHECKING:
+    from warm_dist.config import Config
+    from warm_dist.distributed import World
+    from warm_dist.trainer import Trainer
+    from warm_dist.types import Batch, DataInfo
+
+MIRROR_S = 120.0  # the longest to wait for the mirror to find its server, or to send the last line
+
+
+class Side:
+    """Processor time of the calls that are not the network's, each wrapped where it is made."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside = False
+
+    def wrap(self, owner: Any, name: str) -> None:
+        """Time the calls of owner.name; a call inside of another is part of it."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside, began = True, time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - began
+                self._inside = False
+
+        setattr(owner, name, timed)
+
+
+def rank(job: dict[str, Any]) -> None:
+    """Train as the job says; rank 0 writes what a step took after the first line, which warms up, to job["out"]."""
+    from warm_dist import distributed, run_folder
+    from warm_dist.config_file import load_config
+    from warm_dist.metrics import MetricsLog, read_metrics
+    from warm_dist.trainer import Trainer
+    from warm_dist.window import PLACES
+
+    config = load_config(job["config"])
+    run = Path(config.output)
+    world = distributed.init(config.parallel.timeout_s)
+    trainer = Trainer(config, world, made_up(config), lambda text: None)
+    log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
+    side = Side()
+    if job["kind"] == "bare":
+        strip(trainer)
+    else:
+        for ema in trainer.emas.values():
+            side.wrap(ema, "update")
+        for owner, name in ((trainer.window.watch, "at"), (trainer.window, "add"), (trainer.window, "flush")):
+            side.wrap(owner, name)
+        if log is not None:
+            side.wrap(log, "write")
+    mirror = None
+    if job["kind"] == "mirror":
+        from launch.mirror import start_mirror
+
+        run_folder.describe(run, config, 1, {})
+        mirror = start_mirror(run)
+        _wait(lambda: (run / "mirror.json").exists(), "the mirror to find its server")
+    clocks = {"wall_s": time.perf_counter, "process_s": time.process_time, "main_s": time.thread_time}
+    clocks |= {"side_s": lambda: side.seconds, "mirror_s": lambda: _cpu_s(mirror.pid) if mirror else 0.0}
+    marks: list[dict[str, float]] = []
+    flush = trainer.window.flush
+
+    def marked(*args: Any) -> Any:
+        result = flush(*args)
+        marks.append({name: clock() for name, clock in clocks.items()})
+        return result
+
+    trainer.window.flush = marked  # type: ignore[method-assign]
+    distributed.barrier(world, "start")
+    trainer.fit(_images(config, world), log, distributed.StopSignal(), None, set())
+    if mirror is not None:
+        _wait(lambda: _sent(run) == (run / "metrics.jsonl").stat().st_size, "the mirror to send the last line")
+        marks[-1]["mirror_s"] = _cpu_s(mirror.pid)
+        run_folder.end(run, 1, trainer.nimg, None)
+    parameters = sum(shape.numel() for shape in trainer.shapes.values())
+    speed = _bandwidth(world, parameters)
+    if world.is_main:
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"][1:]
+        steps = (len(marks) - 1) * config.train.log_nimg // config.train.batch_size
+        found: dict[str, float] = {name: (marks[-1][name] - marks[0][name]) / steps for name in clocks}
+        found |= {f"{place}_s": statistics.mean(line[f"{place}_s"] for line in lines) for place in PLACES}
+        found |= {"parameters": parameters, "flops": trainer.window.flops, "bandwidth": speed}
+        found |= {"mirror_start_s": marks[0]["mirror_s"], "images_per_s": config.train.batch_size / found["wall_s"]}
+        Path(job["out"]).write_text(json.dumps(found))
+    distributed.shutdown()
+
+
+def strip(trainer: Trainer) -> None:
+    """Leave out the EMAs, the sums and the stopwatch."""
+
+    def nothing(*args: Any) -> None:
+        pass
+
+    trainer.emas = {}
+    trainer.window.add = nothing  # type: ignore[method-assign]
+    trainer.window.watch.at = nothing  # type: ignore[method-assign]
+
+
+def made_up(config: Config) -> DataInfo:
+    """Facts of a data set with a natural spectrum that nobody packed."""
+    import numpy as np
+
+    from warm_dist.spectrum import fallback_spectrum
+    from warm_dist.types import LOW_MODES, DataInfo
+
+    size, channels = config.data.resolution, config.data.channels
+    low = LOW_MODES**2 * channels
+    return DataInfo(
+        *(size, channels, config.data.num_classes, 1 << 20, np.zeros(channels), np.zeros((channels, size, size))),
+        *(fallback_spectrum(size, size, 0.5).numpy(), 0.5, np.zeros(low), np.eye(low), "made up"),
+    )
+
+
+def _images(config: Config, world: World) -> Iterator[Batch]:
+    """This rank's batches: the same pictures over and over, at new positions."""
+    import numpy as np
+
+    from warm_dist.rng import generator
+    from warm_dist.types import Batch
+
+    share, nimg = config.train.batch_size // world.size, 0
+    shape = (share, config.data.channels, config.data.resolution, config.data.resolution)
+    pictures = generator(0, "bench", world.rank).integers(0, 256, shape, dtype=np.uint8)
+    labels = np.full(share, 0 if config.data.num_classes else -1)
+    while True:
+        positions = np.arange(nimg + world.rank * share, nimg + (world.rank + 1) * share)
+        yield Batch(pictures, labels, positions, tuple(map(str, positions)))
+        nimg += config.train.batch_size
+
+
+def _bandwidth(world: World, parameters: int) -> float:
+    """Bytes a second that a rank sends in an all-reduce of all parameters; 0 for one rank."""
+    import torch
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return 0.0
+    values = torch.zeros(parameters, device=world.device)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        float(values[0])
+        seconds.append(time.perf_counter() - began)
+    return 2 * (world.size - 1) / world.size * 4 * parameters / statistics.median(seconds[1:])
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process of Linux, its children not counted."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _sent(run: Path) -> int:
+    return int(json.loads((run / "mirror.json").read_text()).get("offset", 0))
+
+
+def _wait(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + MIRROR_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise WarmDistError(f"waited {MIRROR_S:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    rank(json.loads(sys.argv[1]))

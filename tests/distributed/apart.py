@@ -1,0 +1,71 @@
+"""Run by test_apart.py: two ranks that share no folder, as on two machines, with and without a store; results as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.store import open_store
+from tests.distributed.worker import BATCH, batches, config, info, state_digest
+from warm_dist import checkpoint, distributed
+from warm_dist.distributed import World
+from warm_dist.errors import ConfigError
+from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.storage import Storage
+from warm_dist.trainer import Trainer
+
+
+def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
+    output = root / f"{machine}{world.rank}"
+    settings = config(
+        output,
+        train__total_nimg=BATCH * steps,
+        train__save_nimg=BATCH * 4,
+        train__ema_lengths=[0.1],
+        train__snapshot_nimg=BATCH * 8,
+        checkpoint__url=str(root / "store"),
+        checkpoint__keep_last=1,
+    )
+    storage = Storage(output, world, open_store, settings.checkpoint, print)
+    trainer = Trainer(settings, world, info(), lambda text: None, storage)
+    trainer.restore()
+    begin = trainer.nimg
+    log = MetricsLog(output / "metrics.jsonl", 1) if world.is_main else None
+    trainer.fit(batches(world, trainer.nimg), log, distributed.StopSignal(), None, set())
+    late = [upload.error for upload in storage.close(20)]
+    records = read_metrics(output / "metrics.jsonl") if world.is_main else []
+    return {
+        "begin": begin,
+        "shared": storage.shared,
+        "late": distributed.gather(world, late),
+        "losses": [r["loss"] for r in records if r["kind"] == "train"],
+        "digest": state_digest(world, trainer),
+    }
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    world = distributed.init(60)
+    results: dict[str, Any] = {}
+    try:
+        Storage(root / f"alone{world.rank}", world, open_store, config(root).checkpoint, print)
+    except ConfigError as error:
+        results["refused"] = str(error)
+    results["first"] = train(world, root, "machine", 12)
+    results["second"] = train(world, root, "other machine", 20)
+    results["whole"] = train(world, root / "whole", "machine", 20)
+    if world.is_main:
+        store = open_store(str(root / "store"), None)
+        results["names"] = checkpoint.complete(store, checkpoint.CHECKPOINTS)
+        results["snapshots"] = checkpoint.complete(store, checkpoint.SNAPSHOTS)
+        (root / "results.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Time, memory and bytes of a training step from one GPU to a thousand: formulas, no measurements. docs/scaling.md.
+
+P parameters, W ranks, A accumulations. Weights and gradients take `forward_bytes` each a parameter: 2 in bf16 above stage 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from warm_dist.config import Config
+from warm_dist.engine import micro_batches
+
+ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
+EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank computes and moves. All in operations or bytes a second, latency_s a message between two ranks.
+
+    mfu: share of peak_flops that the forward and backward pass reach. Bandwidths are what one rank sends in a ring:
+    among the ranks_per_node of a node, and when the ring leaves it.
+    """
+
+    peak_flops: float
+    mfu: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    ranks_per_node: int
+    latency_s: float
+
+    def bandwidth(self, size: int) -> float:
+        """Of a ring over `size` ranks."""
+        return self.node_bandwidth if size <= self.ranks_per_node else min(self.node_bandwidth, self.network_bandwidth)
+
+
+# Peak and memory: NVIDIA's H100 SXM data sheet. Node: NVLink, 900 GB/s in both directions together. Network: the DGX H100
+# data sheet's 8 ConnectX-7 of 400 Gb/s a node, each carrying one of eight rings. Latency: an assumption.
+# MFU: EDM's README has this network at 2500 Mimg on 32 A100 in about 13 days: 0.147 of 312e12 operations a second.
+DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
+# The same GPUs in nodes with one network card of 100 Gb/s.
+ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
+
+
+def forward_bytes(stage: int, precision: str) -> int:
+    """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
+    return 2 if precision == "bf16" and stage else 4
+
+
+def memory_bytes(parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False) -> int:
+    """Bytes of weights, gradients, Adam and EMAs on a rank's device, activations not counted.
+
+    Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
+    offload: master, Adam and EMAs are the host's. Source: ZeRO (arXiv 1910.02054), section 5.
+    """
+    shard, each = parameters / size, forward_bytes(stage, precision)
+    weights = each * (shard if stage == 3 else parameters)
+    gradients = each * (shard if stage >= 2 else parameters)
+    adam = 8 * (shard if stage else parameters)
+    master = 4 * shard if stage else 0
+    state = 0 if offload else adam + master + 4 * num_emas * shard
+    return int(weights + gradients + state)
+
+
+def sent_bytes(parameters: int, size: int, stage: int, precision: str, accumulations: int = 1) -> int:
+    """Bytes that a rank sends in a step, by rings: (W-1)/W of n for a reduce-scatter or an all-gather of n bytes.
+
+    Stages 0 and 1 exchange gradients once a step: an all-reduce, which is a reduce-scatter and an all-gather; DeepSpeed's
+    stage 1 reduces by it too, and gathers the weights besides. Stage 2 keeps 1/W of the gradients and so reduces
+    every micro-batch, also by all-reduce. Stage 3 gathers the weights for every forward and backward and
+    reduce-scatters the gradients. Source: ZeRO, section 7; which collective: DeepSpeed 0.19.8's source.
+    """
+    unit = (size - 1) / size * parameters * forward_bytes(stage, precision)
+    return int(unit * {0: 2, 1: 2 + 1, 2: 2 * accumulations + 1, 3: 3 * accumulations}[stage])
+
+
+def messages(stage: int, num_blocks: int, accumulations: int = 1) -> int:
+    """Collectives a step that wait for one another: few large ones, or at stage 3 one a block and pass."""
+    return {0: 1, 1: 2, 2: accumulations + 1, 3: 3 * num_blocks * accumulations}[stage]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step's parts, nothing overlapped: an upper bound. images: the global batch."""
+
+    images: int
+    compute_s: float
+    communication_s: float
+    update_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.communication_s + self.update_s
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step in which the ranks compute what one rank alone would compute."""
+        return self.compute_s / self.seconds
+
+
+def step(
+    machine: Machine, config: Config, size: int, stage: int, flops: float, parameters: int, num_blocks: int
+) -> Step:
+    """One training step on `size` ranks. flops: of one image's forward and backward, see `flops.flops_per_image`."""
+    precision, images = config.parallel.precision, config.train.batch_size
+    accumulations = micro_batches(config, size)[1]
+    again = 4 / 3 if config.parallel.activation_checkpointing else 1  # the forward once more
+    compute = images / size * flops * again / (machine.peak_flops * machine.mfu)
+    sent = sent_bytes(parameters, size, stage, precision, accumulations)
+    hops = 2 * math.ceil(math.log2(size)) if size > 1 else 0  # a tree's, there and back
+    waits = messages(stage, num_blocks, accumulations) * hops * machine.latency_s
+    shard = parameters / size
+    touched = 4 * ADAM_TOUCHES * (shard if stage else parameters)
+    touched += 4 * EMA_TOUCHES * (1 + len(config.train.ema_lengths)) * shard
+    return Step(images, compute, sent / machine.bandwidth(size) + waits, touched / machine.memory_bandwidth)
+
+
+def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
+    """Bytes of one checkpoint of all ranks together: master weights, both moments and every EMA in float32."""
+    return 4 * (3 + num_emas) * parameters
