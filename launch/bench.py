@@ -293,10 +293,10 @@ def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
     from warm_dist import scaling as model
     from warm_dist.config_file import load_config
-    from warm_dist.flops import facts
+    from warm_dist.flops import size_of
 
     config = load_config(args.config, args.set)
-    print(model.table(config, *facts(config)))
+    print(model.table(config, size_of(config)))
     return errors.EXIT_OK
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warm_dist.errors import WarmDistError
+from warm_dist.metrics import read_json
 
 if TYPE_CHECKING:
     from warm_dist.config import Config
@@ -73,9 +74,11 @@ def rank(job: dict[str, Any]) -> None:
     if job["kind"] == "mirror":
         from launch.mirror import start_mirror
 
+        assert log is not None
+        log.write(0, "event", text="start")  # the mirror asks for its server when there is something to send
         run_folder.describe(run, config, 1, {})
         mirror = start_mirror(run)
-        _wait(lambda: (run / "mirror.json").exists(), "the mirror to find its server")
+        _wait(lambda: _sent(run) > 0, "the mirror to find its server")
     clocks = {"wall_s": time.perf_counter, "process_s": time.process_time, "main_s": time.thread_time}
     clocks |= {"side_s": lambda: side.seconds, "mirror_s": lambda: _cpu_s(mirror.pid) if mirror else 0.0}
     marks: list[dict[str, float]] = []
@@ -113,8 +116,8 @@ def strip(trainer: Trainer) -> None:
         pass
 
     trainer.emas = {}
-    trainer.window.add = nothing  # type: ignore[method-assign]
-    trainer.window.watch.at = nothing  # type: ignore[method-assign]
+    trainer.window.add = nothing  # type: ignore[assignment, method-assign]
+    trainer.window.watch.at = nothing  # type: ignore[assignment, method-assign]
 
 
 def made_up(config: Config) -> DataInfo:
@@ -173,7 +176,8 @@ def _cpu_s(pid: int) -> float:
 
 
 def _sent(run: Path) -> int:
-    return int(json.loads((run / "mirror.json").read_text()).get("offset", 0))
+    """Bytes of metrics.jsonl that MLflow has."""
+    return int((read_json(run / "mirror.json") or {}).get("offset", 0))
 
 
 def _wait(done: Callable[[], bool], what: str) -> None:

@@ -199,8 +199,8 @@ class Attempt:
             self.say(f"finished: {path}")
         if late:
             raise errors.UnreachableError(
-                f"trained to nimg {self.nimg}, but {late[0].name} is not at {self.config.checkpoint.url}: "
-                f"{late[0].error}; the same command sends it"
+                f"trained to nimg {self.nimg}, but {late[-1].name} is not at {self.config.checkpoint.url}: "
+                f"{late[-1].error}; the same command sends it"
             )
 
     def _start_mirror(self) -> None:

@@ -18,9 +18,9 @@ LEVELS = [
     {"config_file", "process", "distributed", "augment", "analysis", "prometheus", "stopwatch", "uploads"},
     {"blocks", "metrics", "prefetch", "finite"},
     {"networks", "precond", "engine", "tracking", "run_folder", "heartbeat", "posthoc"},
-    {"loss", "per_frequency", "sampler", "ema", "flops", "plan", "edm_weights"},
-    {"checkpoint", "fid", "figures", "guidance", "window"},
-    {"generate", "spectrum_figure", "storage"},
+    {"loss", "per_frequency", "sampler", "ema", "flops", "edm_weights"},
+    {"checkpoint", "fid", "figures", "guidance", "window", "scaling"},
+    {"generate", "spectrum_figure", "storage", "plan"},
     {"evaluation", "preparation"},
     {"trainer"},
 ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import torch
-
 from warm_dist.config import Config
 from warm_dist.config_file import dump
 from warm_dist.engine import micro_batches
 from warm_dist.errors import ConfigError, WorldSizeError
-from warm_dist.networks import build, num_parameters
+from warm_dist.flops import size_of
+from warm_dist.scaling import memory_bytes
 
 
 def check_world_size(config: Config, size: int) -> None:
@@ -35,36 +34,22 @@ def batch_equation(config: Config, size: int) -> str:
     )
 
 
-def memory_bytes(parameters: int, size: int, stage: int, precision: str) -> int:
-    """Bytes of weights, gradients, Adam and EMA per rank (activations not counted). Source: ZeRO (arXiv 1910.02054), section 5.
-
-    Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
-    """
-    shard = parameters / size
-    forward = 2 if precision == "bf16" and stage else 4
-    weights = forward * (shard if stage == 3 else parameters)
-    gradients = forward * (shard if stage >= 2 else parameters)
-    adam = 8 * (shard if stage else parameters)
-    master = 4 * shard if stage else 0
-    return int(weights + gradients + adam + master + 4 * shard)
-
-
 def dry_run(config: Config, size: int) -> str:
     """The text of `launch/train.py --dry-run`."""
     check_world_size(config, size)
-    with torch.device("meta"):
-        network = build(config)
-    parameters = num_parameters(network)
+    network, parallel = size_of(config), config.parallel
+    parameters, emas = network.parameters, 1 + len(config.train.ema_lengths)
     lines = [
         json.dumps(dump(config), indent=2),
         batch_equation(config, size),
         f"parameters: {parameters:,} ({parameters / 1e6:.1f} M)",
-        f"memory per rank without activations, {size} ranks, {config.parallel.precision}:",
+        f"operations: {network.flops / 1e9:.1f} GFLOP per image, forward and backward",
+        f"memory per rank without activations, {size} ranks, {parallel.precision}"
+        f"{', optimizer on the host' if parallel.offload_optimizer else ''}:",
     ]
     for stage in range(4):
-        chosen = (
-            "  <- parallel.zero_stage" if stage == config.parallel.zero_stage and config.engine == "deepspeed" else ""
-        )
-        size_gib = memory_bytes(parameters, size, stage, config.parallel.precision) / 2**30
+        chosen = "  <- parallel.zero_stage" if stage == parallel.zero_stage and config.engine == "deepspeed" else ""
+        offload = parallel.offload_optimizer and stage > 0
+        size_gib = memory_bytes(parameters, size, stage, parallel.precision, emas, offload) / 2**30
         lines.append(f"  ZeRO {stage}: {size_gib:8.3f} GiB{chosen}")
     return "\n".join(lines)

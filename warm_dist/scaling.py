@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 from warm_dist.config import Config
-from warm_dist.engine import micro_batches
+from warm_dist.flops import Size
 
+SIZES = (1, 8, 64, 256, 1024)
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
 EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 
@@ -49,7 +50,9 @@ def forward_bytes(stage: int, precision: str) -> int:
     return 2 if precision == "bf16" and stage else 4
 
 
-def memory_bytes(parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False) -> int:
+def memory_bytes(
+    parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
+) -> int:
     """Bytes of weights, gradients, Adam and EMAs on a rank's device, activations not counted.
 
     Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
@@ -83,9 +86,10 @@ def messages(stage: int, num_blocks: int, accumulations: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step's parts, nothing overlapped: an upper bound. images: the global batch."""
+    """Seconds of one step's parts, nothing overlapped: an upper bound. images: the global batch. sent: bytes a rank."""
 
     images: int
+    sent: int
     compute_s: float
     communication_s: float
     update_s: float
@@ -104,23 +108,52 @@ class Step:
         return self.compute_s / self.seconds
 
 
-def step(
-    machine: Machine, config: Config, size: int, stage: int, flops: float, parameters: int, num_blocks: int
-) -> Step:
-    """One training step on `size` ranks. flops: of one image's forward and backward, see `flops.flops_per_image`."""
+def step(machine: Machine, config: Config, network: Size, ranks: int, stage: int) -> Step:
+    """One training step on `ranks` ranks; a micro-batch shrinks with a rank's share of the batch.
+
+    Lanes are ignored: they are legal up to data.num_lanes ranks, which can be raised to the batch size.
+    """
     precision, images = config.parallel.precision, config.train.batch_size
-    accumulations = micro_batches(config, size)[1]
+    share = images / ranks
+    accumulations = math.ceil(share / (config.train.micro_batch_size or share))
     again = 4 / 3 if config.parallel.activation_checkpointing else 1  # the forward once more
-    compute = images / size * flops * again / (machine.peak_flops * machine.mfu)
-    sent = sent_bytes(parameters, size, stage, precision, accumulations)
-    hops = 2 * math.ceil(math.log2(size)) if size > 1 else 0  # a tree's, there and back
-    waits = messages(stage, num_blocks, accumulations) * hops * machine.latency_s
-    shard = parameters / size
-    touched = 4 * ADAM_TOUCHES * (shard if stage else parameters)
+    compute = share * network.flops * again / (machine.peak_flops * machine.mfu)
+    sent = sent_bytes(network.parameters, ranks, stage, precision, accumulations)
+    hops = 2 * math.ceil(math.log2(ranks))  # a tree's, there and back
+    waits = messages(stage, network.blocks, accumulations) * hops * machine.latency_s
+    shard = network.parameters / ranks
+    touched = 4 * ADAM_TOUCHES * (shard if stage else network.parameters)
     touched += 4 * EMA_TOUCHES * (1 + len(config.train.ema_lengths)) * shard
-    return Step(images, compute, sent / machine.bandwidth(size) + waits, touched / machine.memory_bandwidth)
+    return Step(images, sent, compute, sent / machine.bandwidth(ranks) + waits, touched / machine.memory_bandwidth)
 
 
 def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
     """Bytes of one checkpoint of all ranks together: master weights, both moments and every EMA in float32."""
     return 4 * (3 + num_emas) * parameters
+
+
+def table(config: Config, network: Size) -> str:
+    """Every stage from 1 to 1024 GPUs on both machines, as text."""
+    machines, precision, emas = {"DGX H100": DGX_H100, "H100, 100 Gb/s a node": ETHERNET}, config.parallel.precision, 1
+    emas += len(config.train.ema_lengths)
+    lines = [
+        f"{network.parameters / 1e6:.1f} M parameters, {network.flops / 1e9:.1f} GFLOP an image (forward and backward), "
+        f"batch {config.train.batch_size}, {precision}, {emas} EMAs",
+        f"checkpoint: {checkpoint_bytes(network.parameters, emas) / 1e9:.2f} GB",
+        "",
+        f"{'GPUs':>5}{'ZeRO':>5}{'GiB a GPU':>11}{'offloaded':>11}{'GB sent':>9}",
+    ]
+    lines[-1] += "".join(f"{f'{name}: ms':>28}{'images/s':>10}{'compute':>9}" for name in machines)
+    for ranks in SIZES:
+        for stage in range(4):
+            gib = [
+                memory_bytes(network.parameters, ranks, stage, precision, emas, offload) / 2**30
+                for offload in ((False, True) if stage else (False,))
+            ]
+            steps = [step(machine, config, network, ranks, stage) for machine in machines.values()]
+            row = f"{ranks:5}{stage:5}{gib[0]:11.2f}" + (f"{gib[1]:11.2f}" if stage else f"{'':11}")
+            row += f"{steps[0].sent / 1e9:9.2f}"
+            lines.append(
+                row + "".join(f"{1e3 * s.seconds:28.1f}{s.images_per_s:10.0f}{s.efficiency:9.1%}" for s in steps)
+            )
+    return "\n".join(lines)

@@ -58,6 +58,7 @@ class Storage:
         self.local = open_store(str(run), None)
         self.remote: Store | None = open_store(config.url, config.endpoint_url) if config.url else None
         self.uploads = Uploads(self.remote, self._prune_remote) if self.remote else None
+        self._ended: list[Upload] = []
 
     def _prove_shared(self) -> bool:
         if self.world.size == 1:
@@ -154,17 +155,15 @@ class Storage:
         name = name_of(group, nimg)
         folder = self.run / name
         self._make_room()
+        mine = sum(tensor.numel() * 4 for tensor in tensors.values())
         if self.shared:
-            on_main(self.world, lambda: self._empty(folder), "folder of a checkpoint")
-        else:
-            make_folder(folder)
+            on_main(self.world, lambda: self._make(folder, mine * self.world.size), "folder of a checkpoint")
         line, failure = None, None
         try:
-            needed = sum(tensor.numel() * 4 for tensor in tensors.values()) * (self.world.size if self.shared else 1)
-            if (free := shutil.disk_usage(folder).free) < needed * 1.05:
-                raise OutputError(f"{folder}: {needed:,} bytes to write, {free:,} free")
+            if not self.shared:
+                self._make(folder, mine, empty=False)
             line = write_rank(folder, self.world.rank, tensors)
-        except (OSError, OutputError) as error:
+        except OutputError as error:
             failure = str(error)
         reports = gather(self.world, (line, failure), "checkpoint")
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
@@ -193,14 +192,21 @@ class Storage:
         pending = sorted({name for names, _ in states for name in names} - failed)
         self.uploads.drop(failed | set(pending[1:]))
 
-    def _empty(self, folder: Path) -> None:
+    def _make(self, folder: Path, needed: int, empty: bool = True) -> None:
+        """The folder, if there is room for so many bytes in it; empty: of what was there before."""
         try:
-            if folder.exists():
+            if empty and folder.exists():
                 (folder / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
+        if free < needed * 1.05:
+            raise OutputError(
+                f"{folder}: {needed:,} bytes to write, {free:,} free; make room, the same command goes on from the "
+                "checkpoint before"
+            )
 
     def _kept(self, names: list[str]) -> set[str]:
         every = self.config.keep_every_nimg
@@ -241,7 +247,8 @@ class Storage:
 
     def ended(self) -> list[Upload]:
         """Uploads of this rank that ended since the last call."""
-        return self.uploads.ended() if self.uploads else []
+        out, self._ended = self._ended + (self.uploads.ended() if self.uploads else []), []
+        return out
 
     def close(self, timeout_s: float) -> list[Upload]:
         """Wait for this rank's uploads, at most so long; returns those that failed or are still under way."""
@@ -250,5 +257,5 @@ class Storage:
         late = self.uploads.close(timeout_s)
         for upload in late:
             upload.error = upload.error or f"not through after {timeout_s:.0f} s; {upload.last_failure}"
-        ended = [upload for upload in self.uploads.ended() if upload not in late]
-        return [upload for upload in ended if upload.error and not upload.superseded] + late
+        self._ended += self.uploads.ended()
+        return [upload for upload in self._ended if upload.error and not upload.superseded and upload not in late] + late

@@ -31,8 +31,8 @@ from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
 from warm_dist.types import Batch, DataInfo
 
-BATCH, STEPS = 16, 50
-HALF, REST = 30, 20  # a run is saved after so many steps, and others take it up for so many
+BATCH = 16
+HALF, REST = 30, 20  # runs are saved after so many steps, and others take them up for so many
 
 # Engines are compared on fewer layers than `config` has: ZeRO-3 gathers each of them over and over.
 SMALL = {"network__channel_mult": [1], "network__attention_resolutions": [], "train__clip": 0.3}
@@ -52,7 +52,7 @@ def config(output: Path, **changes: Any) -> Config:
             "attention_resolutions": [4],
         },
         "train": {
-            "total_nimg": BATCH * STEPS,
+            "total_nimg": BATCH * (HALF + REST),
             "batch_size": BATCH,
             "lr": 1e-3,
             "lr_ramp_nimg": BATCH * 4,
@@ -194,32 +194,30 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
     return out
 
 
-def engines(world: World, root: Path) -> dict[str, Any]:
-    """Each case from the same start: losses and norms of 50 steps, and who holds how much."""
-    out = {}
+def engines(world: World, root: Path, *saved: str) -> dict[str, Any]:
+    """Each case from the same start: losses and norms of 50 steps, and who holds how much.
+
+    saved: cases that leave a checkpoint of their middle, for other world sizes to take up, and its bits.
+    """
+    out: dict[str, Any] = {}
     for name, changes in cases(world.size).items():
         trainer = start(world, config(root / f"{name}-{world.size}", **changes))
-        losses, norms = steps(world, trainer, STEPS)
+        losses, norms = steps(world, trainer, HALF)
+        held = None
+        if name in saved:
+            trainer.save()
+            held = bits(world, trainer)
+        losses, norms = (a + b for a, b in zip((losses, norms), steps(world, trainer, REST), strict=True))
         elements = torch.tensor([sum(f.numel for f in trainer.engine.owned())])
         dist.all_reduce(elements)
         out[name] = {
             "losses": losses,
             "norms": norms,
+            "bits": held,
             "elements": int(elements),
             "held": sum(f.numel for f in trainer.engine.fragments()),
             "digest": state_digest(world, trainer),
         }
-    return out
-
-
-def halves(world: World, root: Path, *stages: str) -> dict[str, list[int]]:
-    """Runs that are saved in the middle, for other world sizes to take up: the bits of what was saved."""
-    out = {}
-    for stage in stages:
-        trainer = start(world, config(root / f"half{stage}-{world.size}", **SMALL, parallel__zero_stage=int(stage)))
-        steps(world, trainer, HALF)
-        trainer.save()
-        out[stage] = bits(world, trainer)
     return out
 
 
@@ -232,7 +230,7 @@ def elastic(world: World, root: Path, stage: str, saved_by: str, *names: str) ->
     for name in names:
         target = root / f"elastic-{stage}-{saved_by}-{name}-{world.size}"
         if world.is_main:
-            shutil.copytree(root / f"half{stage}-{saved_by}", target)
+            shutil.copytree(root / f"zero{stage}-{saved_by}", target)
         distributed.barrier(world, "copy")
         trainer = start(world, config(target, **cases(world.size)[name]))
         found, before = bits(world, trainer), weights(world, trainer)
@@ -342,7 +340,7 @@ def main() -> None:
     root, label, *names = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
     world = distributed.init(120)
-    known = {f.__name__: f for f in (engines, halves, elastic, interrupted, non_finite, collectives, ema_whole)}
+    known = {f.__name__: f for f in (engines, elastic, interrupted, non_finite, collectives, ema_whole)}
     results = {}
     for name in names:
         case, *arguments = name.split("/")
