@@ -89,7 +89,7 @@ def rank(job: dict[str, Any]) -> None:
         marks.append({name: clock() for name, clock in clocks.items()})
         return result
 
-    trainer.window.flush = marked  # type: ignore[method-assign]
+    trainer.window.flush = marked  # type: ignore[assignment, method-assign]
     distributed.barrier(world, "start")
     trainer.fit(_images(config, world), log, distributed.StopSignal(), None, set())
     if mirror is not None:

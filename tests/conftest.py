@@ -21,7 +21,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_train", "test_quickstart", "test_engines", "test_tracking", "test_services")
+LONGEST = (
+    "test_nodes",
+    "test_stopping",
+    "test_train",
+    "test_quickstart",
+    "test_engines",
+    "test_tracking",
+    "test_services",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from launch.bench import BATCH, DataBench, Spread, crop, photographs
+from launch.bench_step import StepBench
+from launch.bench_step import table as step_table
 from tests.processes import ROOT
-from warm_dist.errors import WarmDistError
+from warm_dist.errors import ConfigError, WarmDistError
 
 COUNT = 2 * BATCH
 PEERS = Path(os.environ.get("WARM_DIST_PEERS_PYTHON", ROOT / ".venv.peers" / "bin" / "python"))
@@ -102,6 +105,58 @@ def test_other_pixels_end_it(measured: DataBench) -> None:
 
 def test_spread_of_rounds() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+@pytest.mark.slow
+def test_a_step_is_measured(tmp_path: Path) -> None:
+    tiny = ["--rounds", "1", "--log-steps", "2", "--lines", "2", "--images", "2", "--set", "network.channels=8"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "launch/bench.py", "step", *tiny, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    report = json.loads(done.stdout)
+    assert report["runs"].keys() == {"bare", "one", "mirror", "2 ranks"}
+    for name, run in report["runs"].items():
+        assert run["wall_s"]["median"] >= sum(
+            run[f"{place}_s"]["median"] for place in ("forward", "backward", "update")
+        )
+        assert (run["side_s"]["median"] > 0) == (name != "bare")
+        assert (run["mirror_s"]["median"] > 0) == (name == "mirror")
+    assert report["side"]["median"] > 0
+    assert report["speedup"]["2 ranks"]["expected"]["median"] > 0
+
+
+def test_a_step_needs_positive_counts() -> None:
+    command = [sys.executable, "launch/bench.py", "step", "--lines", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == ConfigError.exit_code
+    assert "--lines at least 2" in done.stderr
+
+
+def step_report(side_s: float, many_images_per_s: float) -> dict[str, Any]:
+    """Two rounds of made-up runs: a step of 100 ms of which `side_s` is for EMAs and metrics; 20 images a second alone."""
+    args = argparse.Namespace(ranks=[2], rounds=2, images=2, log_steps=5, config="configs/quickstart.json", set=[])
+    bench = StepBench(args, Path(), "http://127.0.0.1:1")
+    places = dict.fromkeys(("data_s", "forward_s", "backward_s", "update_s", "ema_s"), 0.02)
+    one = {"wall_s": 0.1, "process_s": 0.1, "main_s": 0.1 + side_s, "side_s": side_s, "mirror_s": 0.001, **places}
+    one |= {"mirror_start_s": 3.0, "images_per_s": 20.0, "parameters": 1e6, "flops": 1e9, "bandwidth": 1e9}
+    bench.runs = {name: [one, one] for name in ("bare", "one", "mirror")}
+    bench.runs["2 ranks"] = [one | {"images_per_s": many_images_per_s}] * 2
+    return bench.report()
+
+
+@pytest.mark.parametrize(("side_s", "speed", "side", "speedup"), [(0.0005, 38, True, True), (0.002, 35, False, False)])
+def test_verdicts_of_a_step(side_s: float, speed: float, side: bool, speedup: bool) -> None:
+    report = step_report(side_s, speed)
+    assert report["side"]["median"] == pytest.approx((side_s + 0.001) / 0.1)  # the mirror's millisecond counts
+    assert report["side"]["met"] is side
+    assert report["speedup"]["2 ranks"]["median"] == pytest.approx(speed / 40)
+    text = step_table(report)
+    assert re.search(rf"^together .* target 2: {'met' if side else 'missed'}$", text, re.M)
+    assert report["speedup"]["2 ranks"]["target"] == (0.9 if (os.cpu_count() or 1) > 1 else None)
+    if (os.cpu_count() or 1) > 1:
+        assert re.search(rf"^2 ranks .* target 0.9: {'met' if speedup else 'missed'}$", text, re.M)
 
 
 def test_pictures_are_the_same_in_every_run_and_differ() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.worker import batches, config, info
+from tests.distributed.worker import batches, config, info, start, steps
 from warm_dist import distributed
+from warm_dist.engine import STATE
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import prepare
 from warm_dist.spectrum import unblurred
@@ -33,8 +34,9 @@ def world():
         {"parallel__precision": "bf16"},
         {"parallel__activation_checkpointing": True, "process__residual_weight": "sampler", "train__augment": 0.3},
         {"process__preconditioning": "per_frequency", "network__arch": "ncsnpp"},
+        {"parallel__precision": "bf16", "parallel__compile": True},
     ],
-    ids=["fp32", "bf16", "recompute", "per_frequency"],
+    ids=["fp32", "bf16", "recompute", "per_frequency", "compile"],
 )
 def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
     settings = config(tmp_path, engine="local", **changes)
@@ -49,6 +51,21 @@ def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
             trainer.step(data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_is_on_the_host_and_gives_the_same_losses(world, tmp_path: Path, stage):
+    found = {}
+    for offload in (False, True):
+        changes = {"parallel__zero_stage": stage, "parallel__offload_optimizer": offload}
+        trainer = start(world, config(tmp_path / str(offload), **changes))
+        found[offload] = steps(world, trainer, 10)[0]
+        devices = {getattr(f, key).device.type for f in trainer.engine.fragments() for key in STATE}
+        assert devices == {"cpu" if offload else "cuda"}
+        assert {value.device.type for value in trainer.emas["ema"].values} == devices
+        assert trainer.grad_norm.device == world.device
+    # the same gradients; Adam on a processor and on a GPU round differently
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
 
 
 def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):

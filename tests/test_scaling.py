@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_one_rank_waits_for_nobody_and_more_ranks_never_compute_more():
         for stage in range(4):
             steps = [step(machine, config(), network, ranks, stage) for ranks in (1, 8, 64, 256, 1024)]
             assert steps[0].communication_s == 0
-            assert all(a.efficiency > b.efficiency for a, b in zip(steps, steps[1:], strict=False))
+            assert all(a.efficiency > b.efficiency for a, b in pairwise(steps))
 
 
 def test_recomputation_is_one_forward_more():

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.processes import MARK, ROOT, end_marked, free_port, marked, wait_for
+from tests.processes import MARK, ROOT, end_marked, free_port, marked, run_ranks, wait_for
 from tests.test_train import (
     BATCH,
     config_file,
@@ -170,7 +170,8 @@ def hung(
 ) -> dict[int, tuple[float, dict[str, Any], list[str]]]:
     """Two runs of two ranks, of which one is stopped (not ended): seconds until the other told, exit.json, both stderr."""
     runs = {rank: tmp_path_factory.mktemp(f"hung{rank}") / "run" for rank in range(2)}
-    pairs = {rank: ranks(config_file, run, *ENDLESS, f"parallel.timeout_s={TIMEOUT_S}") for rank, run in runs.items()}
+    settings = [*ENDLESS[1:], "parallel.zero_stage=2", f"parallel.timeout_s={TIMEOUT_S}"]  # DeepSpeed's groups too
+    pairs = {rank: ranks(config_file, run, *settings) for rank, run in runs.items()}
     found = {}
     for rank, run in runs.items():
         wait_for("some steps", lambda run=run: len(lines_of(run, 1)) >= 3)
@@ -194,6 +195,16 @@ def test_a_hung_rank_is_named_in_time_by_the_other(hung, rank):
     assert told["resumable"]
     assert told_s < TIMEOUT_S + 5  # a step that had begun, and the slowness of a busy machine
     assert said[1 - rank].count("UnreachableError: ") == 1
+
+
+def test_groups_that_others_make_have_our_patience():
+    """DeepSpeed makes its own without a timeout; a rank hung in its backward was once not noticed for 30 minutes."""
+    code = (
+        "import torch, torch.distributed as dist; from warm_dist import distributed; distributed.init(7); "
+        "print(dist.new_group([0, 1])._get_backend(torch.device('cpu')).options._timeout)"
+    )
+    ends = run_ranks(["-c", code], 2)
+    assert [end.stdout.strip() for end in ends] == ["0:00:07"] * 2, ends
 
 
 def test_a_rank_that_never_comes_is_named():

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import distributed_c10d
 
 from warm_dist import owned
 from warm_dist.errors import PortError, UnreachableError
@@ -76,6 +77,8 @@ def init(timeout_s: int, join_s: int = JOIN_S) -> World:
         store.set(beat_key(rank), json.dumps({"host": socket.gethostname()}))
         store.wait([beat_key(peer) for peer in range(size)])
         main_timeout = timeout + NCCL_GRACE if cuda else timeout
+        # DeepSpeed reduces gradients over groups of its own, made without a timeout: torch's default is 30 minutes
+        vars(distributed_c10d).update(default_pg_timeout=main_timeout, default_pg_nccl_timeout=main_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=main_timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except (dist.DistError, RuntimeError, TimeoutError) as error:

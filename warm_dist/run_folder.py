@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,7 +67,7 @@ def end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None
         "resumable": isinstance(error, WarmDistError) and error.resumable,
         "attempt": attempt,
     }
-    temporary = run / f".exit.{os.getpid()}"
+    temporary = run / f".exit.{socket.gethostname()}.{os.getpid()}"  # two containers may share a pid
     try:
         write_json(temporary, tree)
         os.link(temporary, run / "exit.json")  # fails if it exists, unlike a rename

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from warm_dist.errors import ConfigError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
+from warm_dist.types import Batch
 
 
 def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
@@ -47,6 +50,20 @@ def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
     }
 
 
+def slow(world: World, root: Path) -> list[str]:
+    """What is said when rank 1 waits for its data."""
+    said: list[str] = []
+    settings = config(root / "slow", train__total_nimg=BATCH * 10, train__log_nimg=BATCH * 10)
+
+    def late() -> Iterator[Batch]:
+        for batch in batches(world, 0):
+            time.sleep(0.3 * world.rank)
+            yield batch
+
+    Trainer(settings, world, info(), said.append).fit(late(), None, distributed.StopSignal(), None, set())
+    return said
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -59,6 +76,7 @@ def main() -> None:
     results["first"] = train(world, root, "machine", 12)
     results["second"] = train(world, root, "other machine", 20)
     results["whole"] = train(world, root / "whole", "machine", 20)
+    results["slow"] = slow(world, root)
     if world.is_main:
         store = open_store(str(root / "store"), None)
         results["names"] = checkpoint.complete(store, checkpoint.CHECKPOINTS)

@@ -48,3 +48,9 @@ def test_the_store_holds_what_is_kept_and_the_machines_nothing(root, results):
     for machine in ("machine0", "machine1", "other machine0", "other machine1"):
         left = sorted(path.parent.name for path in (root / machine).glob("checkpoints/*/*.safetensors"))
         assert set(left) <= {f"{BATCH * n:012d}" for n in (12, 20)}  # the last one stays, whoever sent it
+
+
+def test_a_slow_rank_is_told_by_rank_0(results):
+    assert len(results["slow"]) == 1
+    assert results["slow"][0].startswith("rank 1 is slow: ")
+    assert "ms more than the median rank; all others wait for it" in results["slow"][0]

@@ -221,6 +221,22 @@ def engines(world: World, root: Path, *saved: str) -> dict[str, Any]:
     return out
 
 
+def compiled(world: World, root: Path) -> dict[str, Any]:
+    """A few steps of the network as torch.compile makes it, and what its parameters are called."""
+    out = {}
+    for name, changes in {
+        "local": {"engine": "local"},
+        **{f"zero{s}": {"parallel__zero_stage": s} for s in (0, 1, 2)},
+    }.items():
+        trainer = start(world, config(root / f"compiled-{name}", **SMALL, **changes, parallel__compile=True))
+        losses, _ = steps(world, trainer, 3)
+        calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
+        out[name] = {"losses": losses, "captured": calls, "names": sorted({f.name for f in trainer.engine.fragments()})}
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    return out
+
+
 def elastic(world: World, root: Path, stage: str, saved_by: str, *names: str) -> dict[str, Any]:
     """What a run of `saved_by` ranks at `stage` saved, taken up by each case: its bits, and the rest of the losses.
 
@@ -340,7 +356,7 @@ def main() -> None:
     root, label, *names = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
     world = distributed.init(120)
-    known = {f.__name__: f for f in (engines, elastic, interrupted, non_finite, collectives, ema_whole)}
+    known = {f.__name__: f for f in (engines, compiled, elastic, interrupted, non_finite, collectives, ema_whole)}
     results = {}
     for name in names:
         case, *arguments = name.split("/")
