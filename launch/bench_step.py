@@ -58,6 +58,7 @@ class StepBench:
     def __init__(self, args: argparse.Namespace, folder: Path, mlflow_url: str | None) -> None:
         self.args, self.folder, self.mlflow_url = args, folder, mlflow_url
         self.runs: dict[str, list[dict[str, float]]] = {}
+        self.load = os.getloadavg()[0]  # before the first measurement
 
     @property
     def turns(self) -> dict[str, tuple[str, int]]:
@@ -126,6 +127,7 @@ class StepBench:
             "images": self.args.images,
             "rounds": self.args.rounds,
             "cores": os.cpu_count(),
+            "load": self.load,
             "log_steps": self.args.log_steps,
             "runs": rows,
             "shares": {name: asdict(Spread.of(values)) for name, values in shares.items()},
@@ -178,7 +180,8 @@ def table(report: dict[str, Any]) -> str:
     one = report["runs"]["one"]
     lines = [
         f"{one['parameters']['median'] / 1e6:.2f} M parameters, {report['images']} images a rank and step, one thread a rank; "
-        f"{report['rounds']} rounds of everything in turn, a line of metrics every {report['log_steps']} steps, {report['cores']} cores",
+        f"{report['rounds']} rounds of everything in turn, a line of metrics every {report['log_steps']} steps, {report['cores']} cores, "
+        f"load average {report['load']:.1f} at the start",
         "",
         f"{'ms a step':44}{'median':>12}{'min..max':>18}",
     ]

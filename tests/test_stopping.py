@@ -55,6 +55,7 @@ CHAINS = [
         "SIGTERM to the deepspeed command": Case(
             "deepspeed", signal.SIGTERM, "runner", "the end of the deepspeed command"
         ),
+        "SIGINT to the deepspeed command": Case("deepspeed", signal.SIGINT, "runner", " on rank "),
         "kill -9 of launch.py": Case("deepspeed", signal.SIGKILL, "launch.py", "SIGTERM on rank "),
         "SIGINT to the process group": Case("deepspeed", signal.SIGINT, "group", "SIGINT on rank "),
     },
