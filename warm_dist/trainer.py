@@ -71,7 +71,7 @@ class Trainer:
         self.storage, self.pulse = storage, pulse
         network = build_network(config)
         self.shapes = {name: p.shape for name, p in network.named_parameters()}
-        self.engine = build_engine(network, config, world)
+        self.engine = build_engine(network.train(), config, world)
         self.emas = averages(self.engine.owned(), config.train)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
         self.loss = loss_function(config)
@@ -154,7 +154,6 @@ class Trainer:
         """Forward, backward, update, EMAs: no value is read back from the device here."""
         train = self.config.train
         rng.seed_torch(train.seed, self.nimg, self.world.rank)
-        self.engine.module.train()
         micro, _ = micro_batches(self.config, self.world.size)
         totals = []
         for low in range(0, len(data.x0), micro):
