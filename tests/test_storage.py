@@ -197,6 +197,24 @@ def test_the_newest_of_folder_and_store_is_taken(tmp_path, said):
     assert any("passed over" in text for text in said)
 
 
+def test_what_is_damaged_is_not_sent_to_the_store(tmp_path, said):
+    url = str(tmp_path / "store")
+    first = Fixture(tmp_path / "run", said, keep_last=3)
+    for nimg in (8, 16, 24):
+        first.save(nimg)
+        first.save(nimg, SNAPSHOTS)
+    damage(tmp_path / "run", 24)
+    (tmp_path / "run" / checkpoint.name_of(CHECKPOINTS, 16) / "COMPLETE").write_text("{")
+    (tmp_path / "run" / checkpoint.name_of(SNAPSHOTS, 16) / "COMPLETE").write_text("{")
+    second = Fixture(tmp_path / "run", said, url=url, keep_last=3)
+    assert second.restore() == 8
+    assert second.storage.close(5) == []
+    store = FileStore(Path(url))
+    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [8]
+    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, SNAPSHOTS)] == [8, 24]
+    assert any("snapshot not sent" in text and "COMPLETE" in text for text in said)
+
+
 class Slow(FileStore):
     """A store that answers when it is let, and can be down."""
 

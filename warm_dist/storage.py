@@ -7,7 +7,6 @@ without a collective: rank 0 writes COMPLETE there when it finds all of them.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -102,7 +101,7 @@ class Storage:
                 check(saved)
                 _, problem = self._agreed(lambda saved=saved: load(saved))  # type: ignore[misc]
             if saved is not None and problem is None:
-                on_main(self.world, self._send_left_behind, "what an attempt before left")
+                on_main(self.world, lambda saved=saved: self._send_left_behind(saved), "leftovers")  # type: ignore[misc]
                 return saved
             self.say(f"checkpoint passed over: {problem}")
         if candidates:
@@ -130,20 +129,24 @@ class Storage:
         found += [(True, name) for name in complete(self.remote, CHECKPOINTS)] if self.remote else []
         return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
 
-    def _send_left_behind(self) -> None:
+    def _send_left_behind(self, restored: Saved) -> None:
         """What an attempt before this one could not send any more; and nothing is left of uploads that broke off."""
         if self.remote is None or self.uploads is None:
             return
         if discard := getattr(self.remote, "discard_partials", None):
             discard(GROUPS)
-        for group in (SNAPSHOTS, CHECKPOINTS) if self.shared else ():
-            there = set(complete(self.remote, group))
-            here = complete(self.local, group)
-            for name in here if group != CHECKPOINTS else here[-1:]:
-                if name not in there:
-                    meta = json.loads((self.run / name / COMPLETE).read_text(encoding="utf-8"))
-                    files = [self.run / name / line[key] for line in meta["files"] for key in ("file", "done")]
-                    self.uploads.add(Upload(name, files, meta, droppable=group == CHECKPOINTS))
+        if not self.shared:
+            return
+        there = {*complete(self.remote, SNAPSHOTS), *complete(self.remote, CHECKPOINTS)}
+        for name in (*complete(self.local, SNAPSHOTS), *([restored.name] if restored.store is self.local else ())):
+            if name not in there:
+                try:
+                    meta = opened(self.local, name).meta
+                except CheckpointError as error:
+                    self.say(f"snapshot not sent: {error}")
+                    continue
+                files = [self.run / name / line[key] for line in meta["files"] for key in ("file", "done")]
+                self.uploads.add(Upload(name, files, meta, droppable=name == restored.name))
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -258,4 +261,6 @@ class Storage:
         for upload in late:
             upload.error = upload.error or f"not through after {timeout_s:.0f} s; {upload.last_failure}"
         self._ended += self.uploads.ended()
-        return [upload for upload in self._ended if upload.error and not upload.superseded and upload not in late] + late
+        return [
+            upload for upload in self._ended if upload.error and not upload.superseded and upload not in late
+        ] + late

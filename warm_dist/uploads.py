@@ -142,4 +142,4 @@ class Uploads:
                 failures, upload.last_failure = failures + 1, str(error)
             upload.dropped.wait(random.uniform(0, min(MAX_PAUSE_S, 0.5 * 2**failures)))
         why = "a newer one takes its place" if upload.superseded else "the run ends"
-        raise UnreachableError(f"given up, {why}{f'; {upload.last_failure}' if failures else ''}")
+        raise UnreachableError(f"given up, {why}{f'; {upload.last_failure}' if upload.last_failure else ''}")
