@@ -28,7 +28,18 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": "warm_dist/tracking.py", "cleanfid": "warm_dist/fid.py",
            "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py",
            "prometheus_client": "warm_dist/prometheus.py"}  # fmt: skip
-HEAVY = {"deepspeed", "mlflow", "ray", "cleanfid", "matplotlib", "pyarrow", "boto3", "webdataset", "sklearn", "prometheus_client"}
+HEAVY = {
+    "deepspeed",
+    "mlflow",
+    "ray",
+    "cleanfid",
+    "matplotlib",
+    "pyarrow",
+    "boto3",
+    "webdataset",
+    "sklearn",
+    "prometheus_client",
+}
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))
 ]

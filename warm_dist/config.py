@@ -126,7 +126,8 @@ class ParallelConfig(Section):
 
 class CheckpointConfig(Section):
     url: str | None = Field(
-        None, description="s3://bucket/prefix or a folder that gets every checkpoint in the background; null: output only"
+        None,
+        description="s3://bucket/prefix or a folder that gets every checkpoint in the background; null: output only",
     )
     endpoint_url: str | None = Field(None, description="its S3 endpoint, if other than AWS's own")
     keep_last: Positive = 2
@@ -221,7 +222,9 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size {train.batch_size} is not a multiple of data.num_lanes {data.num_lanes}"
             )
-        rhythms = {f"train.{key}": getattr(train, key) for key in ("total_nimg", "log_nimg", "save_nimg", "snapshot_nimg")}
+        rhythms = {
+            f"train.{key}": getattr(train, key) for key in ("total_nimg", "log_nimg", "save_nimg", "snapshot_nimg")
+        }
         rhythms |= {"checkpoint.keep_every_nimg": self.checkpoint.keep_every_nimg}
         rhythms |= {"eval.eval_nimg": self.eval.eval_nimg if self.eval else None}
         for name, value in rhythms.items():
