@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,6 @@ def main() -> int:
     return errors.EXIT_OK
 
 
-def tell(error: errors.WarmDistError) -> None:
-    """Say an error on a rank that `errors.run` keeps quiet."""
-    prefix = "" if isinstance(error, errors.PeerError) else f"{type(error).__name__}: "
-    print(f"{prefix}{error}", file=sys.stderr, flush=True)
-
-
 class Attempt:
     """One attempt at a run: joins the processes, wires data to trainer, and leaves exit.json at every end but kill -9."""
 
@@ -67,7 +60,7 @@ class Attempt:
             self.world = distributed.init(parallel.timeout_s)
         except errors.UnreachableError as error:
             if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
-                tell(error)  # rank 0 tells its own machine only
+                errors.tell(error)  # rank 0 tells its own machine only
             raise
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
@@ -121,7 +114,7 @@ class Attempt:
         message = self.heartbeat.diagnose(error, lambda: told() is not None)
         found = told() or errors.UnreachableError(message)
         if self.world.rank and self.heartbeat.speaks():
-            tell(found)  # rank 0, which tells people everything else, is not there to do so
+            errors.tell(found)  # rank 0, which tells people everything else, is not there to do so
         return found
 
     def _train(self) -> None:

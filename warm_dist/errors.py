@@ -95,6 +95,12 @@ class PeerError(WarmDistError):
         self.exit_code, self.resumable = exit_code, resumable
 
 
+def tell(error: WarmDistError) -> None:
+    """The one line on stderr; a peer's error carries its own kind's name."""
+    prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
+    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:
     """Run a command and exit: with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
@@ -104,8 +110,7 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
         sys.exit(main() or EXIT_OK)
     except WarmDistError as error:
         if not quiet:
-            prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
-            print(f"{prefix}{error}", file=sys.stderr, flush=True)
+            tell(error)
         _leave(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
