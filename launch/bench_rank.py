@@ -170,9 +170,8 @@ def _bandwidth(world: World, parameters: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """User and system time of a process of Linux, its children not counted."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Processor time of a process, its children not counted: clock_getcpuclockid(3) of Linux, to the nanosecond."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def _sent(run: Path) -> int:
