@@ -54,8 +54,11 @@ def results(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def apart(a: list[float], b: list[float]) -> float:
+    """The largest relative difference; `pytest -rP` shows it."""
     assert len(a) == len(b) > 0
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+    largest = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+    print(f"apart by {largest:.1e}")
+    return largest
 
 
 def of_every_size(keep: str) -> list[Any]:
@@ -123,6 +126,7 @@ def test_one_step_from_the_same_state_moves_the_weights_alike(results, root, siz
     assert results[str(size)]["elastic"][case]["losses"][0] == pytest.approx(
         results["1"]["elastic"]["local"]["losses"][0], rel=ONE_STEP
     )
+    print(f"weights apart by {np.abs(ours[1] - after).max():.1e} of {moved:.1e}")
     assert np.abs(ours[1] - after).max() < 1e-4 * moved  # a weight of size 1 is rounded to 6e-8 itself
 
 
