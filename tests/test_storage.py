@@ -291,6 +291,22 @@ def test_a_store_that_refuses_is_told_and_the_next_is_tried(slow):
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, CHECKPOINTS)] == [16]
 
 
+def test_what_has_arrived_is_not_called_failed_though_it_be_given_up_while_tidying(slow, monkeypatch):
+    mine, remote = slow
+    remote.gate.set()
+    uploads = mine.storage.uploads
+
+    def tidy() -> None:
+        uploads.drop(uploads.pending())
+        raise UnreachableError("the store does not answer")
+
+    monkeypatch.setattr(uploads, "after", tidy)
+    mine.save(8)
+    until(lambda: not uploads.pending())
+    assert [upload.error for upload in mine.storage.ended()] == [None]
+    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, CHECKPOINTS)] == [8]
+
+
 def test_a_store_that_stays_away_is_reported_at_the_end(slow):
     mine, remote = slow
     remote.down = True

@@ -78,13 +78,16 @@ def test_checkpoints_and_snapshots_go_to_s3_and_weights_come_from_there(s3: S3Se
     assert code == 0, err
     assert f"resumed at nimg 80 from {url}/checkpoints/{80:012d}" in out
     store = open_store(url, s3.endpoint_url)
-    kept = [checkpoint.nimg_of(name) for name in checkpoint.complete(store, checkpoint.CHECKPOINTS)]
-    assert len(kept) == CheckpointConfig().keep_last  # the last ones where the store keeps up, which it need not
-    assert kept[-1] == LAST
+    records = read_metrics(run / "metrics.jsonl")
+    uploads = {r["nimg"]: r["failed"] for r in records if r["kind"] == "upload"}
+    assert uploads.keys() == {96, 128, LAST}
+    assert not uploads[LAST]
+    arrived = [80, *(nimg for nimg, failed in uploads.items() if not failed)]  # 128 gives way where the store is slow
+    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, checkpoint.CHECKPOINTS)] == arrived[-2:]
     assert len(checkpoint.complete(store, checkpoint.SNAPSHOTS)) == STEPS
-    uploads = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "upload"]
-    assert {r["nimg"] for r in uploads} >= {LAST}
-    assert not any(r["failed"] for r in uploads if r["nimg"] == LAST)
+    sent = [r["failed"] for r in records if r["kind"] == "snapshot_upload"]
+    assert len(sent) == STEPS - 10
+    assert not any(sent)
     where = ["--endpoint-url", s3.endpoint_url]
     exported = tool("export.py", url, *where, "--out", str(tmp_path / "ema.safetensors"))
     assert exported.returncode == 0, exported.stderr

@@ -269,8 +269,9 @@ class Trainer:
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
             assert self.log is not None
+            kind = "upload" if upload.name.startswith(checkpoint.CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
-            self.log.write(checkpoint.nimg_of(upload.name), "upload", seconds=upload.seconds, failed=failed)
+            self.log.write(checkpoint.nimg_of(upload.name), kind, seconds=upload.seconds, failed=failed)
 
     def _evaluation_is_due(self, evaluate: Evaluate | None, evaluated: set[int]) -> bool:
         settings = self.config.eval

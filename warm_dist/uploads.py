@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class Uploads:
                 break
         text = json.dumps(upload.complete, indent=2).encode()
         self._patiently(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
-        self._patiently(upload, self.after)
+        with suppress(UnreachableError):  # it has arrived, though it be given up now; the next one tidies too
+            self._patiently(upload, self.after)
 
     def _arrived(self, name: str, file: dict[str, Any]) -> bool:
         """Is this rank's file there, and not one of an earlier attempt at the same nimg?"""
