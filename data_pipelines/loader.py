@@ -116,7 +116,6 @@ class Loader:
         self._shape = (info.resolution, info.resolution, info.channels)
         batch_bytes = batch_size // world * info.resolution**2 * info.channels
         spare = buffer_bytes - 3 * batch_bytes  # a batch handed out and a block on either side of it are always held
-        # half of the spare ones at most, where a store holds it twice
         # a quarter of the spare ones, since a store may hold a GET twice
         get_bytes = min(_GET_BYTES, spare // 4 // threads)
         self._get_bytes = max(int(manifest.length.max()), get_bytes)
@@ -169,15 +168,15 @@ class Loader:
                 for start in range(0, len(block.positions), share):
                     here = slice(start, start + share)
                     rows = block.rows[here]
-                    images = block.images[block.inverse[here]]
-                    with self._held.during(images.nbytes):
+                    with self._held.during(len(rows) * block.images[0].nbytes):
+                        images = block.images[block.inverse[here]]
                         yield Batch(
                             images=images,
                             labels=self.manifest.label[rows],
                             positions=block.positions[here],
                             keys=tuple(self.manifest.key[rows]),
                         )
-                    del images
+                        del images  # before the account lets it go, like the bytes of a GET in `_get`
                 del block  # before the next but one is asked for: two are held at most
         finally:
             for block in ahead:
@@ -237,24 +236,27 @@ class Loader:
     def _get(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Fetch, check and decode rows of one shard, ascending, into `out` (n, C, H, W)."""
         manifest = self.manifest
-        shard = int(manifest.shard[rows[0]])
         first, last = int(manifest.offset[rows[0]]), int(manifest.offset[rows[-1]] + manifest.length[rows[-1]])
-        name, etag = manifest.shards[shard].name, self._etags[shard]
         with self._held.during(self.store.held_bytes(last - first)):
-            data = memoryview(self.store.read(name, first, last - first, etag))
-            places = zip((manifest.offset[rows] - first).tolist(), manifest.length[rows].tolist(), strict=True)
-            for row, (start, length), crc, image in zip(
-                rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
-            ):
-                payload = data[start : start + length]
-                if crc32(payload) != crc:
-                    cached = self.store.forget(name, first + start, length, etag)
-                    advice = "its cached copy is dropped, run the same command again" if cached else _REPACK
-                    raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")
-                try:
-                    image[:] = decode(payload, self._shape).transpose(2, 0, 1)
-                except (ValueError, OSError) as error:
-                    raise DataError(f"{manifest.name(row)}: does not decode ({error})") from None
+            self._read(rows, first, last - first, out)  # its bytes end with its frame, before the account lets them go
+
+    def _read(self, rows: NDArray[np.int64], first: int, length: int, out: NDArray[np.uint8]) -> None:
+        manifest, shard = self.manifest, int(self.manifest.shard[rows[0]])
+        name, etag = manifest.shards[shard].name, self._etags[shard]
+        data = memoryview(self.store.read(name, first, length, etag))
+        places = zip((manifest.offset[rows] - first).tolist(), manifest.length[rows].tolist(), strict=True)
+        for row, (start, size), crc, image in zip(
+            rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
+        ):
+            payload = data[start : start + size]
+            if crc32(payload) != crc:
+                cached = self.store.forget(name, first + start, size, etag)
+                advice = "its cached copy is dropped, run the same command again" if cached else _REPACK
+                raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")
+            try:
+                image[:] = decode(payload, self._shape).transpose(2, 0, 1)
+            except (ValueError, OSError) as error:
+                raise DataError(f"{manifest.name(row)}: does not decode ({error})") from None
 
 
 class _Held:
