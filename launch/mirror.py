@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from warm_dist import errors, owned
 from warm_dist.config import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.metrics import read_json, read_metrics
-from warm_dist.tracking import CLIENT_ENV, Mirror
+from warm_dist.mlflow_client import CLIENT_ENV
+from warm_dist.tracking import Mirror, SendModel
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
@@ -50,12 +52,15 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/quickstart")
     parser.add_argument("--follow", action="store_true", help="go along with the run until its exit.json appears")
     parser.add_argument("--url", help="another server than the run's tracking.mlflow_url")
+    parser.add_argument("--register", metavar="NAME", help="register the finished run's model under this name")
     args = parser.parse_args()
     tracking = _tracking(args.run)
     url = args.url or tracking.mlflow_url
     if not url:
         raise ConfigError(f"{args.run}: its tracking.mlflow_url is null; name a server with --url")
-    mirror = Mirror(args.run, url, tracking.experiment, tracking.run_name)
+    mirror = Mirror(args.run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
+    register = args.register or tracking.registered_model
+    model = _send_model(register) if tracking.log_model or register else None
     attempt = _attempt(args.run)
     owner = os.environ.get(owned.OWNER) if args.follow else None
     if args.follow:
@@ -65,7 +70,7 @@ def main() -> int:
     with _only_mirror(args.run):
         if args.follow:
             _follow(mirror, owner)
-        _finish(mirror, attempt, owner)
+        _finish(mirror, attempt, owner, model)
     return errors.EXIT_OK
 
 
@@ -87,7 +92,7 @@ def _follow(mirror: Mirror, owner: str | None) -> None:
             time.sleep(POLL_S / 4)
 
 
-def _finish(mirror: Mirror, attempt: int, owner: str | None) -> None:
+def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendModel | None = None) -> None:
     """Send all that is there and how the run ended, if it has. Raises UnreachableError with the command to catch up."""
     for trial in range(1, LAST_TRIES + 1):
         try:
@@ -98,7 +103,7 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None) -> None:
                 from warm_dist.figures import loss_curve
 
                 loss_curve(read_metrics(mirror.run / "metrics.jsonl"), curves)
-                mirror.finish(*end, files=[curves])
+                mirror.finish(*end, files=[curves], send_model=send_model)
             return
         except UnreachableError as error:
             if trial == LAST_TRIES:
@@ -106,6 +111,15 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None) -> None:
                     f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
                 ) from None
             time.sleep(trial)
+
+
+def _send_model(register: str | None) -> SendModel:
+    def send(client: Any, run_id: str, weights: Path, nimg: int) -> None:
+        from warm_dist import logged_model
+
+        logged_model.send_model(client, run_id, weights, nimg, register)
+
+    return send
 
 
 def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
@@ -135,7 +149,10 @@ def _tracking(run: Path) -> TrackingConfig:
     config = read_json(run / "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{run}: no config.json there; RUN is the folder that the config calls output")
-    return TrackingConfig.model_validate(config.get("tracking", {}))
+    try:
+        return TrackingConfig.model_validate(config.get("tracking", {}))
+    except ValueError as error:
+        raise ConfigError(f"{run / 'config.json'}: its tracking section is not valid: {error}") from None
 
 
 @contextlib.contextmanager

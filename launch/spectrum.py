@@ -91,12 +91,19 @@ def _report(tree: dict[str, Any], path: dict[str, Any]) -> str:
 
 
 def _log(args: argparse.Namespace, tree: dict[str, Any], files: list[Path]) -> str:
-    from warm_dist.tracking import log_once
+    from warm_dist.mlflow_client import log_finished
 
-    metrics = {"suggested_bnr": tree["suggested_bnr"], "sigma_data": tree["sigma_data"]}
-    metrics |= {f"worst_price/bnr_{row['bnr']:g}": row["worst_price"] for row in tree["bnr"]}
-    params = {"manifest": args.manifest, "fingerprint": tree["fingerprint"], "num_images": tree["num_images"]}
-    return log_once(args.mlflow_url, args.experiment, f"spectrum-{tree['fingerprint'][:8]}", params, metrics, files)
+    values = {"suggested_bnr": tree["suggested_bnr"], "sigma_data": tree["sigma_data"]}
+    values |= {f"worst_price/bnr_{row['bnr']:g}": row["worst_price"] for row in tree["bnr"]}
+    return log_finished(
+        args.mlflow_url,
+        args.experiment,
+        f"spectrum-{tree['fingerprint'][:8]}",
+        f"spectrum-{tree['fingerprint']}-{tree['num_images']}",
+        params={"manifest": args.manifest, "fingerprint": tree["fingerprint"], "num_images": tree["num_images"]},
+        metrics={(key, 0): value for key, value in values.items()},
+        files=files,
+    )
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ class Attempt:
             info = loader.manifest.info
             self._describe_reader(loader)
             storage = Storage(self.path, world, open_store, config.checkpoint, self.say)
+            self.number = max(self.number, storage.attempts() + 1)  # on a new machine it is not the first
             trainer = Trainer(config, world, info, self.say, storage, self.heartbeat)
             late_s = float(STOP_UPLOAD_S)
             try:
@@ -178,6 +179,7 @@ class Attempt:
             facts = {
                 "fingerprint": fingerprint,
                 "world_size": self.world.size,
+                "zero_stage": self.config.parallel.zero_stage if self.config.engine == "deepspeed" else 0,
                 "num_parameters": num_parameters(trainer.engine.module),
                 "device": str(self.world.device),
             }

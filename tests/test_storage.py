@@ -381,3 +381,24 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
         for name in names:  # whatever is complete is whole
             checkpoint.load(checkpoint.opened(store, name), 0, other.engine, other.emas)
         assert fresh.close(5) == []
+
+
+def test_a_new_machine_goes_on_with_the_runs_history(tmp_path, said):
+    """metrics.jsonl goes to the store with every checkpoint and comes back where there is none: the attempts count on."""
+    from warm_dist.metrics import MetricsLog, read_metrics
+
+    url = str(tmp_path / "store")
+    first = Fixture(tmp_path / "a", said, url=url)
+    assert first.storage.attempts() == 0
+    MetricsLog(tmp_path / "a" / "metrics.jsonl", 3).write(8, "train", loss=1.0)
+    first.save(8)
+    assert first.storage.close(20) == []
+    MetricsLog(tmp_path / "a" / "metrics.jsonl", 3).write(16, "train", loss=0.5)  # after the last checkpoint
+
+    new = Fixture(tmp_path / "b", said, url=url)
+    assert new.storage.attempts() == 3
+    assert [r["nimg"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")] == [8]
+    assert new.restore() == 8
+    again = Fixture(tmp_path / "a", said, url=url)
+    assert again.storage.attempts() == 3
+    assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 2, "what is here is never replaced by what is there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from launch import mirror as command
 from launch.mirror import start_mirror
@@ -25,7 +27,8 @@ from warm_dist import owned
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.figures import save_grid
 from warm_dist.metrics import MetricsLog, read_json, write_json
-from warm_dist.tracking import CLIENT_ENV, Mirror, log_once, public
+from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent, public
+from warm_dist.tracking import Mirror
 
 MIRROR = str(Path(command.__file__))
 STEPS = list(range(32, 32 * 41, 32))
@@ -52,7 +55,7 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", "http://user:hunter2@127.0.0.1:1/?token=hunter2")
 
 
-def make_run(path: Path, url: str, attempt: int = 1, **train: Any) -> Path:
+def make_run(path: Path, url: str | None, attempt: int = 1, **train: Any) -> Path:
     path.mkdir(exist_ok=True)
     tracking = {"mlflow_url": url, "experiment": path.parent.name, "run_name": "trial"}
     data = {"endpoint_url": "https://key:hunter2@s3.example/x?X-Amz-Signature=hunter2"}
@@ -100,11 +103,13 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 class Proxy:
-    """A port in front of the server that can be closed, or lose every reply after the request has arrived."""
+    """A port in front of the server: slow, closed, or losing replies after the request has arrived."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, delay_s: float = 0.0) -> None:
         self.target = int(url.rpartition(":")[2])
+        self.delay_s = delay_s  # of each request
         self.loses_replies_to = b"never"
+        self.requests = 0
         self.open: list[socket.socket] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
@@ -131,6 +136,9 @@ class Proxy:
         threading.Thread(target=replies, daemon=True).start()
         with contextlib.suppress(OSError), far:
             while part := near.recv(1 << 20):
+                if re.match(rb"[A-Z]+ /", part):
+                    self.requests += 1
+                    time.sleep(self.delay_s)
                 if self.loses_replies_to in part:
                     doomed.set()
                 far.sendall(part)
@@ -143,7 +151,7 @@ class Proxy:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, run: Path) -> None:
+def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, run: Path, tmp_path: Path) -> None:
     log(run, STEPS[:30])  # the first attempt was killed after its save at STEPS[19] …
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"time": 1, "nimg": 9')
@@ -171,12 +179,19 @@ def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, 
     assert wanted.items() <= shown.data.tags.items()
 
     received = {}
-    for name in ("samples/000000001280.png", "curves.png", "config.json"):
+    for name in ("curves.png", "config.json"):
         url = f"{running.mlflow_url}/get-artifact?run_uuid={shown.info.run_id}&path={name}"
         with urllib.request.urlopen(url, timeout=10) as reply:
             received[name] = reply.read()
     assert json.loads(received.pop("config.json"))["data"]["endpoint_url"] == "https://s3.example/x"
     assert received == {name: (run / name).read_bytes() for name in received}
+
+    large, small = sorted(file.path for file in client.list_artifacts(shown.info.run_id, "images"))
+    assert re.fullmatch(r"images/samples\+step\+1280\+timestamp\+\d+\+[-0-9a-f]+(\+compressed\.webp|\.png)", large)
+    picture = Path(
+        client.download_artifacts(shown.info.run_id, large if large.endswith("png") else small, str(tmp_path))
+    )
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(run / "samples" / "000000001280.png")))
 
     assert shown.data.tags["exit.reason"] == "https://s3/x was read"
     root = running.s3.directory.parent
@@ -188,6 +203,7 @@ def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, 
     assert catch_up(run, running.mlflow_url).returncode == 0
     assert found(client, run).info.run_id == shown.info.run_id, "found again without its mirror.json"
     assert history(client, run) == expected
+    assert len(client.list_artifacts(shown.info.run_id, "images")) == 2, "and no picture twice"
 
 
 @pytest.mark.slow
@@ -242,7 +258,7 @@ def test_outages_and_lost_replies(running: Services, client: Any, run: Path, mon
     wait_until(lambda: len(history(client, run)) == 20)
     log(run, STEPS[20:30])
     proxy.loses_replies_to = b"never"
-    assert mirror.sync(running=True) == 20, "ten values of two keys: those that arrived are not sent again"
+    assert mirror.sync(running=True) == 40, "the part that may have arrived, as it was, and what is new"
     assert history(client, run) == [(n, 1 / n) for n in STEPS[:30]]
 
     proxy.close()
@@ -309,16 +325,17 @@ def test_how_a_run_has_ended(run: Path) -> None:
 
 def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
     mirror = Mirror(run, "http://127.0.0.1:1", "x")
-    assert mirror._new_records() == ([], 0)
+    assert mirror._end_of_lines() == 0
     file = run / "metrics.jsonl"
     line = '{"time": 1.5, "attempt": 1, "nimg": 32, "kind": "train", "loss": 0.5}\n'
     file.write_text(line + line[:20])
-    records, mirror._offset = mirror._new_records()
-    assert ([r["nimg"] for r in records], mirror._offset) == ([32], len(line))
-    assert mirror._new_records() == ([], len(line))
-    file.write_text(line + line[:20] + "\n" + line)
-    records, mirror._offset = mirror._new_records()
-    assert (len(records), mirror._offset) == (1, file.stat().st_size)
+    assert mirror._end_of_lines() == len(line)
+    assert mirror._points(0, len(line)) == ({("train/loss", 32): (1, 1.5, 0.5)}, {})
+    mirror._offset = len(line)
+    assert mirror._end_of_lines() == len(line)
+    file.write_text(line + line[:20] + "\n" + line.replace("32", "64").replace("0.5", '"half"'))
+    assert mirror._end_of_lines() == file.stat().st_size
+    assert mirror._points(len(line), file.stat().st_size) == ({}, {"train.loss": "half"})
 
 
 def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,8 +349,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["mirror.py", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"no config\.json"):
         command.main()
-    make_run(tmp_path, "")
+    make_run(tmp_path, None)
     with pytest.raises(ConfigError, match="name a server with --url"):
+        command.main()
+    make_run(tmp_path, "sqlite:///mlflow.db")
+    with pytest.raises(ConfigError, match="tracking section"):
         command.main()
 
 
@@ -353,10 +373,83 @@ def test_a_computation_that_is_no_training_is_one_finished_run(running: Services
     picture = tmp_path / "spectrum.json"
     picture.write_text("{}")
     secret = "s3://key:hunter2@bucket/manifest.parquet"
-    run_id = log_once(running.mlflow_url, tmp_path.name, "spectrum-1", {"manifest": secret}, {"bnr": 0.4}, [picture])
+
+    def send(identity: str, metrics: dict[tuple[str, int], float]) -> str:
+        return log_finished(
+            *(running.mlflow_url, tmp_path.name, "spectrum-1", identity),
+            params={"manifest": secret}, metrics=metrics, files=[picture],
+        )  # fmt: skip
+
+    run_id = send("a", {("bnr", 0): 0.4})
+    assert send("a", {("bnr", 0): 0.5, ("bnr", 9): 0.6}) == run_id, "what is new of the same computation"
+    assert send("b", {}) != run_id
     found = client.get_run(run_id)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "spectrum-1")
-    assert found.data.metrics == {"bnr": 0.4}
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "bnr")] == [(0, 0.4), (9, 0.6)]
     assert found.data.params == {"manifest": "s3://bucket/manifest.parquet"}
     assert [file.path for file in client.list_artifacts(run_id)] == ["spectrum.json"]
     assert client.get_experiment(found.info.experiment_id).name == tmp_path.name
+    with pytest.raises(ConfigError, match="by way of a server"):
+        log_finished("sqlite:///mlflow.db", "x", "y", "z", params={}, metrics={}, files=[])
+
+
+@pytest.mark.slow
+def test_a_trial_is_one_run_under_its_parent_through_all_retries(running: Services, client: Any, run: Path) -> None:
+    url, experiment = running.mlflow_url, run.parent.name
+    parent = open_parent(url, experiment, "sweep", "sweep-1", {"space": "bnr"})
+    assert open_parent(url, experiment, "sweep", "sweep-1", {"space": "bnr"}) == parent
+    log(run, STEPS[:10])
+    Mirror(run, url, experiment, "trial", parent).sync(running=True)
+    (run / "mirror.json").unlink()
+    log(run, STEPS[10:20], attempt=2)
+    Mirror(run, url, experiment, "trial", parent).sync(running=True)
+    identifier = client.get_experiment_by_name(experiment).experiment_id
+    trials = client.search_runs([identifier], f"tags.mlflow.parentRunId = '{parent}'")
+    assert [trial.info.run_name for trial in trials] == ["trial"]
+    assert len(client.search_runs([identifier])) == 2
+    assert len(client.get_metric_history(trials[0].info.run_id, "train/loss")) == 20
+
+
+@pytest.mark.slow
+def test_a_run_that_was_made_twice_is_one_again(running: Services, client: Any, run: Path) -> None:
+    log(run, STEPS[:10])
+    mirror = Mirror(run, running.mlflow_url, run.parent.name)
+    mirror.sync(running=True)
+    kept = found(client, run)
+    tags = {key: kept.data.tags[key] for key in ("warm_dist.run",)}
+    client.create_run(kept.info.experiment_id, start_time=1, tags=tags)  # asked for first, answered after we gave up
+    again = Mirror(run, running.mlflow_url, run.parent.name)
+    again.sync(running=True)
+    assert found(client, run).info.run_id == kept.info.run_id, "the one that mirror.json knows"
+    assert len(history(client, run)) == 10
+
+
+@pytest.mark.slow
+def test_a_part_that_may_have_arrived_is_sent_again_as_it_was(running: Services, client: Any, run: Path) -> None:
+    """Killed between sending and noting it down; then a new attempt logs the same steps with other values."""
+    log(run, STEPS[:10])
+    Mirror(run, running.mlflow_url, run.parent.name).sync(running=True)
+    before = read_json(run / "mirror.json")
+    log(run, STEPS[10:20])
+    Mirror(run, running.mlflow_url, run.parent.name).sync(running=True)
+    write_json(run / "mirror.json", {**before, "sending": read_json(run / "mirror.json")["offset"]})
+    log(run, STEPS[10:30], attempt=2, scale=2.0)
+    mirror = Mirror(run, running.mlflow_url, run.parent.name)
+    assert mirror.sync(running=True) == 20 + 20
+    assert history(client, run) == [(n, 1 / n) for n in STEPS[:20]] + [(n, 2 / n) for n in STEPS[20:30]]
+    assert read_json(run / "mirror.json")["sending"] is None
+
+
+@pytest.mark.slow
+def test_a_slow_server_gets_one_request_for_what_is_new(running: Services, client: Any, run: Path) -> None:
+    proxy = Proxy(running.mlflow_url, delay_s=0.2)
+    mirror = Mirror(run, proxy.url, run.parent.name)
+    for k in range(4):
+        log(run, STEPS[10 * k : 10 * k + 10])
+        before = proxy.requests
+        assert mirror.sync(running=True) == 20
+        assert k == 0 or proxy.requests == before + 1
+    assert history(client, run) == [(n, 1 / n) for n in STEPS]
+    proxy.close()
+    assert float(CLIENT_ENV["MLFLOW_HTTP_REQUEST_TIMEOUT"]) > 30, "an answer may take half a minute"
+    assert CLIENT_ENV["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0", "MLflow's own would make a run twice"

@@ -179,25 +179,56 @@ class SamplerConfig(Section):
 class EvalConfig(Section):
     eval_nimg: Positive = Field(description="Fréchet distance every so many images, before training, and at the end")
     num_images: Annotated[int, Field(ge=2)]
-    extractor: Literal["lite0", "pixels", "inception"] = "lite0"
-    extractor_url: str | None = Field(None, description="inception only: path or URL of inception-2015-12-05.pt")
+    num_blocks: Positive = Field(
+        3,
+        description="the last evaluation, and launch/evaluate.py, repeat it with so many blocks of seeds: mean ± spread",
+    )
+    extractor: Literal["lite0", "pixels", "inception", "torchscript"] = "lite0"
+    extractor_url: str | None = Field(
+        None,
+        description="inception-2015-12-05.pt, or the TorchScript file: path, http(s):// or s3:// (at data.endpoint_url)",
+    )
     extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    extractor_bf16: bool = Field(False, description="inception and torchscript in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
+    kid_images: Annotated[int, Field(ge=0)] = Field(
+        5000, description="the first so many of either side also give KID, precision and recall; 0: neither"
+    )
     batch_size: Positive = 64
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _extractor(self) -> EvalConfig:
+        given = self.extractor in ("inception", "torchscript")
+        if given and not (self.extractor_url and self.extractor_sha256):
+            raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
+        if self.extractor_bf16 and not given:
+            raise ValueError(f"eval.extractor_bf16 is for inception and torchscript; {self.extractor} is always float32")
+        return self
+
 
 class TrackingConfig(Section):
-    mlflow_url: str | None = Field(
+    mlflow_url: Annotated[str, Field(pattern="^https?://")] | None = Field(
         None, description="MLflow server, e.g. http://127.0.0.1:5000; null: metrics.jsonl only"
     )
     experiment: str = "warm-dist"
-    run_name: str | None = None
+    run_name: str | None = Field(None, description="null: the name of the output folder")
+    parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
+        None, description="the MLflow run that this one is shown under: a sweep's"
+    )
+    log_model: bool = Field(True, description="a finished run's EMA weights become an MLflow model that samples images")
+    registered_model: str | None = Field(None, description="also register the model under this name; null: do not")
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
         None, description="rank 0 serves its metrics there as Prometheus text; null: no endpoint"
     )
     prometheus_host: str = Field("127.0.0.1", description="the address that it listens on")
+
+    @model_validator(mode="after")
+    def _model(self) -> TrackingConfig:
+        if self.registered_model and not self.log_model:
+            raise ValueError("tracking.registered_model needs tracking.log_model")
+        return self
 
 
 class Config(Section):
@@ -235,12 +266,6 @@ class Config(Section):
         if len(set(train.ema_lengths)) < len(train.ema_lengths):
             raise ValueError("train.ema_lengths names a length twice")
         self._check_engine()
-        if (
-            self.eval
-            and self.eval.extractor == "inception"
-            and not (self.eval.extractor_url and self.eval.extractor_sha256)
-        ):
-            raise ValueError("eval.extractor 'inception' needs eval.extractor_url and eval.extractor_sha256")
         if data.resolution % 2 ** (len(net.channel_mult) - 1):
             raise ValueError(
                 f"data.resolution {data.resolution} cannot be halved {len(net.channel_mult) - 1} times (network.channel_mult)"

@@ -82,7 +82,8 @@ def _explain(item: dict[str, Any]) -> str:
         return (
             f"{path!r}: needs a number or an object whose kind is {item['ctx']['expected_tags']}, got {item['input']!r}"
         )
-    return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}, got {item['input']!r}"
+    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"  # a whole section says nothing
+    return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}{got}"
 
 
 def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:

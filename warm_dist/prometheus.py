@@ -45,6 +45,7 @@ class Exporter:
     def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Any:
         from prometheus_client import Gauge
 
+        name = name.replace("/", "_")
         if name not in self._gauges:
             self._gauges[name] = Gauge(name, text, labels or [], registry=self._registry)
         return self._gauges[name]

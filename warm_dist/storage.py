@@ -32,13 +32,14 @@ from warm_dist.checkpoint import (
 )
 from warm_dist.config import CheckpointConfig
 from warm_dist.distributed import World, gather, on_main
-from warm_dist.errors import CheckpointError, ConfigError, OutputError
-from warm_dist.metrics import make_folder, write_json
+from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError
+from warm_dist.metrics import make_folder, read_metrics, write_json
 from warm_dist.types import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
 PROBE = f"{CHECKPOINTS}/.probe"
+METRICS = "metrics.jsonl"
 _VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
 
 
@@ -56,7 +57,7 @@ class Storage:
         self.shared = self._prove_shared()
         self.local = open_store(str(run), None)
         self.remote: Store | None = open_store(config.url, config.endpoint_url) if config.url else None
-        self.uploads = Uploads(self.remote, self._prune_remote) if self.remote else None
+        self.uploads = Uploads(self.remote, self._after_upload) if self.remote else None
         self._ended: list[Upload] = []
 
     def _prove_shared(self) -> bool:
@@ -81,6 +82,29 @@ class Storage:
         except OSError as error:
             raise OutputError(f"{self.run}: cannot be written ({error.strerror})") from None
         return name
+
+    # -- the run's history -------------------------------------------------------------------------------------------
+
+    def attempts(self) -> int:
+        """The highest attempt that metrics.jsonl tells of, 0 without one. A collective.
+
+        On a new machine it is fetched from the store first, where it goes with every checkpoint: so the run's history,
+        and what mirrors it, go on too.
+        """
+        return int(on_main(self.world, self._attempts, "metrics.jsonl"))
+
+    def _attempts(self) -> int:
+        path = self.run / METRICS
+        if self.remote is not None and not path.exists():
+            with suppress(DataError):  # there is none
+                self.local.write(METRICS, self.remote.read(METRICS))
+        return max((record["attempt"] for record in read_metrics(path)), default=0)
+
+    def _after_upload(self) -> None:
+        assert self.remote is not None
+        if (self.run / METRICS).exists():
+            self.remote.upload(METRICS, self.run / METRICS)
+        self._prune_remote()
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 

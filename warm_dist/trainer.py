@@ -253,12 +253,14 @@ class Trainer:
         """Reduce the window over ranks, write its line, show progress. A collective; the one place that syncs."""
         self._at("metrics")
         line, ranks = self.window.flush(self.nimg, self.grad_norm)
+        machines = self.window.machines()
         if self.pulse is not None:
             self.pulse.facts.update(ranks[self.world.rank])
         if self.log is None:
             return
         lr = learning_rate(self.config, self.nimg - self.config.train.batch_size)
         self.log.write(self.nimg, "train", **line, lr=lr, skipped_steps=self.guard.skipped)
+        self.log.write(self.nimg, "system", **machines)
         self.log.show_ranks(ranks)
         self.say(progress(line, self.nimg, self.config.train.total_nimg))
         self.report_uploads()

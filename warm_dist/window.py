@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from warm_dist.config import Config
 from warm_dist.distributed import World, gather
 from warm_dist.flops import flops_per_image, peak_flops
 from warm_dist.stopwatch import Stopwatch
+from warm_dist.system import Meter
 from warm_dist.types import Loss
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
@@ -40,6 +42,7 @@ class Window:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.flops = flops_per_image(config)
         self.peak = peak_flops(config, world.device)
+        self.meter = Meter() if os.environ.get("LOCAL_RANK", "0") == "0" else None  # one a machine
         self.gathers_in_forward = config.engine == "deepspeed" and config.parallel.zero_stage == 3
         self.nimg = self.num_steps = 0
         self.seconds = 0.0
@@ -103,6 +106,13 @@ class Window:
         line |= self._slowest(ranks)
         self.nimg, self.num_steps, self.seconds = nimg, 0, 0.0
         return line, ranks
+
+    def machines(self) -> dict[str, float]:
+        """Every machine's load, of several as `node_K/NAME` in the order of ranks (MLflow's names). A collective."""
+        found = [figures for figures in gather(self.world, self.meter.read() if self.meter else None) if figures]
+        if len(found) == 1:
+            return dict(found[0])
+        return {f"node_{k}/{name}": value for k, figures in enumerate(found) for name, value in figures.items()}
 
     def _slowest(self, ranks: list[dict[str, float]]) -> dict[str, float | None]:
         """The rank that takes longest for what it does alone, before any waiting for others."""

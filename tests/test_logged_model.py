@@ -1,0 +1,128 @@
+"""A finished run's model in MLflow: safetensors and code, no pickle, the same images as launch/sample.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.services import Services, services
+from tests.distributed.worker import config, info
+from tests.test_tracking import end, found, log, make_run
+from warm_dist import logged_model
+from warm_dist.config_file import dump
+from warm_dist.generate import build_network, generate, load_weights, sample_labels
+from warm_dist.mlflow_client import CLIENT_ENV
+from warm_dist.tracking import Mirror
+
+LOADER = """
+import json, sys
+import mlflow.pyfunc, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+table = pd.DataFrame({"image": [5, 3], "label": [-1, -1]})
+images = model.predict(table, params={"seed": 7, "nfe": 5})
+import warm_dist
+print(json.dumps([warm_dist.__file__, images.dtype.name, images.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with services(tmp_path_factory.mktemp("services")) as servers:
+        yield servers
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """As export_weights leaves them in a run's folder."""
+    from safetensors.torch import save_file
+
+    settings = config(tmp_path)
+    path = tmp_path / "run" / "weights" / "ema.safetensors"
+    path.parent.mkdir(parents=True)
+    header = {"config": json.dumps(dump(settings)), "data": json.dumps(info().to_json()), "nimg": "1280"}
+    save_file(build_network(settings).state_dict(), path, header)
+    return path
+
+
+@pytest.mark.slow
+def test_a_finished_runs_model_samples_its_images_anywhere(
+    running: Services, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in CLIENT_ENV.items():
+        monkeypatch.setenv(name, value)
+    from mlflow import MlflowClient
+
+    client: Any = MlflowClient(tracking_uri=running.mlflow_url)
+    run = make_run(tmp_path / "run", running.mlflow_url)
+    log(run, [64, 1280])
+    end(run, 0)
+
+    def finish(register: str | None) -> None:
+        mirror = Mirror(run, running.mlflow_url, run.parent.name)
+        mirror.finish(
+            "FINISHED", {}, 1.0, [], lambda *given: logged_model.send_model(*given, register=register) and None
+        )
+
+    broken = iter([OSError("the server went away")])
+
+    def once_broken(*_: Any) -> None:
+        for error in broken:
+            raise error
+
+    with monkeypatch.context() as patch:  # the model is announced, its files do not come
+        patch.setattr(logged_model, "save_model", once_broken)
+        with pytest.raises(OSError, match="went away"):
+            finish(None)
+    finish(None)
+    finish("warm")
+    finish("warm")
+    experiment = found(client, run).info.experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert (str(model.status), model.name) == ("READY", "ema")
+    versions = client.search_model_versions("name = 'warm'")
+    assert [version.source for version in versions] == [f"models:/{model.model_id}"], "one version"
+    assert len(client.get_metric_history(found(client, run).info.run_id, "train/loss")) == 2
+    assert found(client, run).info.status == "FINISHED"
+
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.mlflow_url)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/warm/1", dst_path=str(tmp_path / "model")))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".py", ".j2", ".json", ".yaml", ".txt", ".safetensors", ""}
+    assert not [path for path in files if b"\x80\x04" == path.read_bytes()[:2]], "a pickle by another name"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADER, str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    code, kind, images = json.loads(done.stdout.splitlines()[-1])
+    assert Path(code).is_relative_to(folder), "warm_dist travels with the model"
+    mine = load_weights(weights)
+    sampler = mine.config.sampler.model_copy(update={"num_steps": 5})
+    expected = generate(
+        mine, [5, 3], sample_labels(7, [5, 3], 0), seed=7, device=next(mine.network.parameters()).device,
+        batch_size=2, sampler=sampler,
+    )  # fmt: skip
+    assert kind == "uint8"
+    # another process may round differently, by one step of 255 and seldom
+    apart = np.abs(np.array(images).transpose(0, 3, 1, 2).astype(int) - expected.astype(int))
+    assert apart.max() <= 1
+    assert (apart == 0).mean() >= 0.999
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_finished_has_no_model(running: Services, weights: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", running.mlflow_url)
+    log(run, [64])
+    Mirror(run, running.mlflow_url, run.parent.name).finish("KILLED", {}, 1.0, [], pytest.fail)

@@ -1,0 +1,60 @@
+"""The load of a machine, under MLflow's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.worker import config
+from warm_dist import system, window
+from warm_dist.distributed import World
+from warm_dist.system import Meter
+from warm_dist.window import Window
+
+
+def test_a_machine_tells_what_it_does() -> None:
+    meter = Meter()
+    sum(range(3_000_000))  # some work between the two calls
+    figures = meter.read()
+    assert 0 < figures["cpu_utilization_percentage"] <= 100
+    assert 0 < figures["system_memory_usage_percentage"] < 100
+    assert figures["system_memory_usage_megabytes"] > 100
+    assert 0 < figures["disk_usage_percentage"] <= 100
+    assert figures["network_receive_megabytes"] >= 0
+    monitors = pytest.importorskip("mlflow.system_metrics.metrics.cpu_monitor")
+    theirs = monitors.CPUMonitor()
+    theirs.collect_metrics()
+    assert set(theirs.aggregate_metrics()) <= set(figures), "MLflow's own names"
+
+
+def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML as a stand-in: the second GPU refuses to tell its power, as a MIG slice does."""
+    import pynvml
+
+    def power(gpu: int) -> int:
+        if gpu:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 350_000
+
+    monkeypatch.setattr(system, "_gpus", lambda: [0, 1])
+    memory = SimpleNamespace(used=2e9, total=8e9)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: memory)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=97))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", power)
+    figures = {name: value for name, value in Meter().read().items() if name.startswith("gpu")}
+    each = {"memory_usage_megabytes": 2000, "memory_usage_percentage": 25, "utilization_percentage": 97}
+    expected: dict[str, Any] = {f"gpu_{k}_{name}": value for k in (0, 1) for name, value in each.items()}
+    assert figures == expected | {"gpu_0_power_usage_watts": 350}
+
+
+def test_several_machines_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Window(config(tmp_path), World(0, 1, torch.device("cpu"), None), print)
+    assert "cpu_utilization_percentage" in alone.machines()
+    monkeypatch.setattr(window, "gather", lambda world, mine: [{"cpu": 1.0}, None, {"cpu": 3.0}, None])
+    assert alone.machines() == {"node_0/cpu": 1.0, "node_1/cpu": 3.0}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Window(config(tmp_path), World(0, 1, torch.device("cpu"), None), print).meter is None

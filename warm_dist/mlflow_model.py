@@ -1,0 +1,68 @@
+"""The model that MLflow keeps of a finished run: its EMA weights as safetensors, and this file, which samples from them.
+
+Logged as "models from code": MLflow copies this file and warm_dist beside the weights, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+DEFAULTS = {"seed": 0, "nfe": 0, "bnr": -1.0, "batch_size": 64}
+"""Parameters of `predict`; nfe 0 and a negative bnr mean the config's sampler."""
+
+
+class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types for mypy
+    """`mlflow.pyfunc.load_model(uri).predict(table, params={"seed": 0, "nfe": 35})`."""
+
+    def load_context(self, context: Any) -> None:
+        """Called once by MLflow, with the place of the weights."""
+        import torch
+
+        from warm_dist.generate import load_weights
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_weights(Path(context.artifacts["weights"]), self.device)
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # hints would be a schema
+        """Images, (N, H, W, C) uint8, as launch/sample.py draws them: one for each row of the table.
+
+        model_input: columns `image` (number in the stream of the seed) and `label` (class; -1: drawn at random).
+        params: see DEFAULTS. Raises ConfigError for what this network cannot be sampled with.
+        """
+        import numpy as np
+
+        from warm_dist.errors import ConfigError
+        from warm_dist.generate import generate, load_guide, sample_labels
+        from warm_dist.sampler import num_steps_for
+
+        asked = {**DEFAULTS, **(params or {})}
+        config = self.model.config
+        changes: dict[str, Any] = {"bnr": float(asked["bnr"])} if asked["bnr"] >= 0 else {}
+        if asked["nfe"]:
+            num_steps = num_steps_for(config.sampler.method, int(asked["nfe"]))
+            if num_steps is None:
+                raise ConfigError(f"nfe {asked['nfe']}: {config.sampler.method} cannot spend exactly so many")
+            changes["num_steps"] = num_steps
+        sampler = config.sampler.model_copy(update=changes)
+        indices, labels = (np.asarray(model_input[name], np.int64) for name in ("image", "label"))
+        drawn = sample_labels(int(asked["seed"]), indices.tolist(), config.data.num_classes)
+        if (labels >= max(config.data.num_classes, 0)).any():
+            raise ConfigError(f"label {labels.max()}: this network has {config.data.num_classes} classes")
+        images = generate(
+            self.model,
+            indices.tolist(),
+            np.where(labels < 0, drawn, labels),
+            seed=int(asked["seed"]),
+            device=self.device,
+            batch_size=int(asked["batch_size"]),
+            sampler=sampler,
+            guide=load_guide(sampler, self.model.info, self.device),
+        )
+        return images.transpose(0, 2, 3, 1)
+
+
+set_model(ImageSampler())

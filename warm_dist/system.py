@@ -1,0 +1,68 @@
+"""What a machine is doing beside and below the training: processors, memory, disk, network, GPUs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class Meter:
+    """Reads this machine's load, under the names that MLflow gives its system metrics."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._psutil = psutil
+        self._network = psutil.net_io_counters()
+        self._gpus = _gpus()
+        psutil.cpu_percent()  # the next call tells of the time since this one
+
+    def read(self) -> dict[str, float]:
+        """Percentages and megabytes (1e6); processors since the last call, network since the first."""
+        memory, disk = self._psutil.virtual_memory(), self._psutil.disk_usage(os.sep)
+        network = self._psutil.net_io_counters()
+        figures = {
+            "cpu_utilization_percentage": self._psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "disk_usage_percentage": disk.percent,
+            "disk_available_megabytes": disk.free / 1e6,
+            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
+        }
+        for k, gpu in enumerate(self._gpus):
+            figures |= {f"gpu_{k}_{name}": value for name, value in _gpu_figures(gpu).items()}
+        return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+def _gpus() -> list[Any]:
+    """NVML's handles of all GPUs; none without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(k) for k in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+
+
+def _gpu_figures(gpu: Any) -> dict[str, float]:
+    """What this GPU tells; some (MIG slices, for instance) do not tell all."""
+    import pynvml
+
+    def memory() -> dict[str, float]:
+        held = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        return {"memory_usage_megabytes": held.used / 1e6, "memory_usage_percentage": 100 * held.used / held.total}
+
+    readers = (
+        memory,
+        lambda: {"utilization_percentage": float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)},
+        lambda: {"power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000},
+    )
+    figures: dict[str, float] = {}
+    for reader in readers:
+        try:
+            figures |= reader()
+        except pynvml.NVMLError:
+            continue
+    return figures
