@@ -1,10 +1,10 @@
-# make install | quickstart | ui | test | soak | lint | peers
+# make install | quickstart | ui | test | soak | lint | browser | peers
 PYTHON ?= python3
 UI_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart ui test soak lint format clean peers
+.PHONY: install quickstart ui test soak lint format browser clean peers
 
 install: $(STAMP)
 
@@ -37,6 +37,14 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Debian's chromium, for the tests that look at a page (tests/browser.py); without it they skip and say so, nothing fails here.
+browser:
+	@if test -x /usr/bin/chromium && test -x /usr/bin/chromedriver; then echo "chromium is there"; \
+	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core \
+		|| echo "chromium could not be installed; the browser tests will skip"; \
+	else echo "no chromium, the browser tests will skip; on Debian, as root: apt-get install chromium chromium-driver"; fi
 
 # What launch/bench.py compares with, in an environment of its own (several GB: MosaicML Streaming brings torch).
 peers:

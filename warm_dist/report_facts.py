@@ -1,0 +1,265 @@
+"""What the folders of runs and evaluations say, read tolerantly: a fact that is missing or odd is None, never a guess."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from warm_dist.bnr import AnyBNR, describe
+from warm_dist.config_file import flatten
+from warm_dist.errors import ConfigError
+from warm_dist.metrics import read_json, read_metrics
+from warm_dist.mlflow_client import public
+
+BEST, NEAR = "best", "within spread"
+
+
+class Result(NamedTuple):
+    """One Fréchet distance and what it means. Results are comparable when `measure` is the same text, and only then."""
+
+    network: str
+    nimg: int | None
+    bnr: str
+    method: str
+    nfe: int | None
+    frechet: float
+    spread: float | None
+    """Standard deviation over `blocks` blocks of seeds."""
+    blocks: int | None
+    floor: float | None
+    floor_n: int | None
+    kid: float | None
+    precision: float | None
+    recall: float | None
+    name: str
+    spec: str
+    measure: str
+    num_images: int | None
+
+
+class Run(NamedTuple):
+    """One run's folder. All text is public: URLs carry no user, password or query."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    info: dict[str, Any]
+    exit: dict[str, Any] | None
+    """None while the run is under way, or when it was killed."""
+    lines: list[dict[str, Any]]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The config's section, empty if it has none."""
+        return _tree(self.config.get(name))
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(nimg, value) of the "train" lines where both are finite numbers."""
+        pairs = [(finite(line["nimg"]), finite(line.get(key))) for line in self.lines if line["kind"] == "train"]
+        return [(nimg, value) for nimg, value in pairs if nimg is not None and value is not None]
+
+    def results(self) -> list[Result]:
+        """The "eval" lines with a finite distance, by rising nimg. What a line of before does not say is the config's."""
+        sampler, settings = self.section("sampler"), self.section("eval")
+        path = sampler.get("bnr")
+        known = {
+            "bnr": bnr_text(self.section("process").get("bnr") if path is None else path),
+            "method": sampler.get("method"),
+            "num_images": settings.get("num_images"),
+        }
+        lines = [{**known, **line} for line in self.lines if line["kind"] == "eval"]
+        return [result for line in lines if (result := _result(line, self.name)) is not None]
+
+    def speed(self) -> float | None:
+        """Median images/s of all training lines."""
+        values = [value for _, value in self.series("images_per_s")]
+        return statistics.median(values) if values else None
+
+    def nimg(self) -> int | None:
+        """Images trained on: what exit.json says, else the last line."""
+        last = [whole(line["nimg"]) for line in self.lines[-1:]]
+        return whole((self.exit or {}).get("nimg")) or (last[0] if last else None)
+
+    def status(self) -> tuple[str, str]:
+        """One of "finished", "stopped", "failed", "under way", and the reason or the time of the last line."""
+        if self.exit is None:
+            return "under way", "no exit.json: still at work, or killed"
+        code, reason = whole(self.exit.get("code")), as_text(self.exit.get("reason"))
+        if code == 0:
+            return "finished", ""
+        return "stopped" if code == 75 else "failed", f"exit code {code}: {reason}"
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """Each folder once, with a name that no other has. Raises ConfigError for a folder that is not a run's."""
+    paths = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
+    return [_read(folder, name) for folder, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    config = public(read_json(folder / "config.json"))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the folder that a run left")
+    end = read_json(folder / "exit.json")
+    return Run(
+        name,
+        folder,
+        config,
+        _tree(public(read_json(folder / "run.json"))),
+        public(end) if isinstance(end, dict) else None,
+        [public(line) for line in _lines(folder / "metrics.jsonl")],
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(path)
+    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: an nimg that is no number cannot be sorted
+        raise ConfigError(f"{path}: cannot be read ({error}); it is not what a run writes") from None
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path; of those that are alike, as many parts as it takes. The paths differ."""
+    parts = [[os.fsencode(part).decode(errors="replace") for part in path.parts] for path in paths]
+    depths = [1] * len(paths)
+    while True:
+        names = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        alike = [k for k, name in enumerate(names) if names.count(name) > 1 and depths[k] < len(parts[k])]
+        if not alike:
+            return names
+        for k in alike:
+            depths[k] += 1
+
+
+def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
+    """The results of DIR/results.json; a network of one of the runs bears that run's name. Raises ConfigError."""
+    tree = public(read_json(folder / "results.json"))
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{folder}: not an evaluation, it has no readable results.json; give launch/evaluate.py's --out"
+        )
+    results = [_result(entry, _network(entry, runs)) for entry in tree.values() if isinstance(entry, dict)]
+    return [result for result in results if result is not None]
+
+
+def _network(entry: dict[str, Any], runs: Sequence[Run]) -> str:
+    text = as_text(entry.get("weights"))
+    path = Path(os.path.realpath(text or "/"))
+    inside = [run.name for run in runs if run.folder == path or run.folder in path.parents]
+    # evaluated from another working directory: the folder's name has to do, if only one run has it
+    alike = [run.name for run in runs if run.folder.name in Path(text).parts]
+    if inside or len(alike) == 1:
+        return (inside or alike)[0]
+    return text or as_text(entry.get("sha256"))[:12] or "unnamed network"
+
+
+def _result(line: dict[str, Any], network: str) -> Result | None:
+    frechet, blocks = finite(line.get("frechet")), line.get("blocks")
+    if frechet is None:
+        return None
+    spec = as_text(line.get("spec"))
+    return Result(
+        network,
+        whole(line.get("nimg")),
+        as_text(line.get("bnr")),
+        as_text(line.get("method")),
+        whole(line.get("nfe")),
+        frechet,
+        finite(line.get("spread")),
+        len(blocks) if isinstance(blocks, list) else whole(blocks),
+        finite(line.get("floor")),
+        whole(line.get("floor_n")),
+        finite(line.get("kid")),
+        finite(line.get("precision")),
+        finite(line.get("recall")),
+        as_text(line.get("name")) or "Fréchet distance",
+        spec,
+        as_text(line.get("measure")) or spec,
+        whole(line.get("num_images")),
+    )
+
+
+def by_measure(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Groups of comparable results, in order of appearance; a result that does not tell its measure is alone."""
+    groups: dict[str, list[Result]] = {}
+    for k, result in enumerate(results):
+        groups.setdefault(result.measure or f"not told ({k + 1})", []).append(result)
+    return groups
+
+
+def ranks(results: Sequence[Result]) -> list[str]:
+    """For results of one measure: BEST for the lowest distance, NEAR for those no further from it than a spread; else "".
+
+    A result without company has no rank.
+    """
+    if len(results) < 2:
+        return [""] * len(results)
+    best = min(results, key=lambda result: result.frechet)
+
+    def rank(result: Result) -> str:
+        gap = result.frechet - best.frechet
+        return BEST if gap == 0 else NEAR if gap <= max(result.spread or 0.0, best.spread or 0.0) else ""
+
+    return [rank(result) for result in results]
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
+    """Dotted path → each config's value as JSON, None where it lacks the key; only the keys that are not alike in all."""
+    flat = [flatten(config) for config in configs]
+    keys = sorted({key for one in flat for key in one})
+    rows = {key: [as_json(one[key]) if key in one else None for one in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def bnr_text(value: Any) -> str:
+    """A config's BNR as `bnr.describe` puts it; one that this version does not know, as JSON."""
+    try:
+        return describe(TypeAdapter[Any](AnyBNR).validate_json(json.dumps(value)))
+    except ValidationError:
+        return "" if value is None else as_json(value)
+
+
+def bnr_range(text: str) -> tuple[float, float] | None:
+    """The place of a BNR on an axis: (b, b) for a number, (low, high) for what training draws; None for a path or cold."""
+    kind = re.match(r"(log_)?uniform", text)
+    numbers = [float(found) for found in re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)]
+    if kind and len(numbers) == 2:
+        return numbers[0], numbers[1]
+    try:
+        value = finite(float(text))
+    except ValueError:
+        return None
+    return None if value is None or value < 0 else (value, value)
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for what is none: null, NaN, a text."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None
+
+
+def whole(value: Any) -> int | None:
+    """As `finite`, as an int."""
+    number = finite(value)
+    return None if number is None else int(number)
+
+
+def as_text(value: Any) -> str:
+    """A text or number as text, anything else as ""."""
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
+def as_json(value: Any) -> str:
+    """One line of JSON, letters as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tree(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
