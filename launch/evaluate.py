@@ -1,6 +1,7 @@
-"""Fréchet distances of trained networks: `launch/evaluate.py RUN... --bnr 0.1 0.5 1 2 --method heun multistep --nfe 35`.
+"""Fréchet distances of trained networks: `launch/evaluate.py RUN... --nfe 9,18,35,79 --bnr 0,0.1,0.3,0.5,0.65,1,2,10`.
 
-Every combination of weights, BNR, method and NFE is one line of OUT/results.json; what stands there is not done again.
+Every combination of weights, BNR, method and NFE is one entry of OUT/results.json, measured with several blocks of
+seeds; what stands there is not done again. OUT also gets table.csv and surface.png, and MLflow a run for each network.
 Networks that differ by train.seed alone get a line of their mean and spread. Runs on one process, or under torchrun.
 """
 
@@ -12,36 +13,56 @@ import hashlib
 import itertools
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import sampling
+from launch import evaluation_table, sampling
 from warm_dist import errors
-from warm_dist.errors import ConfigError
+from warm_dist.errors import ConfigError, NumericsError, UnreachableError
 
 if TYPE_CHECKING:
+    from warm_dist.config import Config, SamplerConfig
+    from warm_dist.distributed import StopSignal, World
+    from warm_dist.evaluation import Evaluator
     from warm_dist.generate import Model
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def many(flag: str, text: str) -> None:
+        parser.add_argument(flag, nargs="+", default=[], metavar="A,B", help=text)
+
     parser.add_argument("weights", type=Path, nargs="+", help="finished runs' folders, or files of launch/export.py")
-    parser.add_argument("--bnr", type=float, nargs="+", default=[None], help="default: the config's path")
-    parser.add_argument("--method", nargs="+", default=[None], help="default: the config's")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[None], help="default: the config's")
+    many("--bnr", "default: the config's path")
+    many("--method", "default: the config's")
+    many("--nfe", "network evaluations an image; where a method cannot spend all, one less (heun's are odd)")
     sampling.add_set(parser)
-    parser.add_argument("--num-images", type=int, help="default: the config's eval.num_images, else 2048")
+    parser.add_argument("--num-images", type=int, help="of a block; default: the config's eval.num_images, else 2048")
+    parser.add_argument("--blocks", type=int, help="of seeds; default: the config's eval.num_blocks, else 3")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results.json and sample grids")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of all that is written")
+    parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; none: ''")
     args = parser.parse_args()
+    args.bnr, args.nfe = _numbers("--bnr", args.bnr, float), _numbers("--nfe", args.nfe, int)
+    args.method = [name for text in args.method for name in text.split(",") if name] or [None]
     if (args.num_images is not None and args.num_images < 2) or args.batch_size < 1:
         raise ConfigError("--num-images must be at least 2, --batch-size positive")
+    if args.blocks is not None and args.blocks < 1:
+        raise ConfigError(f"--blocks {args.blocks}: must be at least 1")
     if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr must be finite and not negative")
     return args
+
+
+def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list[Any]:
+    """Numbers between commas or spaces, each once; [None] for none at all."""
+    try:
+        return list(dict.fromkeys(kind(part) for text in texts for part in text.split(",") if part)) or [None]
+    except ValueError:
+        raise ConfigError(f"{flag} {' '.join(texts)}: needs numbers, such as 9,18,35") from None
 
 
 def main() -> int:
@@ -55,58 +76,96 @@ def main() -> int:
 
     def open_results() -> dict[str, Any]:
         make_folder(args.out)
-        return read_json(args.out / "results.json") or {}
+        kept = read_json(args.out / "results.json") or {}
+        return {key: line for key, line in kept.items() if "per_block" in line}  # an older version's are done again
 
     results = distributed.on_main(world, open_results)
-    lines = [line for weights in args.weights for line in _evaluate(weights, args, world, stop, results)]
+    networks = [Network(weights, args, world) for weights in args.weights]  # all are legal before any is sampled
+    lines: list[dict[str, Any]] = []
+    for network in networks:
+        mine = network.measure(stop, results)
+        lines += mine
+        if world.is_main:
+            evaluation_table.write(lines, args.out)
+            _log(network, mine, args)
     if world.is_main:
-        print(_table(lines))
+        print(evaluation_table.text(lines))
     distributed.shutdown()
     return errors.EXIT_OK
 
 
-def _evaluate(weights: Path, args: argparse.Namespace, world: Any, stop: Any, results: dict[str, Any]) -> list[Any]:
-    """One weights file under every sampler asked for; rank 0 keeps each line as soon as it is there."""
-    from data_pipelines.loader import open_loader
-    from warm_dist.bnr import describe
-    from warm_dist.config import EvalConfig
-    from warm_dist.evaluation import Evaluator
-    from warm_dist.generate import load_weights
-    from warm_dist.metrics import write_json
+class Network:
+    """One weights file, and the samplers to measure it with."""
 
-    path = sampling.weights_path(weights)
-    model = load_weights(path, world.device)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    origin = {"recipe": _recipe(model), "seed": model.config.train.seed}
-    config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
-    base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
-    changes = {"batch_size": args.batch_size} | ({"num_images": args.num_images} if args.num_images else {})
-    config = config.model_copy(update={"eval": base.model_copy(update=changes)})
-    grid = itertools.product(args.method, args.bnr, args.nfe)
-    samplers = [sampling.sampler_for(config, args.set, method, nfe, bnr) for method, bnr, nfe in grid]
+    def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
+        from warm_dist.config import EvalConfig
+        from warm_dist.generate import load_weights
 
-    def say(text: str) -> None:
-        if world.is_main:
+        self.weights, self.args, self.world = weights, args, world
+        self.path = sampling.weights_path(weights)
+        self.model: Model = load_weights(self.path, world.device)
+        self.digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        config = sampling.with_data(self.model.config, args.manifest, args.endpoint_url)
+        base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
+        changes = {"batch_size": args.batch_size}
+        changes |= {"num_images": args.num_images} if args.num_images else {}
+        changes |= {"num_blocks": args.blocks} if args.blocks else {}
+        self.config: Config = config.model_copy(update={"eval": base.model_copy(update=changes)})
+        self.num_blocks = args.blocks or base.num_blocks
+        grid = itertools.product(args.method, args.bnr, args.nfe)
+        self.samplers = [
+            sampling.sampler_for(config, args.set, method, nfe, bnr, spend_less=True) for method, bnr, nfe in grid
+        ]
+        for note in dict.fromkeys(sampling.training_note(config, sampler) for sampler in self.samplers):
+            if note:
+                self.say(f"{weights}: {note}")
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
             print(text, flush=True)
 
-    lines = []
-    with contextlib.closing(open_loader(config, world.rank, world.size)) as loader:
-        sampling.check_data(model.info, loader.manifest.info, path)
-        evaluator = Evaluator(config, world, model.info, loader.read, args.out, say)
-        evaluator.network.load_state_dict(model.network.state_dict())
-        for sampler in samplers:
-            spec = evaluator.spec(sampler)
-            key = f"{digest[:16]}-{spec.hash}"
-            if key not in results:
-                picture = args.out / "samples" / f"{key}.png"
-                values = evaluator.measure(sampler, stop, picture, str(weights))
-                bnr = describe(config.process.bnr if sampler.bnr is None else sampler.bnr)
-                results[key] = {"weights": str(weights), "sha256": digest, "bnr": bnr, "method": sampler.method,
-                                "nfe": spec.nfe, "sampler": spec.sampler, **values}  # fmt: skip
-                if world.is_main:
-                    write_json(args.out / "results.json", results)
-            lines.append(results[key] | origin)
-    return lines
+    def measure(self, stop: StopSignal, results: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of all samplers. Rank 0 keeps each block as soon as it is there: first one of each, then the next."""
+        from data_pipelines.loader import open_loader
+        from data_pipelines.store import open_store
+        from warm_dist.evaluation import Evaluator
+
+        world, args = self.world, self.args
+        with contextlib.closing(open_loader(self.config, world.rank, world.size)) as loader:
+            sampling.check_data(self.model.info, loader.manifest.info, self.path)
+            read, info = loader.read, self.model.info
+            evaluator = Evaluator(self.config, world, info, read, args.out, self.say, open_store)
+            evaluator.network.load_state_dict(self.model.network.state_dict())
+            keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # equal ones once
+            for block, (key, sampler) in itertools.product(range(self.num_blocks), keys.items()):
+                line = results.setdefault(key, {"per_block": []})
+                if len(line["per_block"]) == block and "problem" not in line:
+                    self._block(evaluator, sampler, block, stop, line, key)
+                    self._keep(results)
+        origin = {"recipe": _recipe(self.model), "seed": self.config.train.seed}
+        return [results[key] | origin for key in keys]
+
+    def _block(
+        self, evaluator: Evaluator, sampler: SamplerConfig, block: int, stop: StopSignal, line: dict[str, Any], key: str
+    ) -> None:
+        spec = evaluator.spec(sampler)
+        picture = self.args.out / "samples" / f"{key}.png"
+        line |= {"weights": str(self.weights), "sha256": self.digest, "sampler": spec.sampler}
+        try:
+            values = evaluator.block(sampler, block, stop, str(self.weights), picture if block == 0 else None)
+        except NumericsError as error:
+            self.say(f"{self.weights}: {error}")
+            line |= evaluator.identity(sampler) | {"problem": str(error), "frechet": None}
+            return
+        line["per_block"].append(values)
+        line |= evaluator.summary(sampler, line["per_block"], str(self.weights))
+        line["grid"] = str(picture.relative_to(self.args.out))
+
+    def _keep(self, results: dict[str, Any]) -> None:
+        from warm_dist.distributed import on_main
+        from warm_dist.metrics import write_json
+
+        on_main(self.world, lambda: write_json(self.args.out / "results.json", results))
 
 
 def _recipe(model: Model) -> str:
@@ -120,24 +179,25 @@ def _recipe(model: Model) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
-    rows = [f"{'weights':<40} {'BNR':>12} {'method':>12} {'NFE':>5} {'Fréchet':>9} {'floor':>7}"]
-    rows += [
-        f"{line['weights'][-40:]:<40} {_how(line)} {line['frechet']:>9.2f} {line['floor']:>7.2f}" for line in lines
-    ]
-    groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["recipe"], line["spec"]), {})[line["seed"]] = line
-    for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
-        values = [line["frechet"] for line in group]
-        name = f"{len(group)} seeds as {group[0]['weights'][-28:]}"
-        spread = f"± {statistics.stdev(values):.2f}   {min(values):.2f} … {max(values):.2f}"
-        rows.append(f"{name:<40} {_how(group[0])} {statistics.mean(values):>9.2f} {spread}")
-    return "\n".join(rows)
+def _log(network: Network, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
+    from warm_dist.metrics import read_json
+    from warm_dist.mlflow_client import log_finished
 
-
-def _how(line: dict[str, Any]) -> str:
-    return f"{line['bnr']:>12} {line['method']:>12} {line['nfe']:>5}"
+    tracking = network.config.tracking
+    url = tracking.mlflow_url if args.mlflow_url is None else args.mlflow_url
+    if not url:
+        return
+    parent = (read_json(network.weights / "mirror.json") or {}).get("run_id") if network.weights.is_dir() else None
+    facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")} | {"blocks": network.num_blocks}
+    points = evaluation_table.points(lines)
+    name = f"evaluate-{network.weights.name}"
+    identity = hashlib.sha256(json.dumps([facts, sorted(points)]).encode()).hexdigest()[:32]
+    files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
+    try:
+        log_finished(url, tracking.experiment, name, identity, params=facts, metrics=points, files=files, parent=parent)
+    except UnreachableError as error:
+        network.say(f"not logged: {error}; the same command logs it when the server is back")
 
 
 if __name__ == "__main__":

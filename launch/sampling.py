@@ -28,8 +28,12 @@ def sampler_for(
     method: str | None = None,
     nfe: int | None = None,
     bnr: float | None = None,
+    spend_less: bool = False,
 ) -> SamplerConfig:
-    """The config's sampler with changes. Raises ConfigError for what this network cannot be sampled with."""
+    """The config's sampler with changes. Raises ConfigError for what this network cannot be sampled with.
+
+    spend_less: a method that cannot spend exactly `nfe` evaluations (Heun's are odd) spends one less.
+    """
     tree = dump(config)
     foreign = [text for text in overrides if not text.startswith("sampler.")]
     if foreign:
@@ -39,16 +43,16 @@ def sampler_for(
     for text in [*settings, *overrides]:
         override(tree, text)
     if nfe is not None:
-        tree["sampler"]["num_steps"] = _num_steps(tree["sampler"]["method"], nfe)
+        tree["sampler"]["num_steps"] = _num_steps(tree["sampler"]["method"], nfe, spend_less)
     sampler = validate(tree, "sampler").sampler
     check_sampling(config, sampler)
     return sampler
 
 
-def _num_steps(method: str, nfe: int) -> int:
+def _num_steps(method: str, nfe: int, spend_less: bool) -> int:
     from warm_dist.sampler import num_steps_for
 
-    num_steps = num_steps_for(method, nfe)
+    num_steps = num_steps_for(method, nfe) or (num_steps_for(method, nfe - 1) if spend_less else None)
     if num_steps is None:
         odd = "an odd number from 3 on (2 N - 1)" if num_steps_for(method, 3) == 2 else "2 or more"
         raise ConfigError(f"--nfe {nfe}: {method} needs {odd}")

@@ -144,7 +144,9 @@ class Attempt:
                     exporter = Exporter(config.tracking.prometheus_host, port) if port else None
                     log = MetricsLog(self.path / "metrics.jsonl", self.number, exporter)
                 self._start_mirror()
-                evaluator = Evaluator(config, world, info, loader.read, self.path, self.say) if config.eval else None
+                evaluator = None
+                if config.eval:
+                    evaluator = Evaluator(config, world, info, loader.read, self.path, self.say, open_store)
                 done = {r["nimg"] for r in read_metrics(self.path / "metrics.jsonl") if r["kind"] == "eval"}
                 done = distributed.on_main(world, lambda: done)
                 trainer.fit(loader.batches(trainer.nimg), log, self.stop, evaluator, done)

@@ -15,19 +15,32 @@ from tests.processes import ROOT
 LEVELS = [
     {"errors", "types", "bnr"},
     {"config", "rng", "spectrum", "owned"},
-    {"config_file", "process", "distributed", "augment", "analysis", "prometheus", "stopwatch", "system", "uploads"},
+    {
+        "config_file",
+        "process",
+        "distributed",
+        "augment",
+        "analysis",
+        "prometheus",
+        "stopwatch",
+        "system",
+        "uploads",
+        "downloads",
+        "lite0",
+    },
     {"blocks", "metrics", "mlflow_client", "prefetch", "finite"},
     {"networks", "precond", "engine", "tracking", "logged_model", "run_folder", "heartbeat", "posthoc"},
     {"loss", "per_frequency", "sampler", "ema", "flops", "edm_weights"},
-    {"checkpoint", "fid", "figures", "guidance", "window", "scaling"},
-    {"generate", "spectrum_figure", "storage", "plan"},
-    {"evaluation", "mlflow_model", "preparation"},
+    {"checkpoint", "extractors", "fid", "figures", "guidance", "row_metrics", "window", "scaling"},
+    {"feature_stream", "generate", "spectrum_figure", "storage", "plan", "surface"},
+    {"mlflow_model", "preparation", "reference"},
+    {"evaluation"},
     {"trainer", "report_charts", "report_facts"},
     {"report"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")
-ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/fid.py",
+ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/extractors.py",
            "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py",
            "prometheus_client": "warm_dist/prometheus.py"}  # fmt: skip
 HEAVY = {

@@ -1,5 +1,6 @@
 """The commands that use a finished run: sample, evaluate, trajectory; on a random-BNR and on a cold run of a few steps."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -88,11 +89,80 @@ def test_evaluate_fills_a_table_once(runs, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert sorted(line["bnr"] for line in results.values()) == ["0.1", "2"]
     assert len({line["frechet"] for line in results.values()}) == 2
+    assert {line["blocks"] for line in results.values()} == {3}, "three blocks of seeds by default"
     before = (out / "results.json").stat().st_mtime_ns
     again = command("evaluate", *args)
     assert again.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+    assert "sampling" not in again.stdout
     assert (out / "results.json").stat().st_mtime_ns == before
     assert len(list((out / "samples").glob("*.png"))) == 2
+
+
+def test_a_surface_is_a_table_a_picture_and_goes_on_where_it_was(runs, tmp_path):
+    """NFE x BNR between commas; one block first, killed on the way to the second, then the rest alone."""
+    args = [
+        runs / "random",
+        "--nfe",
+        "4,5",
+        "--bnr",
+        "0.1,0.5,2",
+        "--method",
+        "heun",
+        "--num-images",
+        64,
+        "--out",
+        tmp_path,
+    ]
+    done = command("evaluate", *args, "--blocks", 1)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert sorted((line["bnr"], line["nfe"]) for line in first.values()) == [
+        (bnr, nfe) for bnr in ("0.1", "0.5", "2") for nfe in (3, 5)
+    ], "heun spends 3 of 4"
+    assert all(line["spread"] is None and len(line["per_block"]) == 1 for line in first.values())
+
+    parts = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *map(str, args), "--blocks", "2"]
+    broken = subprocess.Popen(parts, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    seen = [line for line in broken.stdout if " x 2, " in line and (broken.kill() or True)]
+    broken.wait()
+    partly = json.loads((tmp_path / "results.json").read_text())
+    blocks = [len(line["per_block"]) for line in partly.values()]
+    assert seen
+    assert 1 in blocks, "killed before all were done"
+    done = command("evaluate", *args, "--blocks", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sampling 64 images") == sum(2 - count for count in blocks)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for key, line in results.items():
+        assert line["per_block"][0] == first[key]["per_block"][0]
+        distances = [block["frechet"] for block in line["per_block"]]
+        assert line["frechet"] == pytest.approx(sum(distances) / 2)
+        assert line["spread"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5)
+    with (tmp_path / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(row["bnr"], row["nfe"], row["frechet"]) for row in table} == {
+        (line["bnr"], str(line["nfe"]), str(line["frechet"])) for line in results.values()
+    }
+    with Image.open(tmp_path / "surface.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_sampler_that_leaves_the_numbers_is_a_cell_and_not_the_end(runs, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "wild.safetensors"
+    with safe_open(runs / "random" / "weights" / "ema.safetensors", framework="np") as file:
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({key: value * np.float32(np.nan) for key, value in tensors.items()}, path, header)
+    args = [path, runs / "random", "--num-images", 64, "--blocks", 2, "--out", tmp_path / "out"]
+    done = command("evaluate", *args)
+    assert done.returncode == 0, done.stderr
+    wild, sane = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    assert (wild["frechet"], "non-finite" in wild["problem"]) == (None, True)
+    assert len(sane["per_block"]) == 2
+    assert "not finite" in done.stdout
+    assert "sampling" not in command("evaluate", *args).stdout, "and is not tried again"
 
 
 def test_networks_that_differ_by_seed_alone_are_averaged(runs, tmp_path):
@@ -158,6 +228,8 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("evaluate", [random, "--manifest", tmp_path / "none" / "manifest.parquet", "--out", tmp_path / "e"], 3, "none"),
         ("evaluate", [random, "--manifest", other / "manifest.parquet", "--out", tmp_path / "e"], 2, "made from data"),
         ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be made"),
+        ("evaluate", [random, "--nfe", "9,many", "--out", tmp_path / "e"], 2, "needs numbers, such as 9,18,35"),
+        ("evaluate", [random, "--blocks", 0, "--out", tmp_path / "e"], 2, "must be at least 1"),
         ("trajectory", [random, "--label", 10], 2, "has 10 classes"),
         ("trajectory", [random, "--columns", 1], 2, "at least 2"),
     ]:  # fmt: skip

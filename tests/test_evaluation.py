@@ -1,71 +1,192 @@
+"""One evaluation on one process: numbers beside their floor, blocks of seeds, what is kept and what is said."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from data_pipelines.store import FileStore, open_store
 from tests.distributed.worker import config, info
-from warm_dist import evaluation
+from warm_dist import fid, reference
 from warm_dist.distributed import StopSignal, World
-from warm_dist.errors import Stopped
-from warm_dist.evaluation import Evaluator, Polls, in_order
+from warm_dist.errors import AccessError, NumericsError, Stopped
+from warm_dist.evaluation import Evaluator
+from warm_dist.extractors import Pixels, features
+from warm_dist.feature_stream import FeatureStream, batches_of
 from warm_dist.generate import build_network
+from warm_dist.row_metrics import kid, precision_recall
 
-EVAL = {"eval_nimg": 80, "num_images": 20, "extractor": "pixels", "grid": 2, "batch_size": 8}
-
-
-@pytest.mark.parametrize("num_images", [1, 16, 17, 31, 33, 40])
-def test_ranks_ask_equally_often_however_images_are_dealt(monkeypatch, tmp_path, num_images):
-    settings = config(tmp_path, eval={**EVAL, "num_images": max(2, num_images)}).eval.model_copy(
-        update={"num_images": num_images}
-    )
-    asked = []
-    monkeypatch.setattr(evaluation, "any_rank", lambda world, flag: asked.append(world.rank))
-    for rank in range(3):
-        polls = Polls(World(rank, 3, torch.device("cpu"), None), StopSignal(), settings)
-        share = len(range(rank, num_images, 3))
-        for _ in range(0, share, settings.batch_size):
-            polls.once()
-        polls.rest()
-    assert asked.count(0) == asked.count(1) == asked.count(2) > 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_split_of_the_floor_knows_no_world_size(world_size):
-    rows = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
-    assert np.array_equal(in_order([rows[rank::world_size] for rank in range(world_size)]), rows)
+ALONE = World(0, 1, torch.device("cpu"), None)
+EVAL = {"eval_nimg": 80, "num_images": 20, "extractor": "pixels", "grid": 2, "batch_size": 8, "kid_images": 12}
+REAL = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
+Make = Callable[..., Evaluator]
 
 
 @pytest.fixture
-def evaluator(tmp_path: Path) -> Evaluator:
-    settings = config(tmp_path, eval=EVAL, sampler={"method": "heun", "num_steps": 2})
-    real = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
-    return Evaluator(settings, World(0, 1, torch.device("cpu"), None), info(), lambda rows: real[rows], tmp_path, print)
+def said() -> list[str]:
+    return []
 
 
-def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(evaluator, tmp_path):
+@pytest.fixture
+def make(tmp_path: Path, said: list[str]) -> Make:
+    def evaluator(read: Any = lambda rows: REAL[rows], stores: Any = open_store, **changes: Any) -> Evaluator:
+        settings = config(
+            tmp_path / "run",
+            eval={**EVAL, **changes},
+            sampler={"method": "heun", "num_steps": 2},
+            data__manifest=f"{tmp_path}/data/manifest.parquet",
+        )
+        return Evaluator(settings, ALONE, info(), read, tmp_path / "run", said.append, stores)
+
+    return evaluator
+
+
+@pytest.mark.parametrize("num_images", [1, 16, 17, 31, 33, 40])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_image_is_in_one_whole_batch_and_ranks_ask_equally_often(num_images: int, size: int) -> None:
+    worlds = [World(rank, size, torch.device("cpu"), None) for rank in range(size)]
+    dealt = [batches_of(world, num_images, 8) for world in worlds]
+    numbers = sorted(number for mine, _ in dealt for batch in mine for number in batch)
+    assert numbers == list(range(num_images))
+    (most,) = {most for _, most in dealt}
+    assert max(len(mine) for mine, _ in dealt) == most
+    if num_images >= 8 * size:
+        starts = sorted(batch.start for mine, _ in dealt for batch in mine)
+        assert starts == list(range(0, num_images, 8)), "the same batches at any world size"
+
+
+def test_streamed_features_are_those_of_all_images_at_once() -> None:
+    parts = [np.arange(64) < 64, np.arange(64) % 3 == 0]
+    kept = np.arange(64) % 2 == 1
+    stream = FeatureStream(ALONE, Pixels(), parts, kept)
+    for start in (32, 0, 48, 16):  # in any order
+        stream.add(range(start, start + 16), REAL[start : start + 16])
+    moments, rows = stream.result()
+    whole = features(Pixels(), REAL, 64)
+    assert np.array_equal(rows, whole[kept])
+    for part, found in zip(parts, moments, strict=True):
+        expected = fid.Moments.of(whole[part])
+        assert found.n == expected.n
+        assert np.allclose(found.mean, expected.mean, rtol=1e-12)
+        assert np.allclose(found.covariance, expected.covariance, rtol=1e-10, atol=1e-10)
+
+
+def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tmp_path: Path, said: list[str]) -> None:
+    evaluator = make()
     weights = build_network(evaluator.config).state_dict()
     first = evaluator(weights, 80, StopSignal())
-    assert (tmp_path / first["grid"]).exists()
-    assert first["floor_n"] == 20
+    assert (tmp_path / "run" / first["grid"]).exists()
+    assert (first["floor_n"], first["blocks"], first["spread"], first["nfe"], first["bnr"]) == (20, 1, None, 3, "0.5")
     assert 0 < first["floor"] < first["frechet"]
-    again = Evaluator(
-        evaluator.config, evaluator.world, evaluator.info, pytest.fail, tmp_path, print
-    )  # statistics are kept
+    assert f"floor {first['floor']:.2f} (real against real, 20 each), n 20, NFE 3" in said[-1]
+    again = make(read=pytest.fail)  # the real images' statistics are kept
     assert again(weights, 80, StopSignal())["frechet"] == first["frechet"]
 
 
-def test_a_stop_ends_it_between_two_batches(evaluator):
-    stop = StopSignal()
+def test_the_numbers_are_those_of_all_features_at_once(make: Make) -> None:
+    """Against the plain way: draw all images, take all features, compare."""
+    from warm_dist import generate as g
+
+    evaluator = make()
+    evaluator.network.load_state_dict(build_network(evaluator.config).state_dict())
+    values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
+    model = g.Model(evaluator.network, evaluator.config, info())
+    images = g.generate(model, range(20), np.full(20, -1), seed=0, device=ALONE.device, batch_size=8)
+    fake, real = features(Pixels(), images, 20), features(Pixels(), REAL, 64)
+    assert values["frechet"] == pytest.approx(
+        fid.frechet_distance(fid.Moments.of(fake), fid.Moments.of(real)), rel=1e-9
+    )
+    halves = fid.floor_halves(64, 20, 0)
+    floor = fid.frechet_distance(*(fid.Moments.of(real[half]) for half in halves))
+    assert values["floor"] == pytest.approx(floor, rel=1e-9)
+    kept = np.sort(reference.rng.generator(0, "reference rows").permutation(64)[:12])
+    assert values["kid"] == pytest.approx(kid(fake[:12], real[kept], seed=0, num_subsets=1, subset_size=12), rel=1e-9)
+    assert (values["precision"], values["recall"]) == precision_recall(fake[:12], real[kept], 3)
+
+
+def test_the_last_evaluation_has_all_blocks_with_mean_and_spread(make: Make, said: list[str]) -> None:
+    evaluator = make(num_blocks=3)
+    weights = build_network(evaluator.config).state_dict()
+    total = evaluator.config.train.total_nimg
+    last = evaluator(weights, total, StopSignal())
+    sampler = evaluator.config.sampler
+    blocks = [evaluator.block(sampler, k, StopSignal(), "again", None) for k in range(3)]
+    distances = [block["frechet"] for block in blocks]
+    assert len(set(distances)) == 3, "other seeds"
+    assert last["blocks"] == 3
+    assert last["frechet"] == pytest.approx(statistics.mean(distances), rel=1e-12)
+    assert last["spread"] == pytest.approx(statistics.stdev(distances), rel=1e-9)
+    assert f"{last['frechet']:.2f} ± {last['spread']:.2f}" in "".join(said)
+    assert evaluator(weights, total - 16, StopSignal())["frechet"] == distances[0], "one block on the way"
+
+
+def test_without_rows_there_is_no_kid(make: Make) -> None:
+    evaluator = make(kid_images=0)
+    values = evaluator(build_network(evaluator.config).state_dict(), 80, StopSignal())
+    assert not values.keys() & {"kid", "precision", "recall"}
+
+
+def test_reference_statistics_lie_beside_the_manifest_or_else_in_the_run(make: Make, tmp_path: Path) -> None:
+    class ReadOnly(FileStore):
+        def write(self, path: str, data: bytes) -> None:
+            raise AccessError(f"{path}: may not be written")
+
+    beside, run = tmp_path / "data" / "reference", tmp_path / "run" / "reference"
+    evaluator = make(stores=lambda url, endpoint: (ReadOnly if "data" in url else FileStore)(Path(url)))
+    weights = build_network(evaluator.config).state_dict()
+    first = evaluator(weights, 80, StopSignal())
+    assert not beside.exists()
+    assert len(list(run.glob("*.safetensors"))) == 1
+    again = make(read=pytest.fail, stores=lambda url, endpoint: FileStore(Path(url)))
+    assert again(weights, 80, StopSignal())["floor"] == first["floor"], "found in the second place"
+    (kept,) = run.glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-7])  # cut short: measured anew, now beside the manifest
+    assert make()(weights, 80, StopSignal())["frechet"] == pytest.approx(first["frechet"], rel=1e-9)
+    assert len(list(beside.glob("*.safetensors"))) == 1
+
+
+def test_other_real_images_are_another_reference(make: Make, tmp_path: Path) -> None:
+    weights = build_network(make().config).state_dict()
+    for changes in ({}, {"num_images": 10}, {"reference_images": 32}, {"kid_images": 5}, {"batch_size": 5}):
+        make(**changes)(weights, 80, StopSignal())
+    assert len(list((tmp_path / "data" / "reference").glob("*"))) == 4, "the batch size changes nothing"
+
+
+def test_too_few_images_are_told_of(make: Make, said: list[str]) -> None:
+    make(num_images=102, reference_images=64)
+    assert [text.partition(" is little")[0] for text in said] == ["warning: real images compared 64"]
+    said.clear()
+    make(num_images=101)
+    assert "eval.num_images 101 is little for 64 features; from 102 on" in said[0], "1.6 x 64"
+
+
+def test_a_stop_ends_it_between_two_batches(make: Make) -> None:
+    evaluator, stop = make(), StopSignal()
     stop.name = "SIGTERM"
     with pytest.raises(Stopped, match="SIGTERM during evaluation"):
         evaluator(build_network(evaluator.config).state_dict(), 80, stop)
 
 
-def test_what_changes_the_number_changes_the_spec(evaluator):
+def test_an_image_that_is_not_finite_ends_it(make: Make) -> None:
+    evaluator = make()
+    weights = {name: torch.full_like(value, torch.nan) for name, value in evaluator.network.state_dict().items()}
+    with pytest.raises(NumericsError, match="non-finite image"):
+        evaluator(weights, 80, StopSignal())
+
+
+def test_what_changes_the_number_changes_the_spec(make: Make) -> None:
+    evaluator = make()
     plain = evaluator.config.sampler
     changes = [{"num_steps": 3}, {"method": "multistep"}, {"bnr": 0.3}, {"grid": "log_linear"}, {"guidance": 2.0}]
     changes += [{"method": "ancestral"}, {"method": "ancestral", "eta": 0.5}, {"start": "plain"}, {"rho": 5.0}]
-    specs = {evaluator.spec(plain.model_copy(update=change)).hash for change in [{}, *changes]}
-    assert len(specs) == len(changes) + 1
+    specs = [evaluator.spec(plain.model_copy(update=change)) for change in [{}, *changes]]
+    assert len({spec.hash for spec in specs}) == len(changes) + 1
+    assert len({spec.measure for spec in specs}) == 1, "along the sampler numbers may be compared"
+    assert make(num_images=21).spec(plain).measure != specs[0].measure
     assert evaluator.spec(plain.model_copy(update={"eta": 0.5})).hash == evaluator.spec(plain).hash  # heun knows no eta

@@ -97,7 +97,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
     folder = Path(mlflow.artifacts.download_artifacts("models:/warm/1", dst_path=str(tmp_path / "model")))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".py", ".j2", ".json", ".yaml", ".txt", ".safetensors", ""}
-    assert not [path for path in files if b"\x80\x04" == path.read_bytes()[:2]], "a pickle by another name"
+    assert not [path for path in files if path.read_bytes()[:2] == b"\x80\x04"], "a pickle by another name"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOADER, str(folder)],
         cwd=tmp_path,

@@ -204,7 +204,9 @@ class EvalConfig(Section):
         if given and not (self.extractor_url and self.extractor_sha256):
             raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
         if self.extractor_bf16 and not given:
-            raise ValueError(f"eval.extractor_bf16 is for inception and torchscript; {self.extractor} is always float32")
+            raise ValueError(
+                f"eval.extractor_bf16 is for inception and torchscript; {self.extractor} is always float32"
+            )
         return self
 
 

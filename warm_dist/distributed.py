@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
@@ -230,6 +232,26 @@ def gather(world: World, value: Any, what: str = "gather") -> list[Any]:
     with _waiting(world, what):
         dist.all_gather_object(out, value, group=world.control)
     return out
+
+
+def collect(world: World, value: Any, what: str = "collect") -> list[Any]:
+    """Every rank's (picklable) value in rank order on rank 0, nothing on the others. A collective."""
+    if world.control is None:
+        return [value]
+    out: list[Any] | None = [None] * world.size if world.is_main else None
+    with _waiting(world, what):
+        dist.gather_object(value, out, dst=0, group=world.control)
+    return out or []
+
+
+def add_up(world: World, values: NDArray[np.float64], what: str = "sum") -> NDArray[np.float64]:
+    """The sum over ranks, in float64, on every rank. A collective."""
+    if world.control is None:
+        return values
+    total = torch.from_numpy(np.array(values))
+    with _waiting(world, what):
+        dist.all_reduce(total, group=world.control)
+    return total.numpy()
 
 
 def barrier(world: World, what: str) -> None:

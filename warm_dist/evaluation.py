@@ -1,9 +1,10 @@
-"""One evaluation: sample on all ranks, features, Fréchet distance beside its floor, a picture."""
+"""One evaluation, in training and by launch/evaluate.py: sample on all ranks, features, Fréchet distance beside its floor."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +12,54 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from warm_dist import fid, rng
+from warm_dist import fid, reference
+from warm_dist.bnr import describe
 from warm_dist.config import Config, EvalConfig, SamplerConfig
-from warm_dist.distributed import StopSignal, World, any_rank, gather, on_main
-from warm_dist.errors import ConfigError, OutputError, Stopped
+from warm_dist.distributed import StopSignal, World, any_rank, collect, gather, on_main
+from warm_dist.errors import ConfigError, NumericsError, Stopped
+from warm_dist.extractors import make_extractor
+from warm_dist.feature_stream import FeatureStream, Rows, batches_of
 from warm_dist.figures import save_grid
 from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.reference import Reference, ReferenceSpec
+from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.sampler import nfe
-from warm_dist.types import DataInfo
+from warm_dist.types import DataInfo, OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
 
-
-def in_order(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Rows that were dealt to the ranks in turn (rank r of W took r, r + W, …), as they were: alike at any world size."""
-    rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.float32)
-    for rank, part in enumerate(parts):
-        rows[rank :: len(parts)] = part
-    return rows
+IMAGES_PER_FEATURE = 1.6
+"""Below so many images for each feature the covariance is too uncertain for a Fréchet distance to rank models."""
+MEASURES = ("frechet", "kid", "precision", "recall")
+NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
 class Polls:
     """Asks all ranks after every batch whether to stop; ranks with a batch less ask as often."""
 
-    def __init__(self, world: World, stop: StopSignal, settings: EvalConfig) -> None:
+    def __init__(self, world: World, stop: StopSignal) -> None:
         self.world, self.stop = world, stop
-        largest_share = -(-settings.num_images // world.size)
-        self.left = -(-largest_share // settings.batch_size)
 
-    def once(self) -> None:
-        self.left -= 1
-        if any_rank(self.world, self.stop.name is not None):
-            raise Stopped(f"{self.stop.name or 'a peer'} during evaluation; run the same command again to go on")
-
-    def rest(self) -> None:
-        while self.left > 0:
-            self.once()
+    def __call__(self, times: int = 1) -> None:
+        """Raises Stopped on all ranks when one was asked to stop."""
+        for _ in range(times):
+            if any_rank(self.world, self.stop.name is not None):
+                raise Stopped(f"{self.stop.name or 'a peer'} during evaluation; run the same command again to go on")
 
 
 class Evaluator:
-    """Called with the EMA weights at some nimg; keeps extractor and real statistics for the next call."""
+    """Holds extractor, network and real statistics. load_state_dict on `network` before `block`."""
 
     def __init__(
-        self, config: Config, world: World, info: DataInfo, read: Read, run: Path, say: Callable[[str], None]
+        self,
+        config: Config,
+        world: World,
+        info: DataInfo,
+        read: Read,
+        run: Path,
+        say: Callable[[str], None],
+        open_store: OpenStore,
     ) -> None:
         assert config.eval is not None
         self.config, self.world, self.info, self.read, self.run, self.say = config, world, info, read, run, say
@@ -62,15 +67,34 @@ class Evaluator:
         self.num_real = min(self.settings.reference_images or info.num_images, info.num_images)
         if self.num_real < 2:
             raise ConfigError(f"eval needs 2 images to compare with, the data has {info.num_images}")
-        self.extractor = fid.make_extractor(
-            self.settings.extractor, self.settings.extractor_url, self.settings.extractor_sha256, world.device
+        settings, endpoint = self.settings, config.data.endpoint_url
+        self.extractor = make_extractor(
+            settings.extractor,
+            settings.extractor_url,
+            settings.extractor_sha256,
+            world.device,
+            bf16=settings.extractor_bf16,
+            resolution=info.resolution,
+            open_store=lambda url: open_store(url, endpoint),
         )
+        folder = config.data.manifest.rpartition("/")[0] or "."
+        self.stores = (open_store(folder, endpoint), open_store(str(run), None))
         self.network = build_network(config).to(world.device)
-        self._real: tuple[fid.Statistics, float, int] | None = None
+        self._reference: Reference | None = None
+        self._warn()
+
+    def _warn(self) -> None:
+        needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
+        for name, n in (("eval.num_images", self.settings.num_images), ("real images compared", self.num_real)):
+            if n < needed:
+                self.say(
+                    f"warning: {name} {n:,} is little for {self.extractor.num_features:,} features; from {needed:,} on "
+                    "a Fréchet distance can rank models"
+                )
 
     def spec(self, sampler: SamplerConfig) -> fid.FidSpec:
         """The fingerprint of what the number means."""
-        settings = self.settings
+        settings, train = self.settings, self.config.train
         return fid.FidSpec(
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,
@@ -79,69 +103,145 @@ class Evaluator:
             reference=f"{self.info.fingerprint}:{self.num_real}",
             sampler=describe_sampling(self.config, sampler),
             nfe=nfe(sampler.method, sampler.num_steps),
-            ema=f"half-life {self.config.train.ema_half_life_nimg}, ramp {self.config.train.ema_ramp}",
+            ema=f"half-life {train.ema_half_life_nimg}, ramp {train.ema_ramp}",
             seed=settings.seed,
         )
 
     def __call__(self, weights: dict[str, Tensor], nimg: int, stop: StopSignal) -> dict[str, Any]:
-        """Metrics of one evaluation in training; on rank 0 also samples/NIMG.png. A collective. Errors as `measure`."""
-        self.network.load_state_dict(weights)
-        picture = self.run / "samples" / f"{nimg:012d}.png"
-        return self.measure(self.config.sampler, stop, picture, f"nimg {nimg}")
+        """Metrics of one evaluation in training; on rank 0 also samples/NIMG.png. A collective. Errors as `block`.
 
-    def measure(self, sampler: SamplerConfig, stop: StopSignal, grid: Path, title: str) -> dict[str, Any]:
-        """Metrics of the present weights under one sampler; rank 0 writes the picture `grid`. A collective.
-
-        Raises Stopped on all ranks, between two batches of samples, when one was asked to stop.
+        One block of seeds on the way, eval.num_blocks at the end of the run.
         """
         begun = time.monotonic()
-        settings, world, spec = self.settings, self.world, self.spec(sampler)
-        guide = load_guide(sampler, self.info, world.device)
-        self.say(f"{title}  sampling {settings.num_images} images, {spec.nfe} network evaluations each")
-        indices = range(world.rank, settings.num_images, world.size)
-        show, polls = self._progress("sampling", len(indices)), Polls(world, stop, settings)
+        self.network.load_state_dict(weights)
+        grid = self.run / "samples" / f"{nimg:012d}.png"
+        sampler, title = self.config.sampler, f"nimg {nimg}"
+        blocks = range(self.settings.num_blocks if nimg == self.config.train.total_nimg else 1)
+        done = [self.block(sampler, block, stop, title, grid if block == 0 else None) for block in blocks]
+        values = self.summary(sampler, done, title) | {"grid": str(grid.relative_to(self.run))}
+        return values | {"seconds": time.monotonic() - begun}
 
-        def progress(done: int) -> None:
-            show(done)
-            polls.once()
+    def block(
+        self, sampler: SamplerConfig, block: int, stop: StopSignal, title: str, grid: Path | None
+    ) -> dict[str, float]:
+        """The measures of the present weights under one sampler, with one block of seeds. A collective.
 
-        images = generate(
-            Model(self.network, self.config, self.info),
-            indices,
-            sample_labels(settings.seed, indices, self.config.data.num_classes),
-            seed=settings.seed,
-            device=world.device,
-            batch_size=settings.batch_size,
-            sampler=sampler,
-            guide=guide,
-            progress=progress,
-        )
-        polls.rest()
-        sampled = time.monotonic()
-        rows = gather(world, fid.features(self.extractor, images, settings.batch_size))
-        shown = [pairs for part in gather(world, self._shown(indices, images)) for pairs in part]
-        self._need_real()
-        distance, floor, floor_n = on_main(world, lambda: self._compare(in_order(rows)))
-        if world.is_main:
-            pictures = np.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
-            save_grid(pictures, grid, columns=settings.grid)
+        Block k has the images k n … (k + 1) n - 1 of the stream eval.seed. Rank 0 writes the picture `grid` of its
+        first. On all ranks it raises Stopped, between two batches, when one was asked to stop, and NumericsError.
+        """
+        begun = time.monotonic()
+        settings, spec, polls = self.settings, self.spec(sampler), Polls(self.world, stop)
+        number = f", block {block + 1}" if block else ""
+        self.say(f"{title}  sampling {settings.num_images} images, {spec.nfe} network evaluations each{number}")
+        everything = np.ones(settings.num_images, bool)
+        kept = np.arange(settings.num_images) < settings.kid_images
+        stream = FeatureStream(self.world, self.extractor, [everything], kept)
+        guide = load_guide(sampler, self.info, self.world.device)
+        model = Model(self.network, self.config, self.info)
+        mine, most = batches_of(self.world, settings.num_images, settings.batch_size)
+        show = self._progress("sampling", sum(map(len, mine)))
+        shown: list[tuple[int, NDArray[np.uint8]]] = []
+        problem: str | None = None
+        for numbers in mine:
+            indices = range(numbers.start + block * settings.num_images, numbers.stop + block * settings.num_images)
+            labels = sample_labels(settings.seed, indices, self.config.data.num_classes)
+            try:
+                images = generate(
+                    model,
+                    indices,
+                    labels,
+                    seed=settings.seed,
+                    device=self.world.device,
+                    batch_size=len(numbers),
+                    sampler=sampler,
+                    guide=guide,
+                )
+            except NumericsError as error:  # other ranks are to hear of it, in their turn
+                problem = problem or str(error)
+            else:
+                stream.add(numbers, images)
+                shown += [(k, image) for k, image in zip(numbers, images, strict=True) if grid and k < settings.grid**2]
+            show(len(numbers))
+            polls()
+        polls(most - len(mine))
+        if problems := [text for text in gather(self.world, problem) if text]:
+            raise NumericsError(problems[0])
+        (moments,), rows = stream.result()
+        pictures = [pair for part in collect(self.world, shown) for pair in part]
+        real = self._real(polls)
+        values: dict[str, float] = on_main(self.world, lambda: self._compare(moments, rows, real))
+        if grid and self.world.is_main:
+            save_grid(np.stack([image for _, image in sorted(pictures, key=_first)]), grid, columns=settings.grid)
+        return values | {"seconds": time.monotonic() - begun}
+
+    def summary(self, sampler: SamplerConfig, blocks: Sequence[dict[str, float]], title: str) -> dict[str, Any]:
+        """Mean over blocks, the spread (standard deviation) of their distances, the floor, and what the number is."""
+        spec = self.spec(sampler)
+        values: dict[str, Any] = {
+            name: statistics.mean(block[name] for block in blocks) for name in MEASURES if name in blocks[0]
+        }
+        values["spread"] = statistics.stdev(block["frechet"] for block in blocks) if len(blocks) > 1 else None
+        floor, floor_n = blocks[0]["floor"], int(blocks[0]["floor_n"])
+        number = f"{values['frechet']:.2f}" + ("" if len(blocks) == 1 else f" ± {values['spread']:.2f}")
         self.say(
-            f"{title}  {spec.name} {distance:.2f}, floor {floor:.2f} (real against real, {floor_n} each), "
-            f"n {settings.num_images}, NFE {spec.nfe}, spec {spec.hash}; {grid}"
+            f"{title}  {spec.name} {number}, floor {floor:.2f} (real against real, {floor_n} each), "
+            f"n {spec.num_images}{f' x {len(blocks)}' if len(blocks) > 1 else ''}, NFE {spec.nfe}, spec {spec.hash}"
         )
+        return values | {"blocks": len(blocks), "floor": floor, "floor_n": floor_n} | self.identity(sampler)
+
+    def identity(self, sampler: SamplerConfig) -> dict[str, Any]:
+        """What a number under this sampler is, beside the number."""
+        spec = self.spec(sampler)
         return {
-            "frechet": distance,
-            "floor": floor,
-            "floor_n": floor_n,
+            "num_images": spec.num_images,
+            "nfe": spec.nfe,
+            "bnr": describe(self.config.process.bnr if sampler.bnr is None else sampler.bnr),
+            "method": sampler.method,
             "name": spec.name,
             "spec": spec.hash,
-            "grid": str(grid.relative_to(self.run)),
-            "sampling_s": sampled - begun,
-            "seconds": time.monotonic() - begun,
+            "measure": spec.measure,
         }
 
-    def _shown(self, indices: range, images: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:
-        return [(i, image) for i, image in zip(indices, images, strict=True) if i < self.settings.grid**2]
+    def _compare(self, moments: fid.Moments, rows: Rows, real: Reference | None) -> dict[str, float]:
+        assert real is not None
+        distance = fid.frechet_distance(moments, real.moments)
+        values = {"frechet": distance, "floor": real.floor, "floor_n": real.floor_n}
+        if min(len(rows), len(real.rows)) > NEIGHBOURS:
+            precision, recall = precision_recall(rows, real.rows, NEIGHBOURS)
+            mmd = kid(rows, real.rows, seed=0, num_subsets=1, subset_size=len(rows))  # all at once: the least variance
+            values |= {"kid": mmd, "precision": precision, "recall": recall}
+        return values
+
+    def _real(self, polls: Polls) -> Reference | None:
+        """The real images' side, on rank 0: from the store beside the manifest, or measured now. A collective."""
+        spec = ReferenceSpec(
+            extractor=self.extractor.name,
+            extractor_sha256=self.extractor.sha256,
+            resize=self.extractor.resize,
+            fingerprint=self.info.fingerprint,
+            num_real=self.num_real,
+            num_images=self.settings.num_images,
+            num_rows=min(self.settings.kid_images, self.num_real),
+        )
+        if self.world.is_main and self._reference is None:
+            self._reference = reference.load(self.stores, spec)
+        if any_rank(self.world, self.world.is_main and self._reference is None):
+            mine, _ = batches_of(self.world, self.num_real, self.settings.batch_size)
+            show = self._progress("real features", sum(map(len, mine)))
+
+            def progress(count: int) -> None:
+                show(count)
+                polls()
+
+            size = self.settings.batch_size
+            found = reference.measure(
+                self.world, self.extractor, spec, self.info.num_images, self.read, size, progress, polls
+            )
+            if self.world.is_main:
+                self._reference = found
+                where = reference.keep(self.stores, spec, found)
+                self.say(f"real images' statistics: {where or 'kept nowhere, no store takes them'}")
+        return self._reference
 
     def _progress(self, what: str, total: int) -> Callable[[int], None]:
         from tqdm import tqdm
@@ -155,54 +255,6 @@ class Evaluator:
 
         return advance
 
-    def _compare(self, rows: NDArray[np.float32]) -> tuple[float, float, int]:
-        assert self._real is not None
-        real, floor, floor_n = self._real
-        return fid.frechet_distance(fid.Statistics.of(rows), real), floor, floor_n
 
-    def _need_real(self) -> None:
-        """Have rank 0 hold the real images' statistics, the floor and the number of images on each side of it.
-
-        Kept in the run's folder, so that a resumed run does not compute them again. A collective.
-        """
-        if self.world.is_main and self._real is None:
-            self._real = self._load()
-        if any_rank(self.world, self.world.is_main and self._real is None):
-            self._measure()
-
-    @property
-    def _file(self) -> Path:
-        source = f"{self.extractor.sha256[:12]}-{self.info.fingerprint[:12]}-{self.num_real}-{self.settings.num_images}"
-        return self.run / f"reference-{source}.npz"
-
-    def _load(self) -> tuple[fid.Statistics, float, int] | None:
-        try:
-            with np.load(self._file) as file:
-                n, total, outer = int(file["n"]), file["total"], file["outer"]
-                return fid.Statistics(n, total, outer), float(file["floor"]), int(file["floor_n"])
-        except (OSError, ValueError, KeyError, EOFError):
-            return None
-
-    def _measure(self) -> None:
-        chosen = np.arange(self.info.num_images)
-        if self.num_real < self.info.num_images:
-            chosen = np.sort(rng.generator(0, "reference").permutation(self.info.num_images)[: self.num_real])
-        mine = chosen[self.world.rank :: self.world.size]
-        size, parts = self.settings.batch_size, []
-        advance = self._progress("real features", len(mine))
-        for low in range(0, len(mine), size):
-            parts.append(fid.features(self.extractor, self.read(mine[low : low + size]), size))
-            advance(len(parts[-1]))
-        rows = in_order(gather(self.world, np.concatenate(parts)))
-        on_main(self.world, lambda: self._keep(rows))
-
-    def _keep(self, rows: NDArray[np.float32]) -> None:
-        floor, floor_n = fid.floor(rows, self.settings.num_images, seed=0)
-        real = fid.Statistics.of(rows)
-        self._real = real, floor, floor_n
-        temporary = self._file.with_suffix(".part.npz")
-        try:
-            np.savez(temporary, n=real.n, total=real.total, outer=real.outer, floor=floor, floor_n=floor_n)
-            temporary.replace(self._file)
-        except OSError as error:
-            raise OutputError(f"{self._file}: cannot be written ({error.strerror})") from None
+def _first(pair: tuple[int, NDArray[np.uint8]]) -> int:
+    return pair[0]

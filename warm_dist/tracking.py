@@ -12,7 +12,7 @@ from typing import Any
 from warm_dist import mlflow_client
 from warm_dist.errors import UnreachableError
 from warm_dist.metrics import parse_line, read_json, write_json
-from warm_dist.mlflow_client import PARENT_TAG, RUN_TAG, Point, as_texts, log_batches, public, reaching
+from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, public, reaching
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}

@@ -1,0 +1,102 @@
+"""Files that lie elsewhere: fetched once, kept by their sha256, and never used before it was checked."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
+from warm_dist.types import Store
+
+_BLOCK_BYTES = 1 << 20
+_SILENCE_S = 60  # after which a web server is given up
+
+
+def fetch(
+    source: str,
+    sha256: str,
+    cache: Path | None = None,
+    open_store: Callable[[str], Store] | None = None,
+    key: str = "eval.extractor_url",
+) -> Path:
+    """A local file with this sha256: `source` itself when it is a path, else its download (http, https, s3).
+
+    cache: where downloads are kept, under their hash; else $XDG_CACHE_HOME/warm-dist, or ~/.cache/warm-dist.
+    open_store: opens the folder of an s3:// URL. key: what to correct, for messages.
+    Raises DataError on another hash (nothing is kept), UnreachableError when the server does not deliver, ConfigError
+    when there is no such file, OutputError when the cache cannot be written; what else a store raises is its own.
+    """
+    url = urllib.parse.urlsplit(source)
+    if url.scheme not in ("http", "https", "s3"):
+        if not Path(source).is_file():
+            raise ConfigError(f"{key} {source}: no such file")
+        _check(Path(source), sha256, source, key)
+        return Path(source)
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warm-dist"
+    path = cache / sha256 / (Path(urllib.parse.unquote(url.path)).name or "download")
+    if path.is_file() and file_sha256(path) == sha256:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may be fetching the same
+            partial = Path(folder) / path.name
+            if url.scheme == "s3":
+                _from_store(source, partial, open_store, key)
+            else:
+                with partial.open("wb") as file:
+                    file.writelines(_from_web(source, key))
+            _check(partial, sha256, source, key)
+            os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); XDG_CACHE_HOME names another place") from None
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check(path: Path, sha256: str, source: str, key: str) -> None:
+    found = file_sha256(path)
+    if found != sha256:
+        raise DataError(
+            f"{source}: sha256 {found}, {key.removesuffix('_url')}_sha256 says {sha256}; nothing of it was loaded: "
+            "correct the one that is wrong"
+        )
+
+
+def _from_web(source: str, key: str) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(source, timeout=_SILENCE_S) as response:
+            while block := response.read(_BLOCK_BYTES):
+                yield block
+            if response.length:  # what of Content-Length has not come
+                raise UnreachableError(f"{key} {source}: the body ended {response.length} bytes early; start it again")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no possible host
+        wrong = isinstance(error, ValueError) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
+        raise (ConfigError if wrong else UnreachableError)(f"{key} {source}: {error}") from None
+
+
+def _from_store(source: str, target: Path, open_store: Callable[[str], Store] | None, key: str) -> None:
+    folder, _, name = source.rpartition("/")
+    if open_store is None or not name or folder == "s3:/":
+        raise ConfigError(f"{key} {source}: needs s3://bucket/key and a command that reads S3; else give a local path")
+    store = open_store(folder)
+    try:
+        store.download(name, target)
+    except DataError as error:
+        if name in store.list(name):  # it is there, and was replaced or cut short meanwhile
+            raise
+        raise ConfigError(f"{key} {source}: no such object") from error

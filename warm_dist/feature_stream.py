@@ -1,0 +1,62 @@
+"""Features of numbered images, batch after batch over all ranks: sums for mean and covariance, and a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from warm_dist.distributed import World, add_up, collect
+from warm_dist.extractors import Extractor, features
+from warm_dist.fid import Moments
+
+Rows = NDArray[np.float32]
+
+
+def batches_of(world: World, num_images: int, batch_size: int) -> tuple[list[range], int]:
+    """This rank's batches of image numbers 0 … num_images - 1, and how many the rank with most has.
+
+    Whole batches are dealt in turn, so that an image has the same companions at any world size, and comes out bit-equal.
+    With fewer batches than ranks they are made smaller.
+    """
+    size = min(batch_size, -(-num_images // world.size))
+    starts = range(0, num_images, size)
+    mine = [range(low, min(low + size, num_images)) for low in starts[world.rank :: world.size]]
+    return mine, -(-len(starts) // world.size)
+
+
+class FeatureStream:
+    """Takes images in any order and keeps none of them.
+
+    parts: sets of images, each a mask (num_images,) whose moments are wanted. kept: the mask of the images whose rows
+    are wanted, too.
+    """
+
+    def __init__(
+        self, world: World, extractor: Extractor, parts: Sequence[NDArray[np.bool_]], kept: NDArray[np.bool_]
+    ) -> None:
+        self.world, self.extractor, self.parts, self.kept = world, extractor, parts, kept
+        self.moments = [Moments.zeros(extractor.num_features) for _ in parts]
+        self._rows: list[tuple[int, Rows]] = []
+
+    def add(self, numbers: range, images: NDArray[np.uint8] | Tensor) -> None:
+        """images: (len(numbers), C, H, W) uint8."""
+        rows = features(self.extractor, images, len(numbers))
+        here = slice(numbers.start, numbers.stop)
+        for mask, moments in zip(self.parts, self.moments, strict=True):
+            moments.add(rows[mask[here]])
+        if self.kept[here].any():
+            self._rows.append((numbers.start, rows[self.kept[here]]))
+
+    def result(self) -> tuple[list[Moments], Rows]:
+        """The moments over all ranks, on every rank; on rank 0 also the kept rows, in the images' order. A collective."""
+        moments = [Moments.from_flat(add_up(self.world, part.flat(), "moments")) for part in self.moments]
+        pieces = sorted((piece for part in collect(self.world, self._rows, "rows") for piece in part), key=_number)
+        empty = np.empty((0, self.extractor.num_features), np.float32)
+        return moments, np.concatenate([empty, *(rows for _, rows in pieces)])
+
+
+def _number(piece: tuple[int, Rows]) -> int:
+    return piece[0]

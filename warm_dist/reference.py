@@ -1,0 +1,127 @@
+"""The real images' side of a Fréchet distance: measured once, kept beside the manifest, with the floor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from warm_dist import fid, rng
+from warm_dist.distributed import World
+from warm_dist.errors import WarmDistError
+from warm_dist.extractors import Extractor
+from warm_dist.feature_stream import FeatureStream, Rows, batches_of
+from warm_dist.fid import Moments
+from warm_dist.types import Store
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """moments: of all real images compared. rows: (K, D), features of K random ones, for KID, precision and recall.
+
+    floor: the Fréchet distance between two disjoint random parts of floor_n real images each: what a perfect model
+    would get.
+    """
+
+    moments: Moments
+    rows: Rows
+    floor: float
+    floor_n: int
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """All that decides a Reference. num_images: of the generated ones, which the floor's parts match if they can."""
+
+    extractor: str
+    extractor_sha256: str
+    resize: str
+    fingerprint: str
+    num_real: int
+    num_images: int
+    num_rows: int
+
+    @property
+    def path(self) -> str:
+        """Of the file: reference/HASH.safetensors."""
+        text = json.dumps([FORMAT, vars(self)], sort_keys=True)
+        return f"reference/{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+
+def measure(
+    world: World,
+    extractor: Extractor,
+    spec: ReferenceSpec,
+    total: int,
+    read: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
+    batch_size: int,
+    progress: Callable[[int], None],
+    rest: Callable[[int], None],
+) -> Reference:
+    """Measure the reference on all ranks; whole on rank 0 alone. A collective.
+
+    total: images of the data set, of which spec.num_real are taken at random. read: their rows → (n, C, H, W) uint8.
+    progress: called after each batch with its size; rest: at the end, with how many batches fewer this rank had.
+    """
+    chosen = np.arange(total)
+    if spec.num_real < total:
+        chosen = np.sort(rng.generator(0, "reference").permutation(total)[: spec.num_real])
+    halves = fid.floor_halves(spec.num_real, spec.num_images, seed=0)
+    kept = rng.generator(0, "reference rows").permutation(spec.num_real)[: spec.num_rows]
+    masks = [_mask(spec.num_real, part) for part in (np.arange(spec.num_real), *halves)]
+    stream = FeatureStream(world, extractor, masks, _mask(spec.num_real, kept))
+    mine, most = batches_of(world, spec.num_real, batch_size)
+    for numbers in mine:
+        stream.add(numbers, read(chosen[numbers.start : numbers.stop]))
+        progress(len(numbers))
+    rest(most - len(mine))
+    (moments, *two), rows = stream.result()
+    floor = fid.frechet_distance(*two) if world.is_main else 0.0
+    return Reference(moments, rows, floor, len(halves[0]))
+
+
+def load(stores: Sequence[Store], spec: ReferenceSpec) -> Reference | None:
+    """From the first store that has it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as parse
+
+    for store in stores:
+        try:
+            tensors = parse(store.read(spec.path))
+            numbers = tensors["floor"].tolist()
+            return Reference(Moments.from_flat(tensors["moments"]), tensors["rows"], numbers[0], int(numbers[1]))
+        except (WarmDistError, SafetensorError, KeyError, ValueError):
+            continue  # absent, out of reach, or damaged: measured anew
+    return None
+
+
+def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> str | None:
+    """Write it to the first store that takes it; returns where, or None."""
+    from safetensors.numpy import save
+
+    tensors: dict[str, NDArray[Any]] = {
+        "moments": reference.moments.flat(),
+        "rows": reference.rows,
+        "floor": np.array([reference.floor, reference.floor_n], np.float64),
+    }
+    data = save(tensors, {"spec": json.dumps(vars(spec))})
+    for store in stores:
+        try:
+            store.write(spec.path, data)
+        except WarmDistError:
+            continue  # a data set that may only be read, for instance
+        return f"{store.url}/{spec.path}"
+    return None
+
+
+def _mask(size: int, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
+    mask = np.zeros(size, bool)
+    mask[chosen] = True
+    return mask
