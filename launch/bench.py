@@ -1,4 +1,4 @@
-"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step` and `scaling`."""
+"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step`, `features`, `scaling`."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def scaling(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    from launch import bench_step  # which imports this module
+    from launch import bench_features, bench_step  # which import this module
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -313,6 +313,7 @@ def main() -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=data)
     bench_step.add_arguments(commands.add_parser("step", help="what EMAs, metrics and a second rank cost a step"))
+    bench_features.add_arguments(commands.add_parser("features", help="what evaluation costs, beside clean-fid"))
     command = commands.add_parser(
         "scaling", help="a step from 1 to 1024 GPUs by warm_dist/scaling.py; measures nothing"
     )

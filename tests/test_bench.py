@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.bench import BATCH, DataBench, Spread, crop, photographs
+from launch.bench_features import FeaturesBench
+from launch.bench_features import table as features_table
 from launch.bench_step import StepBench
 from launch.bench_step import table as step_table
 from tests.processes import ROOT
@@ -157,6 +160,42 @@ def test_verdicts_of_a_step(side_s: float, speed: float, side: bool, speedup: bo
     assert report["speedup"]["2 ranks"]["target"] == (0.9 if (os.cpu_count() or 1) > 1 else None)
     if (os.cpu_count() or 1) > 1:
         assert re.search(rf"^2 ranks .* target 0.9: {'met' if speedup else 'missed'}$", text, re.M)
+
+
+@pytest.mark.slow
+def test_features_are_measured(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "launch/bench.py", "features", "--num-images", "4", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    report = json.loads(done.stdout)
+    assert report["cpu_ms"].keys() == {"clean-fid", "ours", "ours, bf16"}
+    assert min(found["median"] for found in report["cpu_ms"].values()) > 1
+    assert report["distance_s"].keys() == {"4096", "1000"}
+    assert report["bf16"]["float32"] > 0
+    assert 0 < abs(report["bf16"]["relative"]) < 0.1
+
+
+def test_features_need_images() -> None:
+    command = [sys.executable, "launch/bench.py", "features", "--num-images", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == ConfigError.exit_code
+    assert "--num-images must be at least 4" in done.stderr
+
+
+@pytest.mark.parametrize(("ours", "bf16", "distance_s", "met"), [(70, 30, 2.0, True), (90, 50, 4.0, False)])
+def test_verdicts_of_features(ours: float, bf16: float, distance_s: float, met: bool) -> None:
+    bench = FeaturesBench({}, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    bench.cpu_ms = {"clean-fid": [100.0, 100.0], "ours": [ours, ours], "ours, bf16": [bf16, bf16]}
+    bench.distance_s = {4096: [distance_s, distance_s]}
+    report = bench.report()
+    assert report["ratios"]["ours"]["median"] == pytest.approx(ours / 100)
+    text = features_table(report | {"bf16": {"float32": 2.0, "bf16": 2.1, "error": 0.1, "relative": 0.05}})
+    word = "met" if met else "missed"
+    for name, target in (("ours", "0.8"), ("ours, bf16", "0.4"), ("4096 images each", "3")):
+        assert re.search(rf"^{name} .* target {target}: {word}$", text, re.M)
+    assert text.endswith("error +0.1000 (+5.00%)")
 
 
 def test_pictures_are_the_same_in_every_run_and_differ() -> None:
