@@ -67,7 +67,7 @@ def main() -> int:
         os.nice(10)  # training first
     if owner:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
-    with _only_mirror(args.run):
+    with _only_mirror(args.run, owner):
         if args.follow:
             _follow(mirror, owner)
         _finish(mirror, attempt, owner, model)
@@ -106,7 +106,7 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendMod
                 mirror.finish(*end, files=[curves], send_model=send_model)
             return
         except UnreachableError as error:
-            if trial == LAST_TRIES:
+            if trial == LAST_TRIES or _attempt(mirror.run) > attempt:  # the next attempt's mirror waits for us
                 raise UnreachableError(
                     f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
                 ) from None
@@ -156,7 +156,8 @@ def _tracking(run: Path) -> TrackingConfig:
 
 
 @contextlib.contextmanager
-def _only_mirror(run: Path) -> Iterator[None]:
+def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
+    """The run's lock. The mirror of an attempt that goes on waits for the one before, whose request may hang."""
     deadline = time.monotonic() + LOCK_S
     with (run / "mirror.lock").open("a") as lock:
         while True:
@@ -164,7 +165,7 @@ def _only_mirror(run: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline and not (owner and owned.alive(owner)):
                     raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
                 time.sleep(POLL_S / 4)
         yield

@@ -76,6 +76,8 @@ class Quickstart:
             self.seconds["train"] -= self.seconds["evaluate"]
             with self._timed("mirror"):
                 self._catch_up(servers)
+            with self._timed("report"):
+                self._write_report()
         if code == errors.EXIT_OK:
             print(self._report(time.monotonic() - begun), flush=True)
         return code
@@ -154,6 +156,12 @@ class Quickstart:
         if (self.output / "config.json").exists():
             subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
 
+    def _write_report(self) -> None:
+        from warm_dist import report
+
+        if (self.output / "config.json").exists():
+            report.write([self.output], [], self.output / "report.html")
+
     def _metrics(self, kind: str) -> list[dict[str, Any]]:
         return [r for r in read_metrics(self.output / "metrics.jsonl") if r["kind"] == kind]
 
@@ -167,6 +175,7 @@ class Quickstart:
                 f"quickstart: finished in {total_s:.0f} s",
                 f"  {phases}   {rate}",
                 *self._distances(),
+                f"  report   {self.output / 'report.html'}",
                 f"  MLflow   make ui{port}",
             ]
         )
@@ -178,11 +187,12 @@ class Quickstart:
         last, sampler = evaluations[-1], self.config.sampler
         first = next(r for r in evaluations if r["spec"] == last["spec"])  # other specs are never compared
         floor, n = last["floor"], self.config.eval.num_images
+        spread = "" if last.get("spread") is None else f" ± {last['spread']:.2f} over {last['blocks']} blocks of seeds"
         excess = (last["frechet"] - floor) / (first["frechet"] - floor)
         return [
             f"  {last['name']}, n = {n:,}, {sampler.method} {sampler.num_steps} steps, spec {last['spec']}",
             f"    before training {first['frechet']:8.2f}   (nimg {first['nimg']:,})",
-            f"    after training  {last['frechet']:8.2f}   (nimg {last['nimg']:,})",
+            f"    after training  {last['frechet']:8.2f}{spread}   (nimg {last['nimg']:,})",
             f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images each)",
             f"    excess over the floor: {100 * excess:.1f} % of that before training",
             f"  samples  {self.output / last['grid']}",

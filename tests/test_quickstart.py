@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.processes import ROOT, free_port
 from warm_dist.errors import Stopped
@@ -30,6 +34,7 @@ SMALL = {
     "train.save_nimg": 800,
     "eval.eval_nimg": 1600,
     "eval.num_images": 64,
+    "eval.num_blocks": 3,
     "eval.extractor": "pixels",
     "eval.grid": 4,
     "sampler.num_steps": 4,
@@ -85,6 +90,9 @@ def test_it_prints_what_the_issue_of_a_run_is(root, finished):
     second = finished[1]
     for words in ("before training", "after training", "floor", "excess over the floor", "make ui", "images/s"):
         assert words in second
+    assert re.search(r"after training +[\d.]+ ± [\d.]+ over 3 blocks of seeds   \(nimg 1,600\)", second)
+    page = Path(re.search(r"report   (\S+\.html)", second)[1]).read_text()
+    assert "quickstart" in page
     grid = Path(re.search(r"samples  (\S+\.png)", second)[1])
     assert grid.read_bytes().startswith(b"\x89PNG")
 
@@ -123,5 +131,13 @@ def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root,
         "metrics"
     ]
     assert sorted(int(m["step"]) for m in history) == list(range(160, 1601, 160))
+    listed = json.loads(get(f"{api}/artifacts/list?run_id={run_id}&path=images"))["files"]
+    (name,) = [file["path"] for file in listed if "+step+1600+" in file["path"] and file["path"].endswith(".png")]
+    picture = get(f"{ui}/get-artifact?path={urllib.parse.quote(name, safe='')}&run_uuid={run_id}")
     grid = root / "quickstart" / "samples" / "000000001600.png"
-    assert get(f"{ui}/get-artifact?path=samples/{grid.name}&run_uuid={run_id}") == grid.read_bytes()
+    with Image.open(io.BytesIO(picture)) as shown, Image.open(grid) as drawn:
+        assert np.array_equal(np.asarray(shown), np.asarray(drawn))
+    body = json.dumps({"experiment_ids": ["1"]}).encode()
+    request = urllib.request.Request(f"{api}/logged-models/search", body, {"Content-Type": "application/json"})
+    (model,) = json.loads(get(request))["models"]
+    assert (model["info"]["name"], model["info"]["status"]) == ("ema", "LOGGED_MODEL_READY")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -158,6 +159,7 @@ def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, 
     log(run, STEPS[20:], attempt=2, scale=2.0)  # … and the second logged ten steps again
     MetricsLog(run / "metrics.jsonl", 2).write(STEPS[-1], "eval", frechet=70.5, floor=14.4, spec="abc123def456")
     make_run(run, "http://127.0.0.1:1", attempt=2, lr_ramp_nimg=64)
+    write_json(run / "config.json", read_json(run / "config.json") | {"process": {"bnr": 0.1}})
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
     save_grid(images, run / "samples" / "000000001280.png", columns=2)
     write_json(run / "exit.json", {"code": 0, "reason": "https://key:hunter2@s3/x was read", "attempt": 2})
@@ -175,6 +177,7 @@ def test_a_finished_run_is_shown_whole_and_once(running: Services, client: Any, 
     assert shown.info.status == "FINISHED"
     assert shown.info.run_name == "trial"
     assert shown.data.params["train.lr"] == "0.001"
+    assert shown.data.params["log10_bnr"] == "-1.0000"
     wanted = {"commit": "c0ffee", "world_size": "2", "attempt": "2", "eval.spec": "abc123def456"}
     assert wanted.items() <= shown.data.tags.items()
 
@@ -345,6 +348,41 @@ def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPat
             pass
 
 
+def test_the_next_attempts_mirror_waits_for_the_one_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LOCK_S", 0.0)
+    monkeypatch.setattr(command, "POLL_S", 0.1)
+    got: list[str] = []
+
+    def wait() -> None:
+        with command._only_mirror(run, owned.identity(os.getpid())):
+            got.append("lock")
+
+    with command._only_mirror(run):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert not got
+    waiting.join(20)
+    assert got == ["lock"]
+
+
+def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log(run, STEPS)
+    tries: list[int] = []
+    monkeypatch.setattr(command, "LAST_TRIES", 50)
+
+    class Away(Mirror):
+        def sync(self, running: bool) -> int:
+            tries.append(1)
+            make_run(self.run, None, attempt=2)
+            raise UnreachableError("away")
+
+    with pytest.raises(UnreachableError, match="away"):
+        command._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
+    assert len(tries) == 1
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mirror.py", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"no config\.json"):
@@ -453,3 +491,45 @@ def test_a_slow_server_gets_one_request_for_what_is_new(running: Services, clien
     proxy.close()
     assert float(CLIENT_ENV["MLFLOW_HTTP_REQUEST_TIMEOUT"]) > 30, "an answer may take half a minute"
     assert CLIENT_ENV["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0", "MLflow's own would make a run twice"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (403, "application/json", b'{"error_code": "PERMISSION_DENIED", "message": "no"}'),
+        (500, "text/plain", b"Internal Server Error"),
+        (503, "text/plain", b""),
+        (200, "text/html", b"<html>Please log in</html>"),
+        (200, "application/json", b"{}"),
+        (200, "application/json", b"[]"),
+        (302, "text/html", b""),
+    ],
+)
+def test_a_server_that_refuses_or_is_no_mlflow_is_one_error(run: Path, status: int, kind: str, body: bytes) -> None:
+    """A proxy's login page answers 200, too."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            if status == 302:
+                self.send_header("Location", "http://127.0.0.1:9/login")
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_HEAD = answer
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    log(run, STEPS)
+    end(run, 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(UnreachableError, match=f"MLflow at {url}"):
+            Mirror(run, url, "refused").sync(running=True)
+        server.shutdown()
+    assert not (run / "mirror.json").exists()

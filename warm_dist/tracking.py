@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ class Mirror:
         config = public(read_json(self.run / "config.json") or {})
         # "$schema" is an editor's affair, and a name that MLflow refuses
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
+        params |= _axis(config)
         info = read_json(self.run / "run.json") or {}
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {"mlflow.source.git.commit": info["commit"]} if "commit" in info else {}
@@ -227,3 +229,9 @@ class Mirror:
         """What no other run has: a digest of the first line of metrics.jsonl, time stamp included; "" without one."""
         line = self._first_line()
         return hashlib.sha256(line).hexdigest()[:32] if line else ""
+
+
+def _axis(config: dict[str, Any]) -> dict[str, str]:
+    """The logarithm of a constant BNR: the axes of MLflow's parallel coordinates are linear."""
+    bnr = config.get("process", {}).get("bnr")
+    return {"log10_bnr": f"{math.log10(bnr):.4f}"} if isinstance(bnr, int | float) and bnr > 0 else {}
