@@ -81,31 +81,32 @@ def main() -> int:
 
     results = distributed.on_main(world, open_results)
     networks = [Network(weights, args, world) for weights in args.weights]  # all are legal before any is sampled
-    lines: list[dict[str, Any]] = []
+    found: list[list[dict[str, Any]]] = []
     for network in networks:
-        mine = network.measure(stop, results)
-        lines += mine
-        if world.is_main:
-            evaluation_table.write(lines, args.out)
-            _log(network, mine, args)
-    if world.is_main:
-        print(evaluation_table.text(lines))
+        found.append(network.measure(stop, results))
+        lines = [line for part in found for line in part]
+        distributed.on_main(world, lambda lines=lines: evaluation_table.write(lines, args.out))  # type: ignore[misc]
     distributed.shutdown()
+    if world.is_main:  # alone, since a server may take its time
+        print(evaluation_table.text(lines))
+        for network, part in zip(networks, found, strict=True):
+            _log(network, part, args)
     return errors.EXIT_OK
 
 
 class Network:
-    """One weights file, and the samplers to measure it with."""
+    """One weights file, and the samplers to measure it with. Raises CheckpointError, and ConfigError for a sampler."""
 
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
         from warm_dist.config import EvalConfig
+        from warm_dist.downloads import file_sha256
         from warm_dist.generate import load_weights
 
         self.weights, self.args, self.world = weights, args, world
         self.path = sampling.weights_path(weights)
-        self.model: Model = load_weights(self.path, world.device)
-        self.digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        config = sampling.with_data(self.model.config, args.manifest, args.endpoint_url)
+        model = load_weights(self.path)  # not kept: there may be many
+        self.recipe, self.digest = _recipe(model), file_sha256(self.path)
+        config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
         changes = {"batch_size": args.batch_size}
         changes |= {"num_images": args.num_images} if args.num_images else {}
@@ -129,20 +130,20 @@ class Network:
         from data_pipelines.loader import open_loader
         from data_pipelines.store import open_store
         from warm_dist.evaluation import Evaluator
+        from warm_dist.generate import load_weights
 
-        world, args = self.world, self.args
+        world, args, model = self.world, self.args, load_weights(self.path)
         with contextlib.closing(open_loader(self.config, world.rank, world.size)) as loader:
-            sampling.check_data(self.model.info, loader.manifest.info, self.path)
-            read, info = loader.read, self.model.info
-            evaluator = Evaluator(self.config, world, info, read, args.out, self.say, open_store)
-            evaluator.network.load_state_dict(self.model.network.state_dict())
+            sampling.check_data(model.info, loader.manifest.info, self.path)
+            evaluator = Evaluator(self.config, world, model.info, loader.read, args.out, self.say, open_store)
+            evaluator.network.load_state_dict(model.network.state_dict())
             keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # equal ones once
             for block, (key, sampler) in itertools.product(range(self.num_blocks), keys.items()):
                 line = results.setdefault(key, {"per_block": []})
                 if len(line["per_block"]) == block and "problem" not in line:
                     self._block(evaluator, sampler, block, stop, line, key)
                     self._keep(results)
-        origin = {"recipe": _recipe(self.model), "seed": self.config.train.seed}
+        origin = {"recipe": self.recipe, "seed": self.config.train.seed}
         return [results[key] | origin for key in keys]
 
     def _block(

@@ -89,6 +89,7 @@ def test_the_compare_page_shows_what_differs(running: Services, runs: list[Path]
             switch.click()  # show diff only
         text = wait_for(driver, lambda text: "train.lr" not in text)
         assert {"process.bnr", "log10_bnr"} <= set(text.split())
+        driver.execute_script("document.querySelectorAll('*').forEach(e => e.scrollTop = 0)")
         picture(driver, tmp_path / "compare.png")
 
 

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from warm_dist.mlflow_client import patience
+
 PACKAGE = Path(__file__).resolve().parent
 NAME = "ema"
 _NIMG_TAG = "warm_dist.nimg"
@@ -47,7 +49,8 @@ def _log(client: Any, experiment: str, run_id: str, weights: Path, nimg: int) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         save_model(path, weights, model)
-        client.log_model_artifacts(made.model_id, str(path))
+        with patience(weights.stat().st_size):
+            client.log_model_artifacts(made.model_id, str(path))
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=nimg)])
     client.finalize_logged_model(made.model_id, "READY")
     return str(made.model_id)

@@ -49,6 +49,18 @@ def reaching(url: str) -> Iterator[None]:
         raise UnreachableError(f"MLflow at {public(url)}: {public(reason)}") from None
 
 
+@contextlib.contextmanager
+def patience(num_bytes: int) -> Iterator[None]:
+    """Let a request that carries a large file take a second more for each megabyte."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ[name]
+    os.environ[name] = str(int(before) + num_bytes // 1_000_000)
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
 def client_of(url: str) -> Any:
     """An MlflowClient; use it inside `reaching`."""
     from mlflow import MlflowClient
