@@ -33,7 +33,8 @@ def parse() -> argparse.Namespace:
     def many(flag: str, text: str) -> None:
         parser.add_argument(flag, nargs="+", default=[], metavar="A,B", help=text)
 
-    parser.add_argument("weights", type=Path, nargs="+", help="finished runs' folders, or files of launch/export.py")
+    where = "finished runs' folders, checkpoints (RUN/checkpoints/NIMG), or files of launch/export.py"
+    parser.add_argument("weights", type=Path, nargs="+", help=where)
     many("--bnr", "default: the config's path")
     many("--method", "default: the config's")
     many("--nfe", "network evaluations an image; where a method cannot spend all, one less (heun's are odd)")
@@ -99,11 +100,12 @@ class Network:
 
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
         from warm_dist.config import EvalConfig
+        from warm_dist.distributed import on_main
         from warm_dist.downloads import file_sha256
         from warm_dist.generate import load_weights
 
         self.weights, self.args, self.world = weights, args, world
-        self.path = sampling.weights_path(weights)
+        self.path: Path = on_main(world, lambda: sampling.weights_path(weights))
         model = load_weights(self.path)  # not kept: there may be many
         self.recipe, self.digest = _recipe(model), file_sha256(self.path)
         config = sampling.with_data(model.config, args.manifest, args.endpoint_url)

@@ -147,6 +147,21 @@ def test_a_surface_is_a_table_a_picture_and_goes_on_where_it_was(runs, tmp_path)
         assert picture.width > 1000
 
 
+def test_checkpoints_are_a_list_to_evaluate(runs, tmp_path):
+    (newest,) = (runs / "random" / "checkpoints").glob("[0-9]*")
+    args = [newest, runs / "random", "--num-images", 64, "--blocks", 1, "--out", tmp_path]
+    done = command("evaluate", *args)
+    assert done.returncode == 0, done.stderr
+    (only,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert only["blocks"] == 1, "the run's weights are those of its newest checkpoint"
+    (rank,) = newest.glob("rank_0.safetensors")
+    whole = rank.read_bytes()
+    (runs / "random" / "weights" / f"ema_{newest.name}.safetensors").unlink()
+    rank.write_bytes(whole[:-4])
+    assert command("evaluate", *args).returncode == 4
+    rank.write_bytes(whole)
+
+
 def test_a_sampler_that_leaves_the_numbers_is_a_cell_and_not_the_end(runs, tmp_path):
     from safetensors import safe_open
     from safetensors.numpy import save_file
