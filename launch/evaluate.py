@@ -13,18 +13,22 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import evaluation_table, sampling
 from warm_dist import errors
-from warm_dist.errors import ConfigError, NumericsError, UnreachableError
+from warm_dist.errors import ConfigError, DataError, NumericsError, UnreachableError
 
 if TYPE_CHECKING:
     from warm_dist.config import Config, SamplerConfig
     from warm_dist.distributed import StopSignal, World
     from warm_dist.evaluation import Evaluator
     from warm_dist.generate import Model
+
+
+PATIENCE_S = 3600  # of a rank with a batch less, or whose file is cached: a batch of a large network takes minutes
 
 
 def parse() -> argparse.Namespace:
@@ -41,7 +45,7 @@ def parse() -> argparse.Namespace:
     sampling.add_set(parser)
     parser.add_argument("--num-images", type=int, help="of a block; default: the config's eval.num_images, else 2048")
     parser.add_argument("--blocks", type=int, help="of seeds; default: the config's eval.num_blocks, else 3")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size, else 64")
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of all that is written")
@@ -49,10 +53,15 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, float), _numbers("--nfe", args.nfe, int)
     args.method = [name for text in args.method for name in text.split(",") if name] or [None]
-    if (args.num_images is not None and args.num_images < 2) or args.batch_size < 1:
-        raise ConfigError("--num-images must be at least 2, --batch-size positive")
-    if args.blocks is not None and args.blocks < 1:
-        raise ConfigError(f"--blocks {args.blocks}: must be at least 1")
+    for flag, value, least in (
+        ("--num-images", args.num_images, 2),
+        ("--batch-size", args.batch_size, 1),
+        ("--blocks", args.blocks, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} {value}: must be at least {least}")
+    if args.mlflow_url and not args.mlflow_url.startswith(("http://", "https://")):
+        raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the address of a server, http://… or https://…")
     if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr must be finite and not negative")
     return args
@@ -69,18 +78,11 @@ def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list
 def main() -> int:
     args = parse()
     from warm_dist import distributed
-    from warm_dist.metrics import make_folder, read_json
 
     stop = distributed.StopSignal().install()
     distributed.set_threads()
-    world = distributed.init(120)
-
-    def open_results() -> dict[str, Any]:
-        make_folder(args.out)
-        kept = read_json(args.out / "results.json") or {}
-        return {key: line for key, line in kept.items() if "per_block" in line}  # an older version's are done again
-
-    results = distributed.on_main(world, open_results)
+    world = distributed.init(PATIENCE_S)
+    results = distributed.on_main(world, lambda: _open_results(args.out))
     networks = [Network(weights, args, world) for weights in args.weights]  # all are legal before any is sampled
     found: list[list[dict[str, Any]]] = []
     for network in networks:
@@ -93,6 +95,16 @@ def main() -> int:
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK
+
+
+def _open_results(out: Path) -> dict[str, Any]:
+    from warm_dist.metrics import make_folder, read_json
+
+    make_folder(out)
+    kept = read_json(out / "results.json")
+    if not isinstance(kept, dict) and (out / "results.json").exists():
+        raise DataError(f"{out / 'results.json'}: is no results of this command; name another --out")
+    return {key: line for key, line in (kept or {}).items() if "per_block" in line}  # an older version's are done again
 
 
 class Network:
@@ -110,7 +122,7 @@ class Network:
         self.recipe, self.digest = _recipe(model), file_sha256(self.path)
         config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
-        changes = {"batch_size": args.batch_size}
+        changes = {"batch_size": args.batch_size} if args.batch_size else {}
         changes |= {"num_images": args.num_images} if args.num_images else {}
         changes |= {"num_blocks": args.blocks} if args.blocks else {}
         self.config: Config = config.model_copy(update={"eval": base.model_copy(update=changes)})
@@ -135,7 +147,7 @@ class Network:
         from warm_dist.generate import load_weights
 
         world, args, model = self.world, self.args, load_weights(self.path)
-        with contextlib.closing(open_loader(self.config, world.rank, world.size)) as loader:
+        with contextlib.closing(open_loader(self.config, 0, 1)) as loader:  # only looked up in
             sampling.check_data(model.info, loader.manifest.info, self.path)
             evaluator = Evaluator(self.config, world, model.info, loader.read, args.out, self.say, open_store)
             evaluator.network.load_state_dict(model.network.state_dict())
@@ -158,6 +170,8 @@ class Network:
             values = evaluator.block(sampler, block, stop, str(self.weights), picture if block == 0 else None)
         except NumericsError as error:
             self.say(f"{self.weights}: {error}")
+            for name in line.keys() - {"weights", "sha256", "sampler", "per_block"}:
+                del line[name]  # the means of blocks before
             line |= evaluator.identity(sampler) | {"problem": str(error), "frechet": None}
             return
         line["per_block"].append(values)
@@ -192,16 +206,26 @@ def _log(network: Network, lines: list[dict[str, Any]], args: argparse.Namespace
     if not url:
         return
     parent = (read_json(network.weights / "mirror.json") or {}).get("run_id") if network.weights.is_dir() else None
-    facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")} | {"blocks": network.num_blocks}
-    points = evaluation_table.points(lines)
+    facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")}
+    facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
+    cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks are another mean
+    identity = hashlib.sha256(json.dumps([facts, cells]).encode()).hexdigest()[:32]
     name = f"evaluate-{network.weights.name}"
-    identity = hashlib.sha256(json.dumps([facts, sorted(points)]).encode()).hexdigest()[:32]
     files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
     try:
-        log_finished(url, tracking.experiment, name, identity, params=facts, metrics=points, files=files, parent=parent)
+        log_finished(
+            url,
+            tracking.experiment,
+            name,
+            identity,
+            params=facts,
+            metrics=evaluation_table.points(lines),
+            files=files,
+            parent=parent,
+        )
     except UnreachableError as error:
         network.say(f"not logged: {error}; the same command logs it when the server is back")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, quiet=os.environ.get("RANK", "0") != "0")

@@ -28,6 +28,8 @@ from warm_dist.tracking import Mirror, SendModel
 POLL_S = 1.0
 LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
 LAST_TRIES = 3
+EXIT_S = 5.0  # after its owner's end: a peer may still write why
+SILENCE_S = 60.0  # of a run's heartbeat, after which it is taken for dead
 LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at its last tries
 
 
@@ -94,16 +96,16 @@ def _follow(mirror: Mirror, owner: str | None) -> None:
 
 def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendModel | None = None) -> None:
     """Send all that is there and how the run ended, if it has. Raises UnreachableError with the command to catch up."""
+    deadline = time.monotonic() + EXIT_S
+    while owner and not _ended(mirror.run, None) and time.monotonic() < deadline:
+        time.sleep(POLL_S / 4)
     for trial in range(1, LAST_TRIES + 1):
         try:
             end = _end(mirror.run, attempt, owner)
-            mirror.sync(running=False)
             if end:
-                curves = mirror.run / "curves.png"
-                from warm_dist.figures import loss_curve
-
-                loss_curve(read_metrics(mirror.run / "metrics.jsonl"), curves)
-                mirror.finish(*end, files=[curves], send_model=send_model)
+                mirror.finish(*end, lambda: _curves(mirror.run), send_model)
+            else:
+                mirror.sync(running=False)
             return
         except UnreachableError as error:
             if trial == LAST_TRIES or _attempt(mirror.run) > attempt:  # the next attempt's mirror waits for us
@@ -122,6 +124,17 @@ def _send_model(register: str | None) -> SendModel:
     return send
 
 
+def _curves(run: Path) -> list[Path]:
+    from warm_dist.figures import loss_curve
+
+    try:
+        loss_curve(read_metrics(run / "metrics.jsonl"), run / "curves.png")
+    except OutputError as error:  # a full disk is no reason to say nothing of the run's end
+        _say(str(error))
+        return []
+    return [run / "curves.png"]
+
+
 def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
     """Status, tags and time of the run's end; None while it goes on, or as far as anybody knows."""
     exit_file = read_json(run / "exit.json")
@@ -129,7 +142,8 @@ def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str
         status = {0: "FINISHED", 75: "KILLED"}.get(exit_file["code"], "FAILED")
         tags = {"exit.code": str(exit_file["code"]), "exit.reason": str(exit_file["reason"])}
         return status, tags, (run / "exit.json").stat().st_mtime
-    if owner and not owned.alive(owner) and _attempt(run) == attempt:
+    gone = not owned.alive(owner) if owner else _abandoned(run)
+    if gone and _attempt(run) == attempt:
         return "KILLED", {"exit.reason": "the process ended without an exit.json"}, time.time()
     return None
 
@@ -139,6 +153,17 @@ def _ended(run: Path, owner: str | None) -> bool:
     return bool(exit_file and exit_file.get("attempt", 0) >= _attempt(run)) or (
         owner is not None and not owned.alive(owner)
     )
+
+
+def _abandoned(run: Path) -> bool:
+    """Nobody trains there, as far as the run's lock and its first rank's heartbeat can tell; false for a folder without."""
+    try:
+        silent_s = time.time() - (run / "heartbeat" / "rank_0.json").stat().st_mtime
+        with (run / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return silent_s > SILENCE_S
 
 
 def _attempt(run: Path) -> int:
@@ -159,7 +184,11 @@ def _tracking(run: Path) -> TrackingConfig:
 def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
     """The run's lock. The mirror of an attempt that goes on waits for the one before, whose request may hang."""
     deadline = time.monotonic() + LOCK_S
-    with (run / "mirror.lock").open("a") as lock:
+    try:
+        lock = (run / "mirror.lock").open("a")
+    except OSError as error:
+        raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
+    with lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -193,7 +193,7 @@ class Quickstart:
             f"  {last['name']}, n = {n:,}, {sampler.method} {sampler.num_steps} steps, spec {last['spec']}",
             f"    before training {first['frechet']:8.2f}   (nimg {first['nimg']:,})",
             f"    after training  {last['frechet']:8.2f}{spread}   (nimg {last['nimg']:,})",
-            f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images each)",
+            f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images and all others)",
             f"    excess over the floor: {100 * excess:.1f} % of that before training",
             f"  samples  {self.output / last['grid']}",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Attempt:
             raise
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
+        self._mirror: subprocess.Popen[bytes] | None = None
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -143,6 +145,7 @@ class Attempt:
                 if world.is_main:
                     exporter = Exporter(config.tracking.prometheus_host, port) if port else None
                     log = MetricsLog(self.path / "metrics.jsonl", self.number, exporter)
+                    log.begin()
                 self._start_mirror()
                 evaluator = None
                 if config.eval:
@@ -153,6 +156,10 @@ class Attempt:
                 late_s = float(config.parallel.timeout_s)
             finally:
                 self.nimg = trainer.nimg
+                if self._mirror is not None and self._mirror.poll() is not None:
+                    self.say(
+                        f"the MLflow mirror has ended, see mirror.log; python launch/mirror.py {self.path} catches up"
+                    )
                 late = storage.close(late_s)
                 trainer.report_uploads()
                 for upload in late:
@@ -204,7 +211,10 @@ class Attempt:
         if self.world.is_main and self.config.tracking.mlflow_url:
             from launch.mirror import start_mirror
 
-            start_mirror(self.path)
+            try:
+                self._mirror = start_mirror(self.path)
+            except OSError as error:
+                self.say(f"no MLflow mirror ({error.strerror}); later: python launch/mirror.py {self.path}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from warm_dist.bnr import ConstantBNR, PowerBNR, TableBNR, as_path, describe
+from warm_dist.bnr import ConstantBNR, PowerBNR, TableBNR, as_path, describe, exact
 
 SIGMA = torch.tensor([0.0, 0.002, 0.3, 1.0, 4.0, 80.0], dtype=torch.float64)
 
@@ -45,3 +45,12 @@ def test_tables_that_are_no_path_are_refused(sigma, bnr, words):
 def test_description_names_what_matters():
     assert describe(0.5) == "0.5"
     assert describe(PowerBNR(kind="power", bnr=0.5, exponent=0.2)) == "power(bnr 0.5, exponent 0.2, sigma_ref 1.0)"
+
+
+def test_descriptions_of_different_numbers_differ():
+    assert [describe(value) for value in (0, 1.0, 0.65, 10.0, None)] == ["0", "1", "0.65", "10", "none"]
+    assert describe(0.1234567) == "0.1234567"
+    assert describe(0.12345671) == "0.12345671"
+    assert exact(1e-05) == "1e-05"
+    assert exact(1234567.0) == "1234567.0"
+    assert exact(float("inf")) == "inf"

@@ -56,6 +56,23 @@ def test_what_cannot_be_extracted_is_refused() -> None:
             make_extractor(name, bf16=True)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_name_their_extractor(value: float) -> None:
+    class Sick(Pixels):
+        name = "sick"
+
+        def __call__(self, images: torch.Tensor) -> NDArray[np.float32]:
+            out = super().__call__(images)
+            out[:, -1] = np.where(images[:, 0, 0, 0].numpy() == 0, value, out[:, -1])
+            return out
+
+    images = noise(5, 8) | 1
+    assert np.array_equal(features(Sick(), images, 3), features(Pixels(), images, 3))
+    images[4] = 0
+    with pytest.raises(DataError, match="sick gives features that are not finite for 1 of 2 images"):
+        features(Sick(), images, 3)
+
+
 @pytest.fixture(scope="module")
 def lite0() -> Lite0:
     return Lite0()

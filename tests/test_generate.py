@@ -11,7 +11,16 @@ from tests.distributed.worker import config, info
 from warm_dist.config import SamplerConfig
 from warm_dist.config_file import dump
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.generate import Model, build_network, centre, generate, load_guide, sample_labels, to_uint8
+from warm_dist.generate import (
+    Model,
+    build_network,
+    centre,
+    describe_sampling,
+    generate,
+    load_guide,
+    sample_labels,
+    to_uint8,
+)
 from warm_dist.types import Heads
 
 CPU = torch.device("cpu")
@@ -111,6 +120,37 @@ def test_a_guide_that_saw_other_data_is_refused(tmp_path):
     assert load_guide(SamplerConfig(guide=str(path)), model.info) is None  # weight 1 needs none
     with pytest.raises(CheckpointError, match="made from data synthetic"):
         load_guide(options, replace(model.info, fingerprint="other"))
+
+
+def test_the_description_has_a_guides_bytes(tmp_path):
+    settings, path = config(tmp_path), tmp_path / "weak.safetensors"
+    options = SamplerConfig(guidance=2.0, guide=str(path))
+    assert describe_sampling(settings, options).endswith(f"guidance 2 by {path}")  # none there: load_guide tells
+    path.write_bytes(b"abc")
+    assert describe_sampling(settings, options).endswith(f"by {path} (sha256 ba7816bf8f01)")  # FIPS 180-2, B.1
+    path.write_bytes(b"abd")
+    assert "ba7816bf8f01" not in describe_sampling(settings, options)
+    assert str(path) not in describe_sampling(settings, SamplerConfig(guide=str(path))), "weight 1 needs none"
+    unguided = settings.model_copy(update={"sampler": SamplerConfig()}), SamplerConfig(guidance=2.0)
+    assert describe_sampling(*unguided).endswith("by the network without class")
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [("rho", "heun"), ("sigma_min", "heun"), ("sigma_max", "heun"), ("bnr", "heun"), ("guidance", "heun"),
+     ("eta", "ancestral"), ("s_churn", "churn"), ("s_min", "churn"), ("s_max", "churn"), ("s_noise", "churn")],
+)  # fmt: skip
+def test_the_description_knows_every_digit(tmp_path, key, method):
+    texts = {
+        describe_sampling(config(tmp_path), SamplerConfig(method=method, **{key: value}))
+        for value in (0.1234567, 0.12345671)
+    }
+    assert len(texts) == 2
+
+
+def test_the_description_of_usual_numbers_is_short(tmp_path):
+    text = "heun 18 steps, grid edm, sigma 0.002..80, rho 7, bnr 0.5, start measured"
+    assert describe_sampling(config(tmp_path), SamplerConfig(method="heun", num_steps=18)) == text
 
 
 def test_network_is_drawn_from_the_seed(tmp_path):

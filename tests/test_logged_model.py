@@ -11,16 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from data_pipelines.store import open_store
 from launch.services import Services, services
 from tests.distributed.worker import config, info
 from tests.test_tracking import end, found, log, make_run
 from warm_dist import logged_model
+from warm_dist.checkpoint import CHECKPOINTS
 from warm_dist.config_file import dump
-from warm_dist.generate import build_network, generate, load_weights, sample_labels
+from warm_dist.distributed import World
+from warm_dist.errors import UnreachableError
+from warm_dist.generate import build_network, export_weights, generate, load_weights, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV
+from warm_dist.storage import Storage
 from warm_dist.tracking import Mirror
 
+ALONE = World(0, 1, torch.device("cpu"), None)
 LOADER = """
 import json, sys
 import mlflow.pyfunc, pandas as pd
@@ -41,13 +48,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """As export_weights leaves them in a run's folder."""
-    from safetensors.torch import save_file
-
-    settings = config(tmp_path)
+    settings = config(tmp_path / "run", data__endpoint_url="https://key:hunter2@s3.example/?X-Amz-Signature=hunter2")
     path = tmp_path / "run" / "weights" / "ema.safetensors"
-    path.parent.mkdir(parents=True)
-    header = {"config": json.dumps(dump(settings)), "data": json.dumps(info().to_json()), "nimg": "1280"}
-    save_file(build_network(settings).state_dict(), path, header)
+    tensors = {f"ema/{name}@0": value.flatten() for name, value in build_network(settings).state_dict().items()}
+    storage = Storage(tmp_path / "run", ALONE, open_store, settings.checkpoint, print)
+    meta = {"num_steps": 1, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
+    storage.save(CHECKPOINTS, 1280, tensors, meta)
+    export_weights([(storage.saved(1280), "ema", 1.0)], path)
     return path
 
 
@@ -67,7 +74,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
     def finish(register: str | None) -> None:
         mirror = Mirror(run, running.mlflow_url, run.parent.name)
         mirror.finish(
-            "FINISHED", {}, 1.0, [], lambda *given: logged_model.send_model(*given, register=register) and None
+            "FINISHED", {}, 1.0, list, lambda *given: logged_model.send_model(*given, register=register) and None
         )
 
     broken = iter([OSError("the server went away")])
@@ -78,7 +85,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
 
     with monkeypatch.context() as patch:  # the model is announced, its files do not come
         patch.setattr(logged_model, "save_model", once_broken)
-        with pytest.raises(OSError, match="went away"):
+        with pytest.raises(UnreachableError, match="OSError: the server went away"):
             finish(None)
     finish(None)
     finish("warm")
@@ -125,4 +132,4 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
 def test_a_run_that_has_not_finished_has_no_model(running: Services, weights: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", running.mlflow_url)
     log(run, [64])
-    Mirror(run, running.mlflow_url, run.parent.name).finish("KILLED", {}, 1.0, [], pytest.fail)
+    Mirror(run, running.mlflow_url, run.parent.name).finish("KILLED", {}, 1.0, list, pytest.fail)

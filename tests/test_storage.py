@@ -383,22 +383,70 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
         assert fresh.close(5) == []
 
 
-def test_a_new_machine_goes_on_with_the_runs_history(tmp_path, said):
-    """metrics.jsonl goes to the store with every checkpoint and comes back where there is none: the attempts count on."""
+def test_another_machine_goes_on_with_the_runs_history_and_back(tmp_path, said):
+    """metrics.jsonl goes to the store with every checkpoint and comes back where it is missing or an older one."""
     from warm_dist.metrics import MetricsLog, read_metrics
 
     url = str(tmp_path / "store")
-    first = Fixture(tmp_path / "a", said, url=url)
-    assert first.storage.attempts() == 0
-    MetricsLog(tmp_path / "a" / "metrics.jsonl", 3).write(8, "train", loss=1.0)
+
+    def machine(name: str, attempts: int) -> Fixture:
+        there = Fixture(tmp_path / name, said, url=url)
+        assert there.storage.attempts() == attempts
+        return there
+
+    def log(name: str, attempt: int, nimg: int) -> None:
+        MetricsLog(tmp_path / name / "metrics.jsonl", attempt).write(nimg, "train", loss=1.0)
+
+    def lines(name: str) -> list[tuple[int, int]]:
+        return [(r["attempt"], r["nimg"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    first = machine("a", 0)
+    log("a", 1, 8)
     first.save(8)
     assert first.storage.close(20) == []
-    MetricsLog(tmp_path / "a" / "metrics.jsonl", 3).write(16, "train", loss=0.5)  # after the last checkpoint
+    log("a", 1, 16)  # after the last checkpoint
+    (tmp_path / "a" / "mirror.json").write_text("{}")
+    machine("a", 1)
+    assert lines("a") == [(1, 8), (1, 16)], "what is here is not replaced by less"
 
-    new = Fixture(tmp_path / "b", said, url=url)
-    assert new.storage.attempts() == 3
-    assert [r["nimg"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")] == [8]
-    assert new.restore() == 8
-    again = Fixture(tmp_path / "a", said, url=url)
-    assert again.storage.attempts() == 3
-    assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 2, "what is here is never replaced by what is there"
+    second = machine("b", 1)
+    assert lines("b") == [(1, 8)]
+    assert second.restore() == 8
+    log("b", 2, 16)
+    second.save(16)
+    assert second.storage.close(20) == []
+
+    assert (tmp_path / "a" / "mirror.json").exists()
+    machine("a", 2)
+    assert lines("a") == [(1, 8), (2, 16)]
+    assert not (tmp_path / "a" / "mirror.json").exists(), "it counted the bytes of the other file"
+
+
+def test_a_log_that_grows_or_is_refused_fails_no_checkpoint(tmp_path, said, s3, monkeypatch):
+    from warm_dist.metrics import MetricsLog
+
+    mine = Fixture(tmp_path / "run", said, url=f"s3://{s3.bucket}/{tmp_path.name}", endpoint_url=s3.endpoint_url)
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl", 1)
+    log.write(8, "train", loss=1.0)
+    write = type(mine.storage.remote).write
+
+    def grows(store, path, data):
+        if path == storage.METRICS:
+            log.write(16, "train", loss=1.0)
+        write(store, path, data)
+
+    monkeypatch.setattr(type(mine.storage.remote), "write", grows)
+    mine.save(8)
+    deadline = time.monotonic() + 20
+    while mine.storage.uploads.pending() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+    def refused(store, path, data):
+        if path == storage.METRICS:
+            raise AccessError("not this one")
+        write(store, path, data)
+
+    monkeypatch.setattr(type(mine.storage.remote), "write", refused)
+    mine.save(16)
+    assert mine.storage.close(20) == []
+    assert [upload.error for upload in mine.storage.ended()] == [None, None]

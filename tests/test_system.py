@@ -17,7 +17,7 @@ from warm_dist.window import Window
 
 
 def test_a_machine_tells_what_it_does() -> None:
-    meter = Meter()
+    meter = Meter(Path())
     sum(range(3_000_000))  # some work between the two calls
     figures = meter.read()
     assert 0 < figures["cpu_utilization_percentage"] <= 100
@@ -29,6 +29,18 @@ def test_a_machine_tells_what_it_does() -> None:
     theirs = monitors.CPUMonitor()
     theirs.collect_metrics()
     assert set(theirs.aggregate_metrics()) <= set(figures), "MLflow's own names"
+
+
+def test_what_a_machine_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    def missing() -> None:
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "net_io_counters", lambda: None)
+    monkeypatch.setattr(psutil, "virtual_memory", missing)
+    names = Meter(Path("nowhere")).read().keys()
+    assert names == {"cpu_utilization_percentage"}
 
 
 def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +57,7 @@ def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: memory)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=97))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", power)
-    figures = {name: value for name, value in Meter().read().items() if name.startswith("gpu")}
+    figures = {name: value for name, value in Meter(Path()).read().items() if name.startswith("gpu")}
     each = {"memory_usage_megabytes": 2000, "memory_usage_percentage": 25, "utilization_percentage": 97}
     expected: dict[str, Any] = {f"gpu_{k}_{name}": value for k in (0, 1) for name, value in each.items()}
     assert figures == expected | {"gpu_0_power_usage_watts": 350}

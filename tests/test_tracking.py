@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.server
 import json
 import os
@@ -25,10 +26,10 @@ from launch import mirror as command
 from launch.mirror import start_mirror
 from launch.services import Services, free_port, services
 from warm_dist import owned
-from warm_dist.errors import ConfigError, OutputError, UnreachableError
+from warm_dist.errors import ConfigError, OutputError, UnreachableError, public
 from warm_dist.figures import save_grid
 from warm_dist.metrics import MetricsLog, read_json, write_json
-from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent, public
+from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent
 from warm_dist.tracking import Mirror
 
 MIRROR = str(Path(command.__file__))
@@ -328,17 +329,24 @@ def test_how_a_run_has_ended(run: Path) -> None:
 
 def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
     mirror = Mirror(run, "http://127.0.0.1:1", "x")
-    assert mirror._end_of_lines() == 0
     file = run / "metrics.jsonl"
     line = '{"time": 1.5, "attempt": 1, "nimg": 32, "kind": "train", "loss": 0.5}\n'
     file.write_text(line + line[:20])
-    assert mirror._end_of_lines() == len(line)
+    assert mirror._end_of_part() == len(line)
     assert mirror._points(0, len(line)) == ({("train/loss", 32): (1, 1.5, 0.5)}, {})
     mirror._offset = len(line)
-    assert mirror._end_of_lines() == len(line)
+    assert mirror._end_of_part() == len(line)
     file.write_text(line + line[:20] + "\n" + line.replace("32", "64").replace("0.5", '"half"'))
-    assert mirror._end_of_lines() == file.stat().st_size
+    assert mirror._end_of_part() == file.stat().st_size
     assert mirror._points(len(line), file.stat().st_size) == ({}, {"train.loss": "half"})
+    file.write_text(line * 5000)
+    mirror._offset, ends = 0, []
+    while (end := mirror._end_of_part()) > mirror._offset:
+        ends.append(end)
+        mirror._offset = end
+    assert len(ends) > 3, "in pieces, so that a failure costs one"
+    assert all(end % len(line) == 0 for end in ends)
+    assert ends[-1] == file.stat().st_size
 
 
 def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +404,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_public_takes_secrets_out_of_urls_only() -> None:
+    assert public("see https://u:p@ss@host/x") == "see https://host/x"
     tree = {"a": ["http://u:p@h:1/x?sig=1#f", 3, None], "b": "see https://h/x?k=1 and s3://b/k, 5 @ 3? yes #1"}
     assert public(tree) == {"a": ["http://h:1/x", 3, None], "b": "see https://h/x and s3://b/k, 5 @ 3? yes #1"}
 
@@ -533,3 +542,91 @@ def test_a_server_that_refuses_or_is_no_mlflow_is_one_error(run: Path, status: i
             Mirror(run, url, "refused").sync(running=True)
         server.shutdown()
     assert not (run / "mirror.json").exists()
+
+
+@pytest.mark.slow
+def test_an_artifact_store_that_fails_delays_no_value_and_no_end(
+    running: Services, client: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that proxies no artifacts leaves the client to its own file system, where it gets an OSError."""
+    from mlflow import MlflowClient
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no such place")
+
+    for name in ("log_text", "log_image", "log_artifact"):
+        monkeypatch.setattr(MlflowClient, name, refuse)
+    log(run, STEPS[:10])
+    save_grid(np.zeros((1, 3, 4, 4), np.uint8), run / "samples" / "000000000032.png", columns=1)
+    mirror = Mirror(run, running.mlflow_url, run.parent.name)
+    for k in (10, 20):
+        with pytest.raises(UnreachableError, match="PermissionError: no such place"):
+            mirror.sync(running=True)
+        assert len(history(client, run)) == k
+        log(run, STEPS[k : k + 10])
+    with pytest.raises(UnreachableError):
+        mirror.finish("FAILED", {"exit.reason": "x"}, 1e9, pytest.fail)
+    assert found(client, run).info.status == "FAILED"
+    assert len(history(client, run)) == 30
+    monkeypatch.undo()
+    (run / "samples" / "000000000064.png").write_bytes(b"half a picture")
+    Mirror(run, running.mlflow_url, run.parent.name).sync(running=False)
+    assert len(client.list_artifacts(found(client, run).info.run_id, "images")) == 2, "the damaged one is passed over"
+
+
+@pytest.mark.slow
+def test_runs_that_end_before_their_first_metric_are_runs_of_their_own(
+    running: Services, client: Any, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        run = make_run(tmp_path / name, running.mlflow_url)
+        end(run, 2)
+        Mirror(run, running.mlflow_url, tmp_path.name).finish("FAILED", {}, 1e9)  # nothing to show yet
+        assert client.get_experiment_by_name(tmp_path.name) is None or name == "b"
+        MetricsLog(run / "metrics.jsonl", 1).begin()
+        MetricsLog(run / "metrics.jsonl", 2).begin()  # once
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+        assert catch_up(run, running.mlflow_url).returncode == 0
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    assert [found.info.status for found in client.search_runs([experiment.experiment_id])] == ["FAILED", "FAILED"]
+
+
+@pytest.mark.slow
+def test_another_metrics_file_of_the_same_run_is_sent_whole(running: Services, client: Any, run: Path) -> None:
+    """Shorter, as from a backup: what the server holds stays, and what comes after is not cut."""
+    log(run, STEPS[:30])
+    whole = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    mirror = Mirror(run, running.mlflow_url, run.parent.name)
+    mirror.sync(running=True)
+    (run / "metrics.jsonl").write_text("".join(whole[:10]))
+    log(run, STEPS[10:15], attempt=2, scale=2.0)
+    log(run, STEPS[30:35], attempt=2, scale=2.0)
+    assert mirror.sync(running=True) == 10
+    assert history(client, run) == [(n, 1 / n) for n in STEPS[:30]] + [(n, 2 / n) for n in STEPS[30:35]]
+
+
+def test_a_run_that_was_cut_off_is_killed_once_nobody_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command._end(run, 1, None) is None, "nothing says that it ever began"
+    (run / "heartbeat").mkdir()
+    (run / "heartbeat" / "rank_0.json").write_text("{}")
+    lock = (run / ".lock").open("a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(command, "SILENCE_S", -1.0)
+    assert command._end(run, 1, None) is None, "somebody holds the lock"
+    lock.close()
+    assert (command._end(run, 1, None) or [None])[0] == "KILLED"
+    monkeypatch.setattr(command, "SILENCE_S", 60.0)
+    assert command._end(run, 1, None) is None, "its heart beats, on a machine whose locks we do not see"
+
+
+def test_a_full_disk_does_not_hide_the_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from warm_dist import figures
+
+    def full(*_: Any) -> None:
+        raise OutputError("disk full")
+
+    log(run, STEPS[:3])
+    monkeypatch.setattr(figures, "loss_curve", full)
+    assert command._curves(run) == []
+    monkeypatch.undo()
+    assert command._curves(run) == [run / "curves.png"]

@@ -167,9 +167,15 @@ def as_path(value: float | PowerBNR | TableBNR) -> Path:
     return value if isinstance(value, PowerBNR | TableBNR) else ConstantBNR(bnr=value)
 
 
+def exact(value: float) -> str:
+    """Short, and never the text of another number: `0.5`, `0.12345671`."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def describe(value: float | Section | None) -> str:
     """One word or a short list, for logs and fingerprints: `0.5`, `power(bnr 0.5, exponent 0.2, …)`."""
     if not isinstance(value, Section):
-        return "none" if value is None else f"{value:g}"
+        return "none" if value is None else exact(value)
     parts = [f"{key} {item}" for key, item in value.model_dump().items() if key != "kind" and item is not None]
     return f"{getattr(value, 'kind', 'constant')}({', '.join(parts)})"

@@ -192,7 +192,7 @@ class EvalConfig(Section):
     extractor_bf16: bool = Field(False, description="inception and torchscript in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
     kid_images: Annotated[int, Field(ge=0)] = Field(
-        5000, description="the first so many of either side also give KID, precision and recall; 0: neither"
+        5000, description="so many images of either side also give KID, precision and recall; 0: none of them"
     )
     batch_size: Positive = 64
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -94,11 +95,25 @@ class PeerError(WarmDistError):
         super().__init__(reason)
         self.exit_code, self.resumable = exit_code, resumable
 
+    def __reduce__(self) -> tuple[type[PeerError], tuple[str, int, bool]]:
+        return PeerError, (str(self), self.exit_code, self.resumable)  # it travels between ranks
+
+
+def public(value: Any) -> Any:
+    """The same tree or text without what may be secret in an URL: user, password, query (signed links), fragment."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", re.sub(r"(\w://)[^/\s?#]*@", r"\1", value))
+    return value
+
 
 def tell(error: WarmDistError) -> None:
     """The one line on stderr; a peer's error carries its own kind's name."""
     prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
-    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    print(f"{prefix}{public(str(error))}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +16,10 @@ from torch import Tensor
 from warm_dist import fid, reference
 from warm_dist.bnr import describe
 from warm_dist.config import Config, EvalConfig, SamplerConfig
-from warm_dist.distributed import StopSignal, World, any_rank, collect, gather, on_main
-from warm_dist.errors import ConfigError, NumericsError, Stopped
+from warm_dist.distributed import StopSignal, World, any_rank, collect, on_main
+from warm_dist.errors import ConfigError, Stopped
 from warm_dist.extractors import make_extractor
-from warm_dist.feature_stream import FeatureStream, Rows, batches_of
+from warm_dist.feature_stream import FeatureStream, Rows, batches_of, each_batch
 from warm_dist.figures import save_grid
 from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
 from warm_dist.reference import Reference, ReferenceSpec
@@ -33,19 +34,6 @@ IMAGES_PER_FEATURE = 1.6
 """Below so many images for each feature the covariance is too uncertain for a Fréchet distance to rank models."""
 MEASURES = ("frechet", "kid", "precision", "recall")
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-
-
-class Polls:
-    """Asks all ranks after every batch whether to stop; ranks with a batch less ask as often."""
-
-    def __init__(self, world: World, stop: StopSignal) -> None:
-        self.world, self.stop = world, stop
-
-    def __call__(self, times: int = 1) -> None:
-        """Raises Stopped on all ranks when one was asked to stop."""
-        for _ in range(times):
-            if any_rank(self.world, self.stop.name is not None):
-                raise Stopped(f"{self.stop.name or 'a peer'} during evaluation; run the same command again to go on")
 
 
 class Evaluator:
@@ -100,6 +88,7 @@ class Evaluator:
             extractor_sha256=self.extractor.sha256,
             resize=self.extractor.resize,
             num_images=settings.num_images,
+            kid_images=settings.kid_images,
             reference=f"{self.info.fingerprint}:{self.num_real}",
             sampler=describe_sampling(self.config, sampler),
             nfe=nfe(sampler.method, sampler.num_steps),
@@ -127,51 +116,47 @@ class Evaluator:
         """The measures of the present weights under one sampler, with one block of seeds. A collective.
 
         Block k has the images k n … (k + 1) n - 1 of the stream eval.seed. Rank 0 writes the picture `grid` of its
-        first. On all ranks it raises Stopped, between two batches, when one was asked to stop, and NumericsError.
+        first. On all ranks it raises Stopped, between two batches, when one was asked to stop, and what one rank meets:
+        NumericsError, DataError, OutputError.
         """
         begun = time.monotonic()
-        settings, spec, polls = self.settings, self.spec(sampler), Polls(self.world, stop)
+        settings, spec = self.settings, self.spec(sampler)
         number = f", block {block + 1}" if block else ""
         self.say(f"{title}  sampling {settings.num_images} images, {spec.nfe} network evaluations each{number}")
         everything = np.ones(settings.num_images, bool)
         kept = np.arange(settings.num_images) < settings.kid_images
         stream = FeatureStream(self.world, self.extractor, [everything], kept)
-        guide = load_guide(sampler, self.info, self.world.device)
+        guide = functools.cache(lambda: load_guide(sampler, self.info, self.world.device))  # a rank alone may lack it
         model = Model(self.network, self.config, self.info)
-        mine, most = batches_of(self.world, settings.num_images, settings.batch_size)
-        show = self._progress("sampling", sum(map(len, mine)))
         shown: list[tuple[int, NDArray[np.uint8]]] = []
-        problem: str | None = None
-        for numbers in mine:
+
+        def work(numbers: range) -> None:
             indices = range(numbers.start + block * settings.num_images, numbers.stop + block * settings.num_images)
-            labels = sample_labels(settings.seed, indices, self.config.data.num_classes)
-            try:
-                images = generate(
-                    model,
-                    indices,
-                    labels,
-                    seed=settings.seed,
-                    device=self.world.device,
-                    batch_size=len(numbers),
-                    sampler=sampler,
-                    guide=guide,
-                )
-            except NumericsError as error:  # other ranks are to hear of it, in their turn
-                problem = problem or str(error)
-            else:
-                stream.add(numbers, images)
-                shown += [(k, image) for k, image in zip(numbers, images, strict=True) if grid and k < settings.grid**2]
-            show(len(numbers))
-            polls()
-        polls(most - len(mine))
-        if problems := [text for text in gather(self.world, problem) if text]:
-            raise NumericsError(problems[0])
+            images = generate(
+                model,
+                indices,
+                sample_labels(settings.seed, indices, self.config.data.num_classes),
+                seed=settings.seed,
+                device=self.world.device,
+                batch_size=len(numbers),
+                sampler=sampler,
+                guide=guide(),
+            )
+            stream.add(numbers, images)
+            shown.extend((k, image) for k, image in zip(numbers, images, strict=True) if grid and k < settings.grid**2)
+
+        after = self._after("sampling", settings.num_images, stop)
+        each_batch(self.world, settings.num_images, settings.batch_size, work, after)
         (moments,), rows = stream.result()
-        pictures = [pair for part in collect(self.world, shown) for pair in part]
-        real = self._real(polls)
-        values: dict[str, float] = on_main(self.world, lambda: self._compare(moments, rows, real))
-        if grid and self.world.is_main:
-            save_grid(np.stack([image for _, image in sorted(pictures, key=_first)]), grid, columns=settings.grid)
+        pictures = sorted((pair for part in collect(self.world, shown) for pair in part), key=_first)
+        real = self._real(stop)
+
+        def finish() -> dict[str, float]:
+            if grid:
+                save_grid(np.stack([image for _, image in pictures]), grid, columns=settings.grid)
+            return self._compare(moments, rows, real)
+
+        values: dict[str, float] = on_main(self.world, finish)
         return values | {"seconds": time.monotonic() - begun}
 
     def summary(self, sampler: SamplerConfig, blocks: Sequence[dict[str, float]], title: str) -> dict[str, Any]:
@@ -183,9 +168,10 @@ class Evaluator:
         values["spread"] = statistics.stdev(block["frechet"] for block in blocks) if len(blocks) > 1 else None
         floor, floor_n = blocks[0]["floor"], int(blocks[0]["floor_n"])
         number = f"{values['frechet']:.2f}" + ("" if len(blocks) == 1 else f" ± {values['spread']:.2f}")
+        times = f" x {len(blocks)}" if len(blocks) > 1 else ""
         self.say(
-            f"{title}  {spec.name} {number}, floor {floor:.2f} (real against real, {floor_n} each), "
-            f"n {spec.num_images}{f' x {len(blocks)}' if len(blocks) > 1 else ''}, NFE {spec.nfe}, spec {spec.hash}"
+            f"{title}  {spec.name} {number}, floor {floor:.2f} (real against real, {floor_n} and "
+            f"{self.num_real - floor_n}), n {spec.num_images}{times}, NFE {spec.nfe}, spec {spec.hash}"
         )
         return values | {"blocks": len(blocks), "floor": floor, "floor_n": floor_n} | self.identity(sampler)
 
@@ -208,11 +194,10 @@ class Evaluator:
         values = {"frechet": distance, "floor": real.floor, "floor_n": real.floor_n}
         if min(len(rows), len(real.rows)) > NEIGHBOURS:
             precision, recall = precision_recall(rows, real.rows, NEIGHBOURS)
-            mmd = kid(rows, real.rows, seed=0, num_subsets=1, subset_size=len(rows))  # all at once: the least variance
-            values |= {"kid": mmd, "precision": precision, "recall": recall}
+            values |= {"kid": kid(rows, real.rows), "precision": precision, "recall": recall}
         return values
 
-    def _real(self, polls: Polls) -> Reference | None:
+    def _real(self, stop: StopSignal) -> Reference | None:
         """The real images' side, on rank 0: from the store beside the manifest, or measured now. A collective."""
         spec = ReferenceSpec(
             extractor=self.extractor.name,
@@ -226,34 +211,29 @@ class Evaluator:
         if self.world.is_main and self._reference is None:
             self._reference = reference.load(self.stores, spec)
         if any_rank(self.world, self.world.is_main and self._reference is None):
-            mine, _ = batches_of(self.world, self.num_real, self.settings.batch_size)
-            show = self._progress("real features", sum(map(len, mine)))
-
-            def progress(count: int) -> None:
-                show(count)
-                polls()
-
-            size = self.settings.batch_size
-            found = reference.measure(
-                self.world, self.extractor, spec, self.info.num_images, self.read, size, progress, polls
-            )
+            after, size = self._after("real features", self.num_real, stop), self.settings.batch_size
+            found = reference.measure(self.world, self.extractor, spec, self.info.num_images, self.read, size, after)
             if self.world.is_main:
                 self._reference = found
                 where = reference.keep(self.stores, spec, found)
                 self.say(f"real images' statistics: {where or 'kept nowhere, no store takes them'}")
         return self._reference
 
-    def _progress(self, what: str, total: int) -> Callable[[int], None]:
+    def _after(self, what: str, num_images: int, stop: StopSignal) -> Callable[[int], None]:
+        """What follows a batch: rank 0's bar moves, and all ranks raise Stopped when one was asked to stop."""
         from tqdm import tqdm
 
+        total = sum(map(len, batches_of(self.world, num_images, self.settings.batch_size)[0]))
         bar = tqdm(total=total, desc=f"{what} (rank 0)", unit="image", disable=None if self.world.is_main else True)
 
-        def advance(done: int) -> None:
+        def after(done: int) -> None:
             bar.update(done)
             if bar.n >= total:
                 bar.close()
+            if any_rank(self.world, stop.name is not None):
+                raise Stopped(f"{stop.name or 'a peer'} during evaluation; run the same command again to go on")
 
-        return advance
+        return after
 
 
 def _first(pair: tuple[int, NDArray[np.uint8]]) -> int:

@@ -205,7 +205,8 @@ class TorchScript(_Network):
 def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[np.float32]:
     """Features of any number of images: (N, C, H, W) uint8 → (N, num_features) float32.
 
-    Raises ValueError for floats, DataError if the network gives another number of rows or features than it promised.
+    Raises ValueError for floats, DataError if the network gives another number of rows or features than it promised,
+    or such as are not finite.
     """
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -218,6 +219,11 @@ def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[n
             raise DataError(
                 f"{extractor.name}: {rows.shape} for {len(part)} images, needs ({len(part)}, {extractor.num_features}); "
                 "the network of eval.extractor_url must treat every image alone"
+            )
+        if sick := int((~np.isfinite(rows)).any(axis=1).sum()):
+            raise DataError(
+                f"{extractor.name} gives features that are not finite for {sick} of {len(part)} images; "
+                "use other weights, or float32 (eval.extractor_bf16 false)"
             )
         out[start : start + batch_size] = rows
     return out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from warm_dist.distributed import World, add_up, collect
+from warm_dist.distributed import World, add_up, collect, gather
+from warm_dist.errors import WarmDistError
 from warm_dist.extractors import Extractor, features
 from warm_dist.fid import Moments
 
@@ -19,12 +20,33 @@ def batches_of(world: World, num_images: int, batch_size: int) -> tuple[list[ran
     """This rank's batches of image numbers 0 … num_images - 1, and how many the rank with most has.
 
     Whole batches are dealt in turn, so that an image has the same companions at any world size, and comes out bit-equal.
-    With fewer batches than ranks they are made smaller.
+    Only where there are fewer batches than ranks are they made smaller.
     """
-    size = min(batch_size, -(-num_images // world.size))
+    size = batch_size if -(-num_images // batch_size) >= world.size else -(-num_images // world.size)
     starts = range(0, num_images, size)
     mine = [range(low, min(low + size, num_images)) for low in starts[world.rank :: world.size]]
     return mine, -(-len(starts) // world.size)
+
+
+def each_batch(
+    world: World, num_images: int, batch_size: int, work: Callable[[range], None], after: Callable[[int], None]
+) -> None:
+    """`work` on this rank's batches of `batches_of`. A collective.
+
+    after: called after each with its size, and so often on every rank: it may be a collective; with 0 where a rank has
+    no batch left. A rank's first WarmDistError ends its work, and at the end the lowest rank's is raised on all ranks.
+    """
+    mine, most = batches_of(world, num_images, batch_size)
+    problem: WarmDistError | None = None
+    for numbers in [*mine, *[range(0)] * (most - len(mine))]:
+        if numbers and problem is None:
+            try:
+                work(numbers)
+            except WarmDistError as error:
+                problem = error
+        after(len(numbers))
+    if problems := [error for error in gather(world, problem, "problems") if error]:
+        raise problems[0]
 
 
 class FeatureStream:

@@ -16,20 +16,23 @@ from threadpoolctl import threadpool_limits
 
 from warm_dist import rng
 
-MEASURE = ("extractor", "extractor_sha256", "resize", "num_images", "reference")
+MEASURE = ("extractor", "extractor_sha256", "resize", "num_images", "kid_images", "reference")
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""Of inception-2015-12-05.pt as StyleGAN2-ADA published it; k-diffusion checks the same digest."""
 
 
 @dataclass(frozen=True)
 class FidSpec:
-    """Everything that decides a Fréchet distance.
+    """Everything that decides a Fréchet distance, and KID, precision and recall beside it.
 
-    reference: fingerprint of the real images. sampler: method, steps and schedule, as text. ema: which weights.
+    kid_images: of either side, for the latter three. reference: fingerprint of the real images. sampler: method, steps and schedule, as text. ema: which weights.
     """
 
     extractor: str
     extractor_sha256: str
     resize: str
     num_images: int
+    kid_images: int
     reference: str
     sampler: str
     nfe: int
@@ -48,8 +51,11 @@ class FidSpec:
 
     @property
     def name(self) -> str:
-        """What the number may be called: FID only with Inception."""
-        return "FID" if self.extractor == "inception" else f"Fréchet distance ({self.extractor})"
+        """What the number may be called: FID only with Inception's published weights in float32."""
+        if self.extractor == "inception" and self.extractor_sha256 == INCEPTION_SHA256:
+            return "FID"
+        ours = self.extractor in ("lite0", "pixels")  # others are any file's that the user names
+        return f"Fréchet distance ({self.extractor}{'' if ours else f' {self.extractor_sha256[:12]}'})"
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -100,9 +106,6 @@ class Moments:
         self.total += rows.sum(axis=0)
         self.outer += rows.T @ rows
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer)
-
     @property
     def mean(self) -> NDArray[np.float64]:
         """(D,)."""
@@ -147,11 +150,13 @@ def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     return out
 
 
-def floor_halves(num_real: int, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Two disjoint random parts of the real images: their distance is what a perfect model would get at this number.
+def floor_parts(num_real: int, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Two disjoint random parts of the real images: their distance is about what n images of a perfect model would get.
 
-    Returns positions among the `num_real` real images, m = min(n, num_real // 2) in each part.
+    Returns positions among the `num_real` real images: m = min(n, num_real // 2), and all the others, for the score
+    itself compares n images with all real ones. With fewer than 2n real images both parts are smaller than the score's
+    sets, and the floor lies too high.
     """
-    m = min(n, num_real // 2)
     order = rng.generator(seed, "fid/floor").permutation(num_real)
-    return order[:m], order[m : 2 * m]
+    m = min(n, num_real // 2)
+    return order[:m], order[m:]

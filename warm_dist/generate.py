@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from warm_dist import checkpoint, per_frequency, rng
-from warm_dist.bnr import Cold, describe
+from warm_dist.bnr import Cold, describe, exact
 from warm_dist.config import Config, SamplerConfig, check_sampling
 from warm_dist.config_file import parse_json, validate
-from warm_dist.errors import CheckpointError, NumericsError
+from warm_dist.downloads import file_sha256
+from warm_dist.errors import CheckpointError, NumericsError, public
 from warm_dist.guidance import guided
 from warm_dist.networks import UNet, build
 from warm_dist.precond import data_spectrum, heads
@@ -140,16 +141,29 @@ def describe_sampling(config: Config, options: SamplerConfig) -> str:
     """Everything that decides what `options` draw from a network of `config`, for fingerprints and logs."""
     cold = isinstance(config.process.bnr, Cold)
     bnr = describe(config.process.bnr if options.bnr is None else options.bnr)
-    grid = f"{options.grid}" if cold else f"{options.grid}, sigma {options.sigma_min:g}..{options.sigma_max:g}"
-    parts = [f"{options.method} {options.num_steps} steps", f"grid {grid}", f"rho {options.rho:g}", f"bnr {bnr}"]
+    grid = (
+        f"{options.grid}" if cold else f"{options.grid}, sigma {exact(options.sigma_min)}..{exact(options.sigma_max)}"
+    )
+    parts = [f"{options.method} {options.num_steps} steps", f"grid {grid}", f"rho {exact(options.rho)}", f"bnr {bnr}"]
     parts.append(f"start {options.start}")
     if options.method == "ancestral":
-        parts.append(f"eta {options.eta:g}")
+        parts.append(f"eta {exact(options.eta)}")
     if options.method == "churn":
-        parts.append(f"churn {options.s_churn:g} in {options.s_min:g}..{options.s_max:g}, noise {options.s_noise:g}")
+        churn, low, high, noise = map(exact, (options.s_churn, options.s_min, options.s_max, options.s_noise))
+        parts.append(f"churn {churn} in {low}..{high}, noise {noise}")
     if options.guidance != 1:
-        parts.append(f"guidance {options.guidance:g} by {options.guide or 'the network without class'}")
+        parts.append(f"guidance {exact(options.guidance)} by {_describe_guide(options.guide)}")
     return ", ".join(parts)
+
+
+def _describe_guide(guide: str | None) -> str:
+    """A file is what is in it, too."""
+    if guide is None:
+        return "the network without class"
+    try:
+        return f"{guide} (sha256 {file_sha256(Path(guide))[:12]})"
+    except OSError:  # load_guide tells of it
+        return guide
 
 
 def build_network(config: Config) -> UNet:
@@ -169,7 +183,7 @@ def export_weights(parts: list[checkpoint.Part], path: Path) -> None:
     with torch.device("meta"):
         network = build(config)
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    header = {key: json.dumps(saved.meta[key]) for key in ("config", "data", "nimg")}
+    header = {key: json.dumps(public(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
     checkpoint.export(parts, shapes, path, header)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent
 NAME = "ema"
 _NIMG_TAG = "warm_dist.nimg"
 # what sampling imports; warm_dist itself travels with the model
-_REQUIREMENTS = ("torch", "numpy", "scipy", "pydantic", "safetensors", "pillow", "psutil", "mlflow")
+_REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")
 
 
 def send_model(client: Any, run_id: str, weights: Path, nimg: int, register: str | None = None) -> str:
@@ -69,7 +69,7 @@ def save_model(path: Path, weights: Path, model: Any = None) -> None:
     params.append(ParamSpec("batch_size", "long", 64))
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants type hints beside the signature
+        warnings.simplefilter("ignore")  # MLflow's own use of pandas
         mlflow.pyfunc.save_model(
             str(path),
             mlflow_model=model,

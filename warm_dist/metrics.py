@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ class MetricsLog:
     def __init__(self, path: Path, attempt: int, exporter: Exporter | None = None) -> None:
         self.path, self.attempt, self.exporter = path, attempt, exporter
         _mend_last_line(path)
+
+    def begin(self) -> None:
+        """Give a run without a line its first, which no other run has: by it mirrors know the run again."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            self.write(0, "start", id=secrets.token_hex(8))
 
     def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
         """Append one line. Raises OutputError if the disk refuses."""
@@ -65,6 +71,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 if key not in best or record["attempt"] >= best[key]["attempt"]:
                     best[key] = record
     return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
+
+
+def last_attempt(path: Path) -> int:
+    """The highest attempt that a metrics.jsonl tells of, 0 for none."""
+    return max((record["attempt"] for record in read_metrics(path)), default=0)
 
 
 def make_folder(path: Path) -> None:

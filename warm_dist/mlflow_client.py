@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.config_file import flatten
-from warm_dist.errors import ConfigError, UnreachableError
+from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, public
 
 # MLflow's own retries block for four minutes and may make a run twice; whoever calls us tries again, after looking.
 # A minute lets a server through that needs half of one for each answer.
@@ -35,17 +35,20 @@ Point = tuple[str, int]
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """MLflow's and the network's errors as one UnreachableError; ConfigError if `url` is no server's."""
+    """All that goes wrong between us and the server, or its artifact store, as one UnreachableError.
+
+    Raises ConfigError if `url` is no server's. The client raises its own kind, those of requests and boto3, OSError, and
+    what it meets in answers that are no MLflow's.
+    """
     if not re.match("https?://", url):
         raise ConfigError(f"{public(url)}: MLflow is reached by way of a server, http://… or https://…")
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
     try:
         yield
-    except (MlflowException, RequestException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except WarmDistError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         raise UnreachableError(f"MLflow at {public(url)}: {public(reason)}") from None
 
 
@@ -86,7 +89,10 @@ def find_or_make(
     found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=10)
     if not found:
         tags = {RUN_TAG: identity, **(tags or {})}
-        return client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags=tags)
+        made = client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags=tags)
+        if not made.info.run_id:
+            raise ValueError("the answer names no run: this is no MLflow server")
+        return made
     first, *others = sorted(found, key=lambda run: (run.info.run_id != known, run.info.start_time, run.info.run_id))
     for run in others:
         client.delete_run(run.info.run_id)
@@ -181,17 +187,6 @@ def history(client: Any, run: Any) -> set[Point]:
     """All that the server holds of a run: one request a metric."""
     run_id = run.info.run_id
     return {(key, metric.step) for key in run.data.metrics for metric in client.get_metric_history(run_id, key)}
-
-
-def public(value: Any) -> Any:
-    """The same tree or text without what may be secret in an URL: user, password, query (signed links), fragment."""
-    if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [public(inner) for inner in value]
-    if isinstance(value, str):
-        return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", re.sub(r"(\w://)[^/\s@]*@", r"\1", value))
-    return value
 
 
 def as_texts(tree: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -27,7 +28,7 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_weights(Path(context.artifacts["weights"]), self.device)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # hints would be a schema
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Images, (N, H, W, C) uint8, as launch/sample.py draws them: one for each row of the table.
 
         model_input: columns `image` (number in the stream of the seed) and `label` (class; -1: drawn at random).

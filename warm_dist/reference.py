@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,19 @@ from warm_dist import fid, rng
 from warm_dist.distributed import World
 from warm_dist.errors import WarmDistError
 from warm_dist.extractors import Extractor
-from warm_dist.feature_stream import FeatureStream, Rows, batches_of
+from warm_dist.feature_stream import FeatureStream, Rows, each_batch
 from warm_dist.fid import Moments
 from warm_dist.types import Store
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Reference:
     """moments: of all real images compared. rows: (K, D), features of K random ones, for KID, precision and recall.
 
-    floor: the Fréchet distance between two disjoint random parts of floor_n real images each: what a perfect model
-    would get.
+    floor: the Fréchet distance between floor_n random real images and all the others: about what a perfect model would
+    get (fid.floor_parts).
     """
 
     moments: Moments
@@ -38,7 +38,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """All that decides a Reference. num_images: of the generated ones, which the floor's parts match if they can."""
+    """All that decides a Reference. num_images: of the generated ones, which the floor's smaller part matches if it can."""
 
     extractor: str
     extractor_sha256: str
@@ -62,41 +62,37 @@ def measure(
     total: int,
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
     batch_size: int,
-    progress: Callable[[int], None],
-    rest: Callable[[int], None],
+    after: Callable[[int], None],
 ) -> Reference:
     """Measure the reference on all ranks; whole on rank 0 alone. A collective.
 
     total: images of the data set, of which spec.num_real are taken at random. read: their rows → (n, C, H, W) uint8.
-    progress: called after each batch with its size; rest: at the end, with how many batches fewer this rank had.
+    after, and errors of one rank: see `each_batch`.
     """
     chosen = np.arange(total)
     if spec.num_real < total:
         chosen = np.sort(rng.generator(0, "reference").permutation(total)[: spec.num_real])
-    halves = fid.floor_halves(spec.num_real, spec.num_images, seed=0)
+    parts = fid.floor_parts(spec.num_real, spec.num_images, seed=0)
     kept = rng.generator(0, "reference rows").permutation(spec.num_real)[: spec.num_rows]
-    masks = [_mask(spec.num_real, part) for part in (np.arange(spec.num_real), *halves)]
+    masks = [_mask(spec.num_real, part) for part in (np.arange(spec.num_real), *parts)]
     stream = FeatureStream(world, extractor, masks, _mask(spec.num_real, kept))
-    mine, most = batches_of(world, spec.num_real, batch_size)
-    for numbers in mine:
+
+    def work(numbers: range) -> None:
         stream.add(numbers, read(chosen[numbers.start : numbers.stop]))
-        progress(len(numbers))
-    rest(most - len(mine))
+
+    each_batch(world, spec.num_real, batch_size, work, after)
     (moments, *two), rows = stream.result()
     floor = fid.frechet_distance(*two) if world.is_main else 0.0
-    return Reference(moments, rows, floor, len(halves[0]))
+    return Reference(moments, rows, floor, len(parts[0]))
 
 
 def load(stores: Sequence[Store], spec: ReferenceSpec) -> Reference | None:
-    """From the first store that has it."""
+    """From the first store that has it whole."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
 
     for store in stores:
         try:
-            tensors = parse(store.read(spec.path))
-            numbers = tensors["floor"].tolist()
-            return Reference(Moments.from_flat(tensors["moments"]), tensors["rows"], numbers[0], int(numbers[1]))
+            return _parse(store.read(spec.path), spec)
         except (WarmDistError, SafetensorError, KeyError, ValueError):
             continue  # absent, out of reach, or damaged: measured anew
     return None
@@ -111,7 +107,7 @@ def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> 
         "rows": reference.rows,
         "floor": np.array([reference.floor, reference.floor_n], np.float64),
     }
-    data = save(tensors, {"spec": json.dumps(vars(spec))})
+    data = save(tensors | {"sha256": _digest(tensors)}, {"spec": json.dumps(vars(spec))})
     for store in stores:
         try:
             store.write(spec.path, data)
@@ -119,6 +115,28 @@ def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> 
             continue  # a data set that may only be read, for instance
         return f"{store.url}/{spec.path}"
     return None
+
+
+def _parse(data: bytes, spec: ReferenceSpec) -> Reference:
+    """What `keep` wrote. Raises SafetensorError, KeyError or ValueError for anything else."""
+    from safetensors.numpy import load as parse
+
+    tensors = parse(data)
+    if not np.array_equal(tensors.pop("sha256"), _digest(tensors)):
+        raise ValueError("another sha256")
+    moments, rows = Moments.from_flat(tensors["moments"]), tensors["rows"]
+    if (moments.n, rows.shape) != (spec.num_real, (spec.num_rows, len(moments.total))):
+        raise ValueError(f"rows {rows.shape}, moments of {moments.n}")
+    floor, floor_n = tensors["floor"].tolist()
+    return Reference(moments, rows, floor, int(floor_n))
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """(32,): the sha256 of names, types, shapes and bytes; safetensors itself notices no flipped bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _mask(size: int, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:

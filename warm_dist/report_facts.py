@@ -15,9 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from warm_dist.bnr import AnyBNR, describe
 from warm_dist.config_file import flatten
-from warm_dist.errors import ConfigError
+from warm_dist.errors import ConfigError, public
 from warm_dist.metrics import read_json, read_metrics
-from warm_dist.mlflow_client import public
 
 BEST, NEAR = "best", "within spread"
 

@@ -33,7 +33,7 @@ from warm_dist.checkpoint import (
 from warm_dist.config import CheckpointConfig
 from warm_dist.distributed import World, gather, on_main
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError
-from warm_dist.metrics import make_folder, read_metrics, write_json
+from warm_dist.metrics import last_attempt, make_folder, write_json
 from warm_dist.types import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 
@@ -88,22 +88,30 @@ class Storage:
     def attempts(self) -> int:
         """The highest attempt that metrics.jsonl tells of, 0 without one. A collective.
 
-        On a new machine it is fetched from the store first, where it goes with every checkpoint: so the run's history,
-        and what mirrors it, go on too.
+        It goes to the store with every checkpoint, and is fetched from there first where it is missing or an older one:
+        so the run's history, and what mirrors it, go on on another machine, and back.
         """
         return int(on_main(self.world, self._attempts, "metrics.jsonl"))
 
     def _attempts(self) -> int:
-        path = self.run / METRICS
-        if self.remote is not None and not path.exists():
-            with suppress(DataError):  # there is none
-                self.local.write(METRICS, self.remote.read(METRICS))
-        return max((record["attempt"] for record in read_metrics(path)), default=0)
+        here = last_attempt(self.run / METRICS)
+        if self.remote is None:
+            return here
+        there = self.run / f".{METRICS}.there"
+        with suppress(DataError):  # there is none
+            self.local.write(there.name, self.remote.read(METRICS))
+            if (last := last_attempt(there)) > here:
+                (self.run / "mirror.json").unlink(missing_ok=True)  # it counts the bytes of the other file
+                there.replace(self.run / METRICS)
+                here = last
+        there.unlink(missing_ok=True)
+        return here
 
     def _after_upload(self) -> None:
+        """Beside a checkpoint that has arrived. The file grows while it is read: what is whole by now is sent."""
         assert self.remote is not None
         if (self.run / METRICS).exists():
-            self.remote.upload(METRICS, self.run / METRICS)
+            self.remote.write(METRICS, (self.run / METRICS).read_bytes())
         self._prune_remote()
 
     # -- resuming ---------------------------------------------------------------------------------------------------

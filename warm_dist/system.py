@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
 class Meter:
-    """Reads this machine's load, under the names that MLflow gives its system metrics."""
+    """Reads this machine's load, under the names that MLflow gives its system metrics.
 
-    def __init__(self) -> None:
+    folder: its disk is told of. What a machine does not tell (a container without /proc/net, say) is left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
         import psutil
 
-        self._psutil = psutil
-        self._network = psutil.net_io_counters()
+        self._psutil, self._folder = psutil, folder
+        self._first: Any = None
         self._gpus = _gpus()
-        psutil.cpu_percent()  # the next call tells of the time since this one
+        self.read()  # the next call tells of the time since this one
 
     def read(self) -> dict[str, float]:
         """Percentages and megabytes (1e6); processors since the last call, network since the first."""
-        memory, disk = self._psutil.virtual_memory(), self._psutil.disk_usage(os.sep)
-        network = self._psutil.net_io_counters()
-        figures = {
-            "cpu_utilization_percentage": self._psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / 1e6,
-            "system_memory_usage_percentage": 100 * memory.used / memory.total,
-            "disk_usage_percentage": disk.percent,
-            "disk_available_megabytes": disk.free / 1e6,
-            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
-            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
-        }
+        figures: dict[str, float] = {}
+        for reader in (self._processors, self._memory, self._disk, self._network):
+            with suppress(OSError, self._psutil.Error, AttributeError):  # AttributeError: psutil gave None
+                figures |= reader()
         for k, gpu in enumerate(self._gpus):
             figures |= {f"gpu_{k}_{name}": value for name, value in _gpu_figures(gpu).items()}
         return {name: round(float(value), 3) for name, value in figures.items()}
+
+    def _processors(self) -> dict[str, float]:
+        return {"cpu_utilization_percentage": self._psutil.cpu_percent()}
+
+    def _memory(self) -> dict[str, float]:
+        memory = self._psutil.virtual_memory()
+        share = 100 * memory.used / memory.total
+        return {"system_memory_usage_megabytes": memory.used / 1e6, "system_memory_usage_percentage": share}
+
+    def _disk(self) -> dict[str, float]:
+        disk = self._psutil.disk_usage(str(self._folder))
+        return {"disk_usage_percentage": disk.percent, "disk_available_megabytes": disk.free / 1e6}
+
+    def _network(self) -> dict[str, float]:
+        now = self._psutil.net_io_counters()
+        self._first = self._first or now
+        return {
+            "network_receive_megabytes": (now.bytes_recv - self._first.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (now.bytes_sent - self._first.bytes_sent) / 1e6,
+        }
 
 
 def _gpus() -> list[Any]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import mlflow_client
-from warm_dist.errors import UnreachableError
+from warm_dist.errors import OutputError, UnreachableError, public
 from warm_dist.metrics import parse_line, read_json, write_json
-from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, public, reaching
+from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, reaching
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
+_PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
 _COPIES = 2  # of each image: MLflow keeps a small one beside it
@@ -46,25 +47,19 @@ class Mirror:
         self._status = ""
         self._offset = 0
         self._sending: int | None = None
-        self._asked = False  # the server, for what it holds
+        self._asked_until = 0  # the bytes for which the server was asked what it holds
         self._held: set[Point] = set()
-        self._grids: set[int] = set()
+        self._grids: set[int] | None = None  # steps whose grid has arrived; None: ask
 
     def sync(self, running: bool) -> int:
-        """Send new metrics and new sample grids; returns how many metric values that were.
+        """Send new metrics, then new files; returns how many metric values that were.
 
         Makes the MLflow run when metrics.jsonl has its first line. running: the run is under way, which the status says.
         """
         if not self._identity():
             return 0
-        with self._server():
-            self._connect()
-            if running and self._status != "RUNNING":
-                self._client.update_run(self._run_id, status="RUNNING")
-                self._status = "RUNNING"
-            count = self._send_metrics()
-            for path in sorted((self.run / "samples").glob("*.png")):
-                self._send_grid(path)
+        count = self._send_values("RUNNING" if running else None)
+        self._send_files()
         return count
 
     def finish(
@@ -72,25 +67,48 @@ class Mirror:
         status: str,
         tags: dict[str, str],
         end_time: float,
-        files: list[Path],
+        files: Callable[[], list[Path]] = list,
         send_model: SendModel | None = None,
     ) -> None:
-        """Send the rest, further files and the end. status: FINISHED, FAILED or KILLED; end_time: unix seconds.
+        """Send the rest and the end, then files. status: FINISHED, FAILED or KILLED; end_time: unix seconds.
 
-        send_model: for the weights of a run that is FINISHED.
+        files: called then, gives further ones. send_model: for the weights of a run that is FINISHED.
         """
-        self.sync(running=False)
+        if not self._identity():
+            return
+        self._send_values(None)
         with self._server():
-            self._connect()
-            for path in files:
-                self._client.log_artifact(self._run_id, str(path))
             self._log(tags=as_texts(tags))
             self._client.set_terminated(self._run_id, status, end_time=int(end_time * 1000))
             self._status = status
+        self._send_files()
+        with reaching(self.url):
+            for path in files():
+                self._client.log_artifact(self._run_id, str(path))
             weights = self.run / "weights" / "ema.safetensors"
             if send_model and status == "FINISHED" and weights.exists():
                 nimg = (read_json(self.run / "exit.json") or {}).get("nimg", 0)
                 send_model(self._client, self._run_id, weights, nimg)
+
+    def _send_values(self, status: str | None) -> int:
+        if self._size() < max(self._offset, self._sending or 0):
+            self._connected = False  # another metrics.jsonl: what was sent of it, only the server knows
+        with self._server():
+            self._connect()
+            if status and self._status != status:
+                self._client.update_run(self._run_id, status=status)
+                self._status = status
+            return self._send_metrics()
+
+    def _send_files(self) -> None:
+        """The config and new sample grids. An artifact store that fails delays them, and no value."""
+        with reaching(self.url):
+            if self._grids is None:
+                text = json.dumps(public(read_json(self.run / "config.json") or {}), indent=2)
+                self._client.log_text(self._run_id, text + "\n", "config.json")
+                self._grids = self._list_grids()
+            for path in sorted((self.run / "samples").glob("*.png")):
+                self._send_grid(path, self._grids)
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[None]:
@@ -109,19 +127,19 @@ class Mirror:
         state = read_json(self.run / "mirror.json") or {}
         found = self._find(state.get("run_id", ""))
         self._run_id, self._status = str(found.info.run_id), found.info.status
-        self._asked = state.get("run_id") != self._run_id
-        if not self._asked:
-            self._offset, self._sending = state.get("offset", 0), state.get("sending")
-            self._held = set(self._points(0, self._offset)[0])
+        offset, sending, size = state.get("offset", 0), state.get("sending"), self._size()
+        if state.get("run_id") == self._run_id and max(offset, sending or 0) <= size:
+            self._offset, self._sending, self._asked_until = offset, sending, 0
+            self._held = set(self._points(0, offset)[0])
         else:
-            self._offset, self._sending = 0, None
+            self._offset, self._sending, self._asked_until = 0, None, size
             self._held = mlflow_client.history(self._client, found)
-        self._grids = self._list_grids()
+        self._grids = None
         self._describe(found.data.params)
         self._connected = True
 
     def _find(self, known: str) -> Any:
-        first = parse_line(self._first_line().decode()) or {}
+        first = parse_line(self._first_line().decode(errors="replace")) or {}
         start = int(first["time"] * 1000) if "time" in first else None
         tags = {**_SOURCE, **({PARENT_TAG: self.parent} if self.parent else {})}
         return mlflow_client.find_or_make(
@@ -129,7 +147,7 @@ class Mirror:
         )
 
     def _describe(self, known: dict[str, str]) -> None:
-        """Parameters, tags and the config file. MLflow never changes a parameter: a later attempt's value is a tag."""
+        """Parameters and tags. MLflow never changes a parameter: a later attempt's value is a tag."""
         config = public(read_json(self.run / "config.json") or {})
         # "$schema" is an editor's affair, and a name that MLflow refuses
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
@@ -137,13 +155,13 @@ class Mirror:
         info = read_json(self.run / "run.json") or {}
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {"mlflow.source.git.commit": info["commit"]} if "commit" in info else {}
+        tags |= {PARENT_TAG: self.parent} if self.parent else {}
         self._log(params={k: v for k, v in params.items() if k not in known}, tags=as_texts({**info, **tags}))
-        self._client.log_text(self._run_id, json.dumps(config, indent=2) + "\n", "config.json")
 
     def _send_metrics(self) -> int:
         """Part after part, until all whole lines have arrived."""
         count = 0
-        while (end := self._sending or self._end_of_lines()) > self._offset:
+        while (end := self._sending or self._end_of_part()) > self._offset:
             self._remember(self._offset, end)
             points, tags = self._points(self._offset, end)
             new = {point: entry for point, entry in points.items() if point not in self._held}
@@ -155,9 +173,9 @@ class Mirror:
 
     def _remember(self, offset: int, sending: int | None) -> None:
         self._offset, self._sending = offset, sending
-        self._asked &= sending is not None
-        if not self._asked:  # else: until a part has arrived, whoever comes after us must ask, too
-            write_json(self.run / "mirror.json", {"run_id": self._run_id, "offset": offset, "sending": sending})
+        if offset >= self._asked_until:  # else: what the server holds beyond is known to this process alone
+            with contextlib.suppress(OutputError):  # a full disk; the next one knows less, and sends more again
+                write_json(self.run / "mirror.json", {"run_id": self._run_id, "offset": offset, "sending": sending})
 
     def _points(self, start: int, end: int) -> tuple[dict[Point, tuple[int, float, float]], dict[str, str]]:
         """Of the lines in these bytes: (attempt, time, value) of each point, the highest attempt's, and the texts."""
@@ -180,15 +198,20 @@ class Mirror:
         records = [parse_line(line.decode(errors="replace")) for line in lines]
         return [record for record in records if record is not None]
 
-    def _end_of_lines(self) -> int:
-        """Where the last whole line ends; what follows is still being written."""
-        try:
-            with (self.run / "metrics.jsonl").open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-        except OSError:
-            return self._offset
+    def _end_of_part(self) -> int:
+        """Where the last whole line of the next piece of the file ends; what follows may still be being written."""
+        with (self.run / "metrics.jsonl").open("rb") as file:
+            file.seek(self._offset)
+            new = file.read(_PART_BYTES)
+            while b"\n" not in new and (more := file.read(_PART_BYTES)):
+                new += more
         return self._offset + new.rfind(b"\n") + 1
+
+    def _size(self) -> int:
+        try:
+            return (self.run / "metrics.jsonl").stat().st_size
+        except OSError:
+            return 0
 
     def _log(
         self,
@@ -206,16 +229,20 @@ class Mirror:
         steps = [int(parts[2]) for parts in names if parts[0] == GRIDS and len(parts) > 2]
         return {step for step in steps if steps.count(step) >= _COPIES}
 
-    def _send_grid(self, path: Path) -> None:
+    def _send_grid(self, path: Path, arrived: set[int]) -> None:
         step = int(path.stem) if path.stem.isdecimal() else -1
-        if step < 0 or step in self._grids:
+        if step < 0 or step in arrived:
             return
         from PIL import Image
 
-        with Image.open(path) as image:
+        try:
             milliseconds = int(path.stat().st_mtime * 1000)
-            self._client.log_image(self._run_id, image, key=GRIDS, step=step, timestamp=milliseconds)
-        self._grids.add(step)
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError):  # gone meanwhile, or no picture
+            return
+        self._client.log_image(self._run_id, image, key=GRIDS, step=step, timestamp=milliseconds)
+        arrived.add(step)
 
     def _first_line(self) -> bytes:
         try:

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Window:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.flops = flops_per_image(config)
         self.peak = peak_flops(config, world.device)
-        self.meter = Meter() if os.environ.get("LOCAL_RANK", "0") == "0" else None  # one a machine
+        self.meter = Meter(Path(config.output)) if os.environ.get("LOCAL_RANK", "0") == "0" else None  # one a machine
         self.gathers_in_forward = config.engine == "deepspeed" and config.parallel.zero_stage == 3
         self.nimg = self.num_steps = 0
         self.seconds = 0.0

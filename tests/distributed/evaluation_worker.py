@@ -15,7 +15,7 @@ from tests.distributed.worker import config, info
 from warm_dist import distributed, evaluation, rng
 from warm_dist.config import Config
 from warm_dist.distributed import StopSignal, World
-from warm_dist.errors import NumericsError, Stopped
+from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
 from warm_dist.evaluation import Evaluator
 from warm_dist.generate import build_network, sample_labels
 
@@ -65,30 +65,52 @@ def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[st
     return values
 
 
-def ends_together(world: World, folder: Path) -> dict[str, Any]:
-    """One rank is told to stop, or makes an image that is not finite: every rank raises the same."""
-    out: dict[str, Any] = {}
+def ends_together(world: World, folder: Path) -> list[str]:
+    """One rank is told to stop, or meets an error: what every rank then raises, in turn."""
     found = Evaluator(settings(folder, 4), world, info(), lambda rows: REAL[rows], folder / "run", print, open_store)
+    last = world.rank == world.size - 1
+    out: list[str] = []
+
+    def attempt(stop: StopSignal, grid: Path | None = None) -> None:
+        try:
+            found.block(found.config.sampler, 0, stop, "test", grid)
+        except WarmDistError as error:
+            out.append(f"{type(error).__name__}: {error}")
+
     stop = StopSignal()
-    if world.rank == world.size - 1:
-        stop.name = "SIGTERM"
-    try:
-        found.block(found.config.sampler, 0, stop, "test", None)
-    except Stopped:
-        out["stopped"] = True
-    generate = evaluation.generate
+    stop.name = "SIGTERM" if last else None
+    attempt(stop)
 
-    def sick(model: Any, indices: range, *args: Any, **given: Any) -> NDArray[np.uint8]:
-        if world.rank == world.size - 1:
-            raise NumericsError("a bad image")
-        return generate(model, indices, *args, **given)
+    def sick(*args: Any, **given: Any) -> NDArray[np.uint8]:
+        if last:
+            raise NumericsError(f"a bad image on rank {world.rank}")
+        return generate(*args, **given)
 
+    def torn(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if world.rank > 0 or world.size == 1:
+            raise DataError(f"a torn shard on rank {world.rank}")
+        return REAL[rows]
+
+    generate, read = evaluation.generate, found.read
     evaluation.generate = sick
-    try:
-        found.block(found.config.sampler, 0, StopSignal(), "test", None)
-    except NumericsError as error:
-        out["numerics"] = str(error)
-    evaluation.generate = generate
+    attempt(StopSignal())
+    evaluation.generate, found.read = generate, torn
+    attempt(StopSignal())
+    found.read = read
+
+    def away(*args: Any) -> None:
+        if last:
+            raise CheckpointError(f"no guide on rank {world.rank}")
+
+    load_guide = evaluation.load_guide
+    evaluation.load_guide = away
+    attempt(StopSignal())
+    evaluation.load_guide = load_guide
+    in_the_way = folder / "run" / "file"
+    if world.is_main:
+        in_the_way.parent.mkdir(parents=True, exist_ok=True)
+        in_the_way.write_text("no folder")
+    attempt(StopSignal(), in_the_way / "grid.png")
     return out
 
 

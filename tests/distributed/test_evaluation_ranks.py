@@ -67,5 +67,11 @@ def test_numbers_agree_over_world_sizes(results: dict[int, dict[str, Any]]) -> N
 
 
 def test_what_ends_one_rank_ends_all(results: dict[int, dict[str, Any]]) -> None:
-    for size in (2, 4):
-        assert results[size]["ends"] == [{"stopped": True, "numerics": "a bad image"}] * size
+    for size, found in results.items():
+        assert len(found["ends"]) == size
+        assert all(told[0].startswith("Stopped: ") for told in found["ends"])  # by SIGTERM, or by a peer
+        ((numerics, data, guide, output),) = {tuple(told[1:]) for told in found["ends"]}  # the same on all ranks
+        assert numerics == f"NumericsError: a bad image on rank {size - 1}"
+        assert data == f"DataError: a torn shard on rank {min(1, size - 1)}", "the lowest rank's"
+        assert guide == f"CheckpointError: no guide on rank {size - 1}"
+        assert output.startswith("OutputError: ")
