@@ -79,6 +79,8 @@ def test_checkpoints_and_snapshots_go_to_s3_and_weights_come_from_there(s3: S3Se
     assert f"resumed at nimg 80 from {url}/checkpoints/{80:012d}" in out
     store = open_store(url, s3.endpoint_url)
     records = read_metrics(run / "metrics.jsonl")
+    assert {r["attempt"] for r in records} == {1, 2}, "the history came back, too"
+    records = [r for r in records if r["attempt"] == 2]
     uploads = {r["nimg"]: r["failed"] for r in records if r["kind"] == "upload"}
     assert uploads.keys() == {96, 128, LAST}
     assert not uploads[LAST]

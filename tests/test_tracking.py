@@ -16,12 +16,14 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from launch import evaluate
 from launch import mirror as command
 from launch.mirror import start_mirror
 from launch.services import Services, free_port, services
@@ -630,3 +632,42 @@ def test_a_full_disk_does_not_hide_the_end(run: Path, monkeypatch: pytest.Monkey
     assert command._curves(run) == []
     monkeypatch.undo()
     assert command._curves(run) == [run / "curves.png"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_a_run_under_its_training(
+    running: Services, client: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One curve over NFE for each BNR; done again it is the same run, with more blocks or another sampler another."""
+    log(run, STEPS[:5])
+    Mirror(run, running.mlflow_url, run.parent.name).sync(running=True)
+    tracking = SimpleNamespace(mlflow_url=running.mlflow_url, experiment=run.parent.name)
+    network: Any = SimpleNamespace(config=SimpleNamespace(tracking=tracking), weights=run, say=print)
+    (tmp_path / "table.csv").write_text("bnr,nfe\n")
+
+    def send(eta: float, blocks: int, url: str | None = None) -> None:
+        facts = {"name": "Fréchet distance (lite0)", "measure": "m", "num_images": 64, "sha256": "s", "method": "heun"}
+        lines = [
+            facts | {"bnr": bnr, "nfe": nfe, "frechet": 10.0 * nfe + float(bnr), "floor": 1.0, "sampler": f"eta {eta}"}
+            | {"spec": f"{bnr}-{nfe}-{eta}", "per_block": [{}] * blocks}
+            for bnr in ("0", "0.5") for nfe in (9, 35)
+        ]  # fmt: skip
+        evaluate._log(network, lines, cast(Any, SimpleNamespace(mlflow_url=url, out=tmp_path)))
+
+    def children() -> list[Any]:
+        parent = f"tags.mlflow.parentRunId = '{read_json(run / 'mirror.json')['run_id']}'"
+        return list(client.search_runs([client.get_experiment_by_name(run.parent.name).experiment_id], parent))
+
+    send(0.0, 3)
+    send(0.0, 3)
+    (child,) = children()
+    assert (child.info.run_name, child.info.status) == ("evaluate-run", "FINISHED")
+    curve = client.get_metric_history(child.info.run_id, "frechet/heun/bnr_0.5")
+    assert sorted((m.step, m.value) for m in curve) == [(9, 90.5), (35, 350.5)]
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["table.csv"]
+    send(0.0, 5)
+    send(1.0, 3)
+    assert len(children()) == 3
+    assert capsys.readouterr().out == ""
+    send(0.0, 3, f"http://127.0.0.1:{free_port()}")
+    assert "not logged: MLflow at" in capsys.readouterr().out
