@@ -107,6 +107,30 @@ def test_sigterm_is_forwarded_and_the_command_may_end_as_it_likes(tmp_path: Path
     assert owned.stop(process) == 75
 
 
+def test_a_supervisor_that_was_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
+    """As by Ctrl-Z or a laptop's sleep: Python's sigtimedwait then returns what is no signal, here also on purpose."""
+    code = f"""
+import signal, sys, types
+from pathlib import Path
+from warm_dist import owned
+wait, count = signal.sigtimedwait, iter(range(10**9))
+def odd(signals, timeout):
+    received = wait(signals, timeout)
+    return types.SimpleNamespace(si_signo=(-7, 0, 21845)[next(count) % 3]) if received is None else received
+signal.sigtimedwait = odd
+sys.argv[1:] = ["--", sys.executable, "-c", "import time; open({str(tmp_path / "ready")!r}, 'w'); time.sleep(3); raise SystemExit(5)"]
+sys.exit(owned.main())
+"""
+    environment = {**os.environ, owned.OWNER: owned.identity(os.getpid())}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    assert wait_until((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2 * owned.WATCH_S)  # past the timeout: this is what is tested
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 5, "the command's own code: it was not ended"
+
+
 def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert owned.start(["no-such-command-here"], log=log).wait(20) == 127

@@ -99,13 +99,15 @@ def _supervise(command: list[str], owner: str) -> int:
     family = _Family(child)
     while family.reap() and family.code is None:
         received = signal.sigtimedwait(_SIGNALS, WATCH_S)
-        if received is None:
+        # a process that slept past the timeout (SIGSTOP, a laptop's lid) gets, instead of None, whatever the memory held
+        signum = received.si_signo if received is not None else 0
+        if signum not in _SIGNALS:
             if not alive(owner):
                 break
-        elif received.si_signo == signal.SIGQUIT:
+        elif signum == signal.SIGQUIT:
             family.end(0)
-        elif received.si_signo != signal.SIGCHLD:
-            family.send(received.si_signo)
+        elif signum != signal.SIGCHLD:
+            family.send(signum)
     family.end(GRACE_S)
     code = 1 if family.code is None else family.code
     return code if code >= 0 else 128 - code
