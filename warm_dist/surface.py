@@ -10,6 +10,7 @@ from typing import Any
 
 from warm_dist.figures import replace_file
 
+_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of each decade
 Line = dict[str, Any]
 """A cell: weights, bnr (text), method, nfe, measure, name, frechet, spread and floor, as launch/evaluate.py keeps it."""
 
@@ -76,6 +77,7 @@ def draw(parts: Sequence[Panel], path: Path) -> None:
 
 def _heat_map(axes: Any, panel: Panel) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
 
     values = [[_value(panel, bnr, nfe) for nfe in panel.nfe] for bnr in panel.bnr]
     finite = [value for row in values for value in row if 0 < value < math.inf]
@@ -93,7 +95,7 @@ def _heat_map(axes: Any, panel: Panel) -> None:
                 x, y, _label(line), ha="center", va="center", fontsize=8, color="white" if dark else "black",
                 fontweight="bold" if value == best else "normal",
             )  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, label="Fréchet distance")
+    axes.figure.colorbar(image, ax=axes, ticks=LogLocator(subs=_TICKS), format="%g")
 
 
 def _label(line: Line | None) -> str:
@@ -108,15 +110,14 @@ def _label(line: Line | None) -> str:
 def _curves(axes: Any, panel: Panel, along: str) -> None:
     """along: "nfe" or "bnr", the horizontal axis; the other one names the curves."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    numeric = all(_rank(bnr)[0] < math.inf for bnr in panel.bnr)
-    positive = [float(bnr) for bnr in panel.bnr if 0 < _rank(bnr)[0] < math.inf]
     curves: Sequence[Any] = panel.bnr if along == "nfe" else panel.nfe
     points: Sequence[Any] = panel.nfe if along == "nfe" else panel.bnr
     for k, curve in enumerate(curves):
         cells = [panel.cells.get((curve, p) if along == "nfe" else (p, curve)) for p in points]
         known = [(p, c) for p, c in zip(points, cells, strict=True) if c and c.get("frechet") is not None]
-        x = [float(p) if along == "nfe" or numeric else points.index(p) for p, _ in known]
+        x = [float(p) if along == "nfe" else points.index(p) for p, _ in known]
         axes.errorbar(
             x, [c["frechet"] for _, c in known], [c.get("spread") or 0.0 for _, c in known], fmt="o-", markersize=4,
             linewidth=1.2, capsize=2, color=colormaps["viridis"](0.9 * k / max(1, len(curves) - 1)),
@@ -130,12 +131,11 @@ def _curves(axes: Any, panel: Panel, along: str) -> None:
         axes.set_xscale("log")
         axes.set_xticks(panel.nfe, [str(n) for n in panel.nfe], minor=False)
         axes.minorticks_off()
-    elif numeric:
-        axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
-        axes.set_xticks([float(bnr) for bnr in panel.bnr], panel.bnr, rotation=45)
-        axes.minorticks_off()
-    else:
-        axes.set_xticks(range(len(panel.bnr)), panel.bnr, rotation=20)
+    else:  # evenly spaced: there is 0, and there may be paths that are no number
+        axes.set_xticks(range(len(panel.bnr)), panel.bnr, rotation=20 if max(map(len, panel.bnr)) > 5 else 0)
+    axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)
 
