@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     many("--nfe", "network evaluations an image; where a method cannot spend all, one less (heun's are odd)")
     sampling.add_set(parser)
     parser.add_argument("--num-images", type=int, help="of a block; default: the config's eval.num_images, else 2048")
-    parser.add_argument("--blocks", type=int, help="of seeds; default: the config's eval.num_blocks, else 3")
+    parser.add_argument("--blocks", type=int, default=3, help="of seeds, for mean and spread (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size, else 64")
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
@@ -124,9 +124,7 @@ class Network:
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
         changes = {"batch_size": args.batch_size} if args.batch_size else {}
         changes |= {"num_images": args.num_images} if args.num_images else {}
-        changes |= {"num_blocks": args.blocks} if args.blocks else {}
         self.config: Config = config.model_copy(update={"eval": base.model_copy(update=changes)})
-        self.num_blocks = args.blocks or base.num_blocks
         grid = itertools.product(args.method, args.bnr, args.nfe)
         self.samplers = [
             sampling.sampler_for(config, args.set, method, nfe, bnr, spend_less=True) for method, bnr, nfe in grid
@@ -152,7 +150,7 @@ class Network:
             evaluator = Evaluator(self.config, world, model.info, loader.read, args.out, self.say, open_store)
             evaluator.network.load_state_dict(model.network.state_dict())
             keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # equal ones once
-            for block, (key, sampler) in itertools.product(range(self.num_blocks), keys.items()):
+            for block, (key, sampler) in itertools.product(range(args.blocks), keys.items()):
                 line = results.setdefault(key, {"per_block": []})
                 if len(line["per_block"]) == block and "problem" not in line:
                     self._block(evaluator, sampler, block, stop, line, key)

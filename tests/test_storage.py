@@ -450,3 +450,4 @@ def test_a_log_that_grows_or_is_refused_fails_no_checkpoint(tmp_path, said, s3, 
     mine.save(16)
     assert mine.storage.close(20) == []
     assert [upload.error for upload in mine.storage.ended()] == [None, None]
+    assert said == ["metrics.jsonl not sent: not this one"]

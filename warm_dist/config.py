@@ -181,7 +181,7 @@ class EvalConfig(Section):
     num_images: Annotated[int, Field(ge=2)]
     num_blocks: Positive = Field(
         3,
-        description="the last evaluation, and launch/evaluate.py, repeat it with so many blocks of seeds: mean ± spread",
+        description="the last evaluation repeats it with so many blocks of seeds: mean ± spread",
     )
     extractor: Literal["lite0", "pixels", "inception", "torchscript"] = "lite0"
     extractor_url: str | None = Field(

@@ -32,7 +32,7 @@ from warm_dist.checkpoint import (
 )
 from warm_dist.config import CheckpointConfig
 from warm_dist.distributed import World, gather, on_main
-from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError
+from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.metrics import last_attempt, make_folder, write_json
 from warm_dist.types import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
@@ -108,11 +108,20 @@ class Storage:
         return here
 
     def _after_upload(self) -> None:
-        """Beside a checkpoint that has arrived. The file grows while it is read: what is whole by now is sent."""
+        """What follows a checkpoint that has arrived: a store that refuses it is told of, and the checkpoint is there."""
+        for what, action in (("metrics.jsonl not sent", self._send_log), ("old checkpoints stay", self._prune_remote)):
+            try:
+                action()
+            except UnreachableError:
+                raise  # it is tried again
+            except WarmDistError as error:
+                self.say(f"{what}: {error}")
+
+    def _send_log(self) -> None:
+        """The file grows while it is read: what stands there by now is sent."""
         assert self.remote is not None
         if (self.run / METRICS).exists():
             self.remote.write(METRICS, (self.run / METRICS).read_bytes())
-        self._prune_remote()
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class Uploads:
                 break
         text = json.dumps(upload.complete, indent=2).encode()
         self._patiently(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
-        with suppress(WarmDistError):  # it has arrived, whatever becomes of this; the next one tidies too
+        with suppress(UnreachableError):  # it has arrived, though it be given up now; the next one tidies too
             self._patiently(upload, self.after)
 
     def _arrived(self, name: str, file: dict[str, Any]) -> bool:
