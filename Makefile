@@ -1,10 +1,10 @@
-# make install | quickstart | ui | test | soak | lint | browser | peers
+# make install | quickstart | sweep | ui | test | soak | lint | browser | peers
 PYTHON ?= python3
 UI_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart ui test soak lint format browser clean peers
+.PHONY: install quickstart sweep ui test soak lint format browser clean peers
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 quickstart: install
 	$(BIN)/python launch/quickstart.py
+
+sweep: install
+	$(BIN)/python launch/sweep_quickstart.py
 
 ui: install
 	$(BIN)/python launch/ui.py --port $(UI_PORT)

@@ -56,24 +56,34 @@ def main() -> int:
     parser.add_argument("--url", help="another server than the run's tracking.mlflow_url")
     parser.add_argument("--register", metavar="NAME", help="register the finished run's model under this name")
     args = parser.parse_args()
-    tracking = _tracking(args.run)
-    url = args.url or tracking.mlflow_url
-    if not url:
-        raise ConfigError(f"{args.run}: its tracking.mlflow_url is null; name a server with --url")
-    mirror = Mirror(args.run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
-    register = args.register or tracking.registered_model
-    model = _send_model(register) if tracking.log_model or register else None
-    attempt = _attempt(args.run)
-    owner = os.environ.get(owned.OWNER) if args.follow else None
     if args.follow:
         os.nice(10)  # training first
+    mirror_run(args.run, args.url, args.register, os.environ.get(owned.OWNER) if args.follow else None, args.follow)
+    return errors.EXIT_OK
+
+
+def mirror_run(
+    run: Path, url: str | None = None, register: str | None = None, owner: str | None = None, follow: bool = False
+) -> None:
+    """Send what is missing of a run; `follow`: as it goes on, until it, or `owner`, ends.
+
+    url: another server than its tracking.mlflow_url. register: the name of the model that its weights become a version of.
+    Raises ConfigError for a folder that is no run's or has no server, OutputError, UnreachableError.
+    """
+    tracking = _tracking(run)
+    url = url or tracking.mlflow_url
+    if not url:
+        raise ConfigError(f"{run}: its tracking.mlflow_url is null; name a server with --url")
+    mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
+    register = register or tracking.registered_model
+    model = _send_model(register) if tracking.log_model or register else None
+    attempt = _attempt(run)
     if owner:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
-    with _only_mirror(args.run, owner):
-        if args.follow:
+    with _only_mirror(run, owner):
+        if follow:
             _follow(mirror, owner)
         _finish(mirror, attempt, owner, model)
-    return errors.EXIT_OK
 
 
 def _follow(mirror: Mirror, owner: str | None) -> None:

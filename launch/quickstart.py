@@ -17,12 +17,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.manifest import read_manifest
-from launch.services import Services, free_port, services
+from launch.services import Services, free_port, pack_openmoji, services
 from warm_dist import errors, owned
 from warm_dist.config import Config
 from warm_dist.config_file import dump, load_config
-from warm_dist.errors import ConfigError, DataError, Stopped
+from warm_dist.errors import ConfigError, Stopped
 from warm_dist.metrics import read_json, read_metrics
 
 LAUNCH = Path(__file__).resolve().parent
@@ -68,7 +67,7 @@ class Quickstart:
                 servers = stack.enter_context(services(self.root))
             os.environ.update(servers.s3.env)  # boto3's own chain, here and in the children
             with self._timed("pack"):
-                self._pack(servers)
+                pack_openmoji(self.config, servers)
             started = time.time()
             with self._timed("train"):
                 code = self._train(servers)
@@ -87,18 +86,6 @@ class Quickstart:
         begun = time.monotonic()
         yield
         self.seconds[phase] = time.monotonic() - begun
-
-    def _pack(self, servers: Services) -> None:
-        folder = self.config.data.manifest.rpartition("/")[0]
-        endpoint = servers.s3.endpoint_url
-        try:
-            read_manifest(self.config.data.manifest, endpoint)
-        except DataError:  # none, half a pack (the manifest comes last), or one of an older version
-            command = [sys.executable, "-m", "data_pipelines.pack", "openmoji", folder]
-            command += ["--resolution", str(self.config.data.resolution), "--endpoint-url", endpoint]
-            code = subprocess.run(command).returncode
-            if code:
-                raise errors.PeerError("packing has failed, see above", code, resumable=False) from None
 
     def _train(self, servers: Services) -> int:
         """The training command of the README, on our servers. Returns the run's exit code, which launchers hide."""

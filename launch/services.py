@@ -14,9 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.manifest import read_manifest
 from data_pipelines.s3_server import S3Server
 from warm_dist import owned
-from warm_dist.errors import OutputError, PortError, UnreachableError
+from warm_dist.config import Config
+from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError
 
 HOST = "127.0.0.1"
 BUCKET = "warm-dist"
@@ -40,7 +42,7 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
     or another quickstart or ui uses it, UnreachableError with the end of the log if a server does not start.
     """
     with ExitStack() as stack:
-        stack.enter_context(_claimed(root))
+        stack.enter_context(claimed(root, "make quickstart, make sweep or make ui"))
         port = free_port() if ui_port is None else _checked(ui_port)
         s3 = stack.enter_context(S3Server(root / "s3", BUCKET))
         url, log = f"http://{HOST}:{port}", root / "mlflow.log"
@@ -48,6 +50,20 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
         stack.callback(owned.stop, process)
         _wait_until_healthy(url, process, log)
         yield Services(s3, url, process)
+
+
+def pack_openmoji(config: Config, servers: Services) -> None:
+    """Pack the quickstart's pictures where the config's manifest is to be, unless they are there. Raises PeerError."""
+    folder = config.data.manifest.rpartition("/")[0]
+    endpoint = servers.s3.endpoint_url
+    try:
+        read_manifest(config.data.manifest, endpoint)
+    except DataError:  # none, half a pack (the manifest comes last), or one of an older version
+        command = [sys.executable, "-m", "data_pipelines.pack", "openmoji", folder]
+        command += ["--resolution", str(config.data.resolution), "--endpoint-url", endpoint]
+        code = subprocess.run(command).returncode
+        if code:
+            raise PeerError("packing has failed, see above", code, resumable=False) from None
 
 
 def free_port() -> int:
@@ -102,16 +118,16 @@ def _checked(port: int) -> int:
 
 
 @contextmanager
-def _claimed(root: Path) -> Iterator[None]:
-    """The folder's lock; dropped with the file, so also by kill -9."""
+def claimed(folder: Path, who: str) -> Iterator[None]:
+    """Make the folder and hold its lock, which is dropped with the file, so also by kill -9. Raises OutputError."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
     except OSError as error:
-        raise OutputError(f"{root}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"{root}: another make quickstart or make ui is using it; end that one first") from None
+            raise OutputError(f"{folder}: another {who} is using it; end that one first") from None
         yield

@@ -28,21 +28,31 @@ LEVELS = [
         "downloads",
         "lite0",
     },
-    {"blocks", "metrics", "mlflow_client", "prefetch", "finite"},
-    {"networks", "precond", "engine", "tracking", "logged_model", "run_folder", "heartbeat", "posthoc"},
+    {"blocks", "metrics", "mlflow_client", "prefetch", "finite", "sweep_config"},
+    {
+        "networks",
+        "precond",
+        "engine",
+        "tracking",
+        "logged_model",
+        "run_folder",
+        "heartbeat",
+        "posthoc",
+        "sweep_results",
+    },
     {"loss", "per_frequency", "sampler", "ema", "flops", "edm_weights"},
     {"checkpoint", "extractors", "fid", "figures", "guidance", "row_metrics", "window", "scaling"},
-    {"feature_stream", "generate", "spectrum_figure", "storage", "plan", "surface"},
-    {"mlflow_model", "preparation", "reference"},
-    {"evaluation"},
-    {"trainer", "report_charts", "report_facts"},
-    {"report"},
+    {"feature_stream", "generate", "spectrum_figure", "storage", "plan", "surface", "sweep_results"},
+    {"mlflow_model", "preparation", "reference", "sweep_figures", "space"},
+    {"evaluation", "trial"},
+    {"trainer", "report_charts", "report_facts", "sweep_actors"},
+    {"report", "sweep"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/extractors.py",
            "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py",
-           "prometheus_client": "warm_dist/prometheus.py"}  # fmt: skip
+           "prometheus_client": "warm_dist/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py")}  # fmt: skip
 HEAVY = {
     "deepspeed",
     "mlflow",
@@ -56,6 +66,7 @@ HEAVY = {
     "sklearn",
     "prometheus_client",
 }
+LOADED_LATE = ("warm_dist/mlflow_model.py", "warm_dist/sweep_actors.py")  # a script of MLflow's; Ray's workers' module
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))
 ]
@@ -100,7 +111,7 @@ def test_libraries_have_one_home_and_heavy_ones_are_lazy(path):
     for library, home in ONLY_IN.items():
         if name not in ((home,) if isinstance(home, str) else home):
             assert library not in {found.split(".")[0] for found in imports(path)}, f"{library} belongs in {home}"
-    if name != "warm_dist/mlflow_model.py":  # MLflow runs it as a script
+    if name not in LOADED_LATE:
         assert not {found.split(".")[0] for found in imports(path, top_only=True)} & HEAVY
 
 

@@ -177,7 +177,8 @@ class SamplerConfig(Section):
 
 
 class EvalConfig(Section):
-    eval_nimg: Positive = Field(description="Fréchet distance every so many images, before training, and at the end")
+    eval_nimg: Positive = Field(description="Fréchet distance every so many images, and at the end")
+    before_training: bool = Field(True, description="and of the network as it begins")
     num_images: Annotated[int, Field(ge=2)]
     num_blocks: Positive = Field(
         3,
@@ -193,6 +194,11 @@ class EvalConfig(Section):
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
     kid_images: Annotated[int, Field(ge=0)] = Field(
         5000, description="so many images of either side also give KID, precision and recall; 0: none of them"
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="a local folder, shared by the machine's runs, where the real images' statistics are measured once "
+        "even if runs begin at the same time; null: once beside the manifest, where it can be written",
     )
     batch_size: Positive = 64
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")

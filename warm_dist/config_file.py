@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,20 +14,27 @@ from warm_dist.bnr import KINDS
 from warm_dist.config import Config
 from warm_dist.errors import ConfigError
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
 
     Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
     """
+    tree = read_tree(path)
+    for setting in overrides or []:
+        override(tree, setting)
+    return validate(tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A JSON file's object, not validated yet. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    tree = parse_json(text, str(path))
-    for setting in overrides or []:
-        override(tree, setting)
-    return validate(tree, str(path))
+    return parse_json(text, str(path))
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
@@ -55,23 +62,28 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
 
 def validate(tree: dict[str, Any], name: str = "config") -> Config:
     """dict → Config, or a ConfigError with one line per mistake."""
+    return validate_as(Config, tree, name)
+
+
+def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
+    """dict → model, or a ConfigError with one line per mistake."""
     try:
         # by way of JSON, so that lists become tuples while strictness about types stays
-        return Config.model_validate_json(json.dumps(tree, allow_nan=False))
+        return model.model_validate_json(json.dumps(tree, allow_nan=False))
     except (ValueError, ConfigError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{name}: {error}") from None
-        lines = dict.fromkeys(_explain(dict(item)) for item in error.errors())
+        lines = dict.fromkeys(_explain(dict(item), known_keys(model)) for item in error.errors())
         raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: dict[str, Any], keys: list[str]) -> str:
     branches = {"constrained-float", "literal['measured']", "grid name", "grid list", *KINDS}
     location = [str(part) for part in item["loc"] if part not in branches]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.5) or difflib.get_close_matches(
-            location[-1], [key.split(".")[-1] for key in known_keys()], n=1
+        near = difflib.get_close_matches(path, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
+            location[-1], [key.split(".")[-1] for key in keys], n=1
         )
         return f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
@@ -95,17 +107,23 @@ def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseMo
     return out
 
 
-def known_keys() -> list[str]:
+def known_keys(model: type[BaseModel] = Config) -> list[str]:
     """Every key as a dotted path, sections included."""
     return [
         prefix + (field.alias or name)
-        for prefix, model in _sections(Config).items()
-        for name, field in model.model_fields.items()
+        for prefix, section in _sections(model).items()
+        for name, field in section.model_fields.items()
     ]
 
 
 def override(tree: dict[str, Any], text: str) -> None:
     """Apply one `a.b=VALUE` to the tree. Raises ConfigError for another form, a non-finite value, a path through a value."""
+    path, value = parse_setting(text)
+    assign(tree, path, value, f"--set {text!r}")
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`a.b=VALUE` → (a.b, VALUE as JSON, or as text where it is none). Raises ConfigError."""
     path, separator, value_text = text.partition("=")
     if not separator or not path:
         raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
@@ -115,18 +133,23 @@ def override(tree: dict[str, Any], text: str) -> None:
         value = value_text
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--set {text!r}: the value must be finite")
+    return path, value
+
+
+def assign(tree: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    """Put a value at a dotted path, sections on the way made. Raises ConfigError, that names `origin`, for a path through a value."""
     *parents, leaf = path.split(".")
     for key in parents:
         child = tree.setdefault(key, {})
         if child is None:
             child = tree[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {text!r}: {key!r} is not a section")
+            raise ConfigError(f"{origin}: {key!r} is not a section")
         tree = child
     tree[leaf] = value
 
 
-def dump(config: Config) -> dict[str, Any]:
+def dump(config: BaseModel) -> dict[str, Any]:
     """Every key with its value, defaults included, ready for JSON; `validate` gives back an equal Config."""
     return config.model_dump(mode="json", by_alias=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -66,7 +67,9 @@ class Evaluator:
             open_store=lambda url: open_store(url, endpoint),
         )
         folder = config.data.manifest.rpartition("/")[0] or "."
-        self.stores = (open_store(folder, endpoint), open_store(str(run), None))
+        self.cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+        places = [(folder, endpoint), *([(str(self.cache), None)] if self.cache else []), (str(run), None)]
+        self.stores = [open_store(*place) for place in places]
         self.network = build_network(config).to(world.device)
         self._reference: Reference | None = None
         self._warn()
@@ -208,15 +211,22 @@ class Evaluator:
             num_images=self.settings.num_images,
             num_rows=min(self.settings.kid_images, self.num_real),
         )
-        if self.world.is_main and self._reference is None:
-            self._reference = reference.load(self.stores, spec)
-        if any_rank(self.world, self.world.is_main and self._reference is None):
-            after, size = self._after("real features", self.num_real, stop), self.settings.batch_size
-            found = reference.measure(self.world, self.extractor, spec, self.info.num_images, self.read, size, after)
-            if self.world.is_main:
-                self._reference = found
-                where = reference.keep(self.stores, spec, found)
-                self.say(f"real images' statistics: {where or 'kept nowhere, no store takes them'}")
+        patience_s = self.config.parallel.timeout_s / 2  # that long the other ranks wait for the first one
+        with contextlib.ExitStack() as stack:
+            if self.world.is_main and self._reference is None:
+                self._reference = reference.load(self.stores, spec)
+                if self._reference is None and self.cache:
+                    stack.enter_context(reference.turn(self.cache, spec, patience_s))
+                    self._reference = reference.load(self.stores, spec)
+            if any_rank(self.world, self.world.is_main and self._reference is None):
+                after, size = self._after("real features", self.num_real, stop), self.settings.batch_size
+                found = reference.measure(
+                    self.world, self.extractor, spec, self.info.num_images, self.read, size, after
+                )
+                if self.world.is_main:
+                    self._reference = found
+                    where = reference.keep(self.stores, spec, found)
+                    self.say(f"real images' statistics: {where or 'kept nowhere, no store takes them'}")
         return self._reference
 
     def _after(self, what: str, num_images: int, stop: StopSignal) -> Callable[[int], None]:

@@ -62,14 +62,18 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records by rising nimg, of each (kind, nimg) that of the highest attempt; none if there is no file."""
+    return parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def parse_records(text: str) -> list[dict[str, Any]]:
+    """The same of a file's text."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = parse_line(line)
-            if record is not None:
-                key = (record["kind"], record["nimg"])
-                if key not in best or record["attempt"] >= best[key]["attempt"]:
-                    best[key] = record
+    for line in text.splitlines():
+        record = parse_line(line)
+        if record is not None:
+            key = (record["kind"], record["nimg"])
+            if key not in best or record["attempt"] >= best[key]["attempt"]:
+                best[key] = record
     return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
 
 

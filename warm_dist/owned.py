@@ -24,10 +24,13 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
-def start(command: list[str], env: Mapping[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:
+def start(
+    command: list[str], env: Mapping[str, str] | None = None, log: Path | None = None, cwd: str | None = None
+) -> subprocess.Popen[bytes]:
     """Start `command` under a supervisor that ends it when this process ends.
 
-    env: the whole environment (None: ours). log: a file that stdout and stderr are appended to (None: ours).
+    env: the whole environment (None: ours). log: a file that stdout and stderr are appended to (None: ours). cwd: its
+    working folder (None: ours).
     Returns the supervisor's process: its exit code is the command's (128 + n after signal n, 127 if it cannot be run),
     and SIGTERM or SIGINT sent to it reach the command's whole group. End it with `stop`.
     """
@@ -37,6 +40,7 @@ def start(command: list[str], env: Mapping[str, str] | None = None, log: Path | 
         return subprocess.Popen(
             [sys.executable, "-m", "warm_dist.owned", "--", *command],
             env=environment,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT if out else None,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +119,31 @@ def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> 
             continue  # a data set that may only be read, for instance
         return f"{store.url}/{spec.path}"
     return None
+
+
+@contextlib.contextmanager
+def turn(folder: Path | None, spec: ReferenceSpec, patience_s: float) -> Iterator[None]:
+    """Wait for another run of this machine that measures the same, at most patience_s; the folder's lock is ours inside.
+
+    Without it, or where the folder cannot be written, both measure: a waste, not a fault. kill -9 drops the lock too.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path = (folder / spec.path).with_suffix(".lock") if folder else None
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock, deadline = stack.enter_context(path.open("a")), time.monotonic() + patience_s
+                while not _locked(lock) and time.monotonic() < deadline:
+                    time.sleep(0.2)
+        yield
+
+
+def _locked(lock: Any) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _parse(data: bytes, spec: ReferenceSpec) -> Reference:

@@ -279,6 +279,8 @@ class Trainer:
         settings = self.config.eval
         if evaluate is None or settings is None or self.nimg in evaluated:
             return False
+        if self.nimg == 0:
+            return settings.before_training
         return self.nimg % settings.eval_nimg == 0 or self.nimg == self.config.train.total_nimg
 
     def _evaluate_if_due(self, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int]) -> None:
