@@ -1,0 +1,116 @@
+"""A sweep on Ray Tune: `python launch/sweep.py --config configs/sweep_bnr.json`, every trial the training command.
+
+It starts Ray on this machine, or joins the cluster of RAY_ADDRESS. All trials are checked before anything starts. Killed,
+stopped or on another cluster, the same command with --resume goes on; what has ended is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.store import open_store
+from launch.services import claimed
+from warm_dist import errors
+from warm_dist.errors import Stopped, WarmDistError
+from warm_dist.space import Trial, trials
+from warm_dist.sweep_config import SweepConfig, load_sweep
+from warm_dist.trial import Place, make_place
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file configs/sweep_*.json")
+    text = "override a key of the sweep (output, trial.max_failures, …) or of its trials (data.endpoint_url, …); repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the sweep in output")
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again, too")
+    parser.add_argument("--dry-run", action="store_true", help="list the trials, validated; stop")
+    args = parser.parse_args()
+    if args.retry_failed and not args.resume:
+        parser.error("--retry-failed goes with --resume")
+    sweep, base = load_sweep(args.config, args.set)
+    every = trials(sweep, base)
+    if args.dry_run:
+        print(describe(sweep, every))
+        return errors.EXIT_OK
+    place = make_place(sweep, "", None)
+    with contextlib.nullcontext() if place.remote else claimed(Path(place.output), "sweep"):
+        return Session(sweep, every, place).run(args.resume, args.retry_failed)
+
+
+def describe(sweep: SweepConfig, every: list[Trial]) -> str:
+    """The trials' names and what they come to."""
+    total = sum(trial.config.train.total_nimg for trial in every)
+    size = f"{sweep.trial.processes} process{'es' if sweep.trial.processes > 1 else ''}"
+    how = "each to its end" if sweep.scheduler is None else "stopped early by ASHA"
+    lines = [f"  {trial.name}" for trial in every]
+    return "\n".join(
+        [*lines, f"{len(every)} trials of {size}, {total:,} images if {how.replace('stopped', 'none is stopped')}"]
+    )
+
+
+class Session:
+    """One command's part in a sweep: whose trials, what is left to do, and the report on all."""
+
+    def __init__(self, sweep: SweepConfig, every: list[Trial], place: Place) -> None:
+        from warm_dist.sweep import Ledger
+
+        self.sweep, self.every = sweep, every
+        self.ledger = Ledger(open_store(place.output, place.endpoint_url if place.remote else None))
+
+    def run(self, resume: bool, retry_failed: bool) -> int:
+        """Train what has not ended, and report; the exit code. Raises Stopped after the report so far, when interrupted."""
+        from launch.sweep_report import Report
+        from warm_dist import sweep as tune
+
+        record = self.ledger.claim(self.every, resume)
+        record["parent_run_id"] = record["parent_run_id"] or self._parent(record["id"])
+        self.ledger.keep(record, self.every)
+        place = make_place(self.sweep, record["id"], record["parent_run_id"])
+        report = Report(self.sweep, self.every, place, self.ledger, say)
+        pending = self._pending(retry_failed)
+        stopped = None
+        if pending:
+            try:
+                tune.run(self.sweep, pending, place, self.ledger, open_store, say)
+            except Stopped as error:
+                stopped = error
+        report.write(whole=stopped is None)
+        if stopped is not None:
+            raise stopped
+        return report.exit_code()
+
+    def _pending(self, retry_failed: bool) -> list[Trial]:
+        ended: dict[str, Any] = {trial.name: self.ledger.ended(trial.name) for trial in self.every}
+        for name, end in ended.items():
+            if retry_failed and end is not None and end.state == "failed":
+                self.ledger.forget(name)
+                ended[name] = None
+        pending = [trial for trial in self.every if ended[trial.name] is None]
+        say(f"sweep: {len(self.every)} trials, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}")
+        return pending
+
+    def _parent(self, sweep_id: str) -> str | None:
+        """MLflow's run of the sweep, under which its trials are shown; now, so that no trial is without."""
+        tracking = self.every[0].config.tracking
+        if not tracking.mlflow_url:
+            return None
+        from warm_dist.config_file import dump
+        from warm_dist.mlflow_client import open_parent
+
+        name = self.ledger.store.url.rpartition("/")[2]
+        params = dump(self.sweep)
+        return open_parent(tracking.mlflow_url, tracking.experiment, name, sweep_id, params)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    with contextlib.suppress(OSError):  # whoever read our output is gone; the sweep goes on
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)
