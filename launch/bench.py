@@ -1,4 +1,4 @@
-"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step`, `features`, `scaling`."""
+"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step`, `features`, `sweep`, `scaling`."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def scaling(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    from launch import bench_features, bench_step  # which import this module
+    from launch import bench_features, bench_step, bench_sweep  # which import this module
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -314,6 +314,9 @@ def main() -> int:
     command.set_defaults(run=data)
     bench_step.add_arguments(commands.add_parser("step", help="what EMAs, metrics and a second rank cost a step"))
     bench_features.add_arguments(commands.add_parser("features", help="what evaluation costs, beside clean-fid"))
+    bench_sweep.add_arguments(
+        commands.add_parser("sweep", help="what Ray costs a trial, beside the same command by hand")
+    )
     command = commands.add_parser(
         "scaling", help="a step from 1 to 1024 GPUs by warm_dist/scaling.py; measures nothing"
     )

@@ -8,7 +8,7 @@ from warm_dist.config import json_schema
 from warm_dist.config_file import dump, flatten, known_keys, load_config, validate
 from warm_dist.errors import ConfigError
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if not path.name.startswith(("schema", "sweep_")))
 QUICKSTART = str(ROOT / "configs" / "quickstart.json")
 
 
