@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
         "by_hand_cpu_s": statistics.median(hand),
         "trial_cpu_s": statistics.median(trial),
         "start_up_cpu_s": statistics.median(start),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        "ratio": verdict(ratios, TARGET, below=True),
     }
     print(json.dumps(report) if args.json else table(report))
     return errors.EXIT_OK
@@ -63,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    low, high = min(report["ratios"]), max(report["ratios"])
+    ratio = report["ratio"]
+    met = "met" if ratio["met"] else "missed"
     return "\n".join(
         [
             f"one training of {report['nimg']:,} digits, processor seconds of its process tree, medians",
-            f"  by hand                        {report['by_hand_cpu_s']:8.2f}",
-            f"  as a trial inside Ray          {report['trial_cpu_s']:8.2f}",
-            f"  of that start-up               {report['start_up_cpu_s']:8.2f}   (the worker, until training begins)",
-            f"  ratio without start-up         {report['ratio']:8.3f}   {low:.3f}..{high:.3f}   {verdict(report['ratio'], TARGET)}",
+            f"  by hand                   {report['by_hand_cpu_s']:8.2f}",
+            f"  as a trial inside Ray     {report['trial_cpu_s']:8.2f}",
+            f"  of that start-up          {report['start_up_cpu_s']:8.2f}   (Ray's worker, until training begins)",
+            f"  ratio without start-up    {ratio['median']:8.3f}   {ratio['min']:.3f}..{ratio['max']:.3f}   at most {TARGET}: {met}",
         ]
     )
 

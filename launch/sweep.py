@@ -14,9 +14,9 @@ from typing import Any
 from data_pipelines.store import open_store
 from launch.services import claimed
 from warm_dist import errors
-from warm_dist.errors import Stopped, WarmDistError
+from warm_dist.errors import Stopped
 from warm_dist.space import Trial, trials
-from warm_dist.sweep_config import SweepConfig, load_sweep
+from warm_dist.sweep_config import SweepConfig, load_sweep, parameters
 from warm_dist.trial import Place, make_place
 
 
@@ -98,12 +98,10 @@ class Session:
         tracking = self.every[0].config.tracking
         if not tracking.mlflow_url:
             return None
-        from warm_dist.config_file import dump
         from warm_dist.mlflow_client import open_parent
 
         name = self.ledger.store.url.rpartition("/")[2]
-        params = dump(self.sweep)
-        return open_parent(tracking.mlflow_url, tracking.experiment, name, sweep_id, params)
+        return open_parent(tracking.mlflow_url, tracking.experiment, name, sweep_id, parameters(self.sweep))
 
 
 def say(text: str) -> None:

@@ -15,16 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from warm_dist.bnr import exact
-from warm_dist.errors import ConfigError, DataError, Stopped, UnreachableError, WarmDistError
+from warm_dist.errors import ConfigError, DataError, Stopped, UnreachableError
 from warm_dist.metrics import parse_records
 from warm_dist.space import Trial
 from warm_dist.sweep_config import SweepConfig
-from warm_dist.trial import Place
+from warm_dist.trial import Place, patiently
 from warm_dist.types import OpenStore, Store
 
 RECORD = "sweep.json"
@@ -261,8 +260,12 @@ def _watch(trials: dict[str, Trial], ledger: Ledger, say: Callable[[str], None])
 
         def _end(self, trial: Any, state: str, reason: str) -> None:
             name = trial.config["trial"]
-            nimg = max((record["nimg"] for record in ledger.evaluations(name)), default=0)
-            ledger.end(name, Ended(state, reason, nimg))
+
+            def write() -> None:
+                nimg = max((record["nimg"] for record in ledger.evaluations(name)), default=0)
+                ledger.end(name, Ended(state, reason, nimg))
+
+            patiently(write)
             self._say(trial, state + (f": {reason}" if reason else ""))
 
     return Watch()

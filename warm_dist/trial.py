@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from warm_dist.types import OpenStore, Store
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not
 FREE_S = 20.0  # what a killed sweep's processes may take to be gone from a run's folder
+PATIENCE_S, RETRY_S = 600.0, 5.0  # with an output on S3 that does not answer
 LOOPBACK = "127.0.0.1"
 # Tried again it would fail again: the config, the data, a damaged checkpoint, non-finite numbers, the number of processes.
 _FINAL_CODES = {2, 3, 4, 5, 9}
@@ -125,6 +126,18 @@ def start_node(config: dict[str, Any], place: Place, resources: TrialConfig, ran
     return owned.start(command(path, resources, rank, address, port), environment(resources), log, cwd)
 
 
+def patiently(action: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
+    """Do what speaks to a store, again while that does not answer. Raises UnreachableError after patience_s."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except UnreachableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_S)
+
+
 @dataclass(frozen=True)
 class End:
     """How a trial's process ended. final: the same command would end the same way."""
@@ -217,10 +230,22 @@ class TrialRun:
         return -1
 
     def report(self, nimg: int) -> None:
-        """Remember that the evaluation at nimg was reported; first all that it tells of goes to the output."""
-        self.publish()
+        """Remember that the evaluation at nimg was reported; first all that it tells of goes to the output.
+
+        A store that does not answer is waited for only when the run is at its end: before, the next report sends it too.
+        """
         self._reported = nimg
-        self.store.write("reported.json", json.dumps({"session": self.session, "nimg": nimg}).encode())
+        told = json.dumps({"session": self.session, "nimg": nimg}).encode()
+
+        def send() -> None:
+            self.publish()
+            self.store.write("reported.json", told)
+
+        if nimg >= self.total_nimg:
+            patiently(send)
+        else:
+            with suppress(UnreachableError):
+                send()
 
     def publish(self) -> None:
         """Send the run's small files and weights to an output on S3, those that have changed."""
@@ -238,9 +263,10 @@ class TrialRun:
         if self._process is not None:
             owned.stop(self._process, END_S)
             self._tell_end()
-        self.publish()
-        if self.place.remote:
-            shutil.rmtree(self.run, ignore_errors=True)  # all that anybody needs of it is on S3
+        with suppress(UnreachableError):  # then it stays on this machine
+            self.publish()
+            if self.place.remote:
+                shutil.rmtree(self.run, ignore_errors=True)  # all that anybody needs of it is on S3
 
     def _tell_end(self) -> None:
         """A process that was killed before it could say so has ended, for MLflow and everybody else."""
