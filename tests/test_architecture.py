@@ -125,6 +125,11 @@ def test_importing_the_package_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_trial_s_actor_does_without_torch():
+    code = "import sys, warm_dist.sweep_actors, data_pipelines.store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_paths_that_the_gates_name_exist():
     texts = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "Makefile", ".ci/run")}
     named = set(

@@ -27,16 +27,18 @@ from warm_dist.trial import Place, patiently
 from warm_dist.types import OpenStore, Store
 
 RECORD = "sweep.json"
-# Before ray is imported. A Ray of our own is for this machine: loopback only (its name is from other systems, where that
-# is the default), and a token that only we know. Results are in metrics.jsonl, so Tune writes none.
-_ENVIRONMENT = {
+_ENVIRONMENT = {  # read when ray is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws boxes even when it is told to be quiet
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in metrics.jsonl
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a step without an evaluation has no distance
 }
-_LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+_LOCAL = {  # for a Ray of our own, which is for this machine
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: named after the systems where that is the default
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else 15, and training would have it from its worker
+}
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing large travels
 
 

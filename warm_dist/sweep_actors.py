@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from warm_dist import owned
 from warm_dist.space import Trial
 from warm_dist.sweep_config import TrialConfig
-from warm_dist.trial import END_S, LOOPBACK, End, Place, TrialRun, free_port, start_node
+from warm_dist.trial import END_S, End, Place, TrialRun, free_port, start_node
 from warm_dist.types import OpenStore
 
 POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen

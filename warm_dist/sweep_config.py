@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from warm_dist.bnr import NonNegative, Section
 from warm_dist.config import Positive
-from warm_dist.config_file import assign, parse_setting, read_tree, validate_as
+from warm_dist.config_file import assign, dump, flatten, parse_setting, read_tree, validate_as
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -142,6 +142,13 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[Sw
     for key, value in [*sweep.set.items(), *of_trials]:
         assign(base, key, value, f"{path}: set {key!r}")
     return sweep, base
+
+
+def parameters(sweep: SweepConfig) -> dict[str, Any]:
+    """The sweep as MLflow's parameters: its keys, dotted."""
+    tree = dump(sweep)
+    del tree["$schema"]
+    return flatten(tree)
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # a trial's actor in Ray does without torch: 2 s and 350 MB
+    from torch import Tensor
 
 LOW_MODES = 4
 """Cold sampling starts from a Gaussian over the 4 x 4 lowest DCT modes: at α = W/2 the fifth has shrunk by 4e8."""

@@ -1,0 +1,350 @@
+"""A sweep in three pictures: Fréchet distance against BNR, against images trained on, and over all searched keys.
+
+Each is a PNG; False: nothing to draw, nothing written. They raise OutputError, and ConfigError as `ranked` does.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from warm_dist import sweep_results as results
+from warm_dist.figures import replace_file
+from warm_dist.sweep_results import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
+_PALE, _GREY = "#bbbbbb", "#666666"
+_NAMED = 10  # trials in a legend
+_DARK_PART = 0.93  # of viridis: its end is hard to see on white
+_LOG_FROM, _LOG_KEY_FROM = 4.0, 20.0  # max/min from which distances, and a searched key's values, get a log axis
+_MANY = 9  # so many values of a key do not get a tick each
+_GAP = 0.045  # of an axis, between two labels at least
+_BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+_STATES: dict[str, tuple[str, str, str]] = {  # in the legend, at the end of a line, the line itself
+    FINISHED: ("finished", "o", "-"),
+    STOPPED: ("stopped early", "x", "--"),
+    FAILED: ("failed", "X", ":"),
+    UNFINISHED: ("unfinished", "s", "-."),
+}
+
+
+def bnr_curve(outcomes: Sequence[Outcome], path: Path) -> bool:
+    """Final Fréchet distance against BNR, two of them at least: mean and std over seeds, a curve for each other setting."""
+    return _write(bnr_figure(outcomes), path)
+
+
+def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
+    """Fréchet distance against nimg of every trial, the best ones named."""
+    return _write(curves_figure(outcomes), path)
+
+
+def parallel(outcomes: Sequence[Outcome], path: Path) -> bool:
+    """Every trial as a line through its searched values to its last Fréchet distance."""
+    return _write(parallel_figure(outcomes), path)
+
+
+def _write(figure: Figure | None, path: Path) -> bool:
+    if figure is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return figure is not None
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    """width, height: inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[float], log: bool) -> list[Any]:
+    """The vertical axis, fitted to the values. Returns the floor's line; the legend alone tells of one far below."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    def place(value: float) -> float:
+        return value if not log else math.log10(value) if value > 0 else -math.inf
+
+    records = [record for outcome in outcomes for record in outcome.evaluations]
+    low, high = place(min(values)), place(max(values))
+    room = max(high - low, 0.02 if log else 0.02 * abs(high), 1e-9)
+    lines = []
+    floor = next((found for one in records if (found := results.finite(one.get("floor"))) is not None), None)
+    if floor is not None:
+        below = place(floor) < low - 0.5 * room
+        low, high = min(low, low if below else place(floor)), max(high, place(floor))
+        label = f"floor {floor:.3g} (real against real{', below' if below else ''})"
+        lines.append(axes.axhline(floor, color="black", linestyle=":", linewidth=1.2, label=label, zorder=1))
+    room = max(room, high - low)
+    limits = (low - 0.1 * room, high + 0.1 * room)
+    axes.set(yscale="log" if log else "linear", ylim=[10**y if log else y for y in limits], ylabel=records[-1]["name"])
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if room < 1.3 else (1.0, 2.0, 5.0) if room < 4 else (1.0,)
+    few = not log or room < 0.4  # decades: a log locator would find too few ticks there
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]) if few else LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", alpha=0.25)
+    return lines
+
+
+def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
+    """What `bnr_curve` writes."""
+    found = [group for group in results.groups(outcomes) if group.outcomes[0].bnr is not None]
+    places = log_places([_bnr(group) for group in found])
+    if len(places) < 2:
+        return None
+    settings: dict[Any, list[Group]] = {}  # the best first, as groups are
+    for group in found:
+        others = {key: value for key, value in group.values.items() if key != BNR}
+        settings.setdefault(results.frozen(others), []).append(group)
+    lines = [line for line in settings.values() if len(line) > 1][: len(_COLOURS)]
+    rest = [line for line in settings.values() if line not in lines]
+    figure, axes = _figure(9, 5.2)
+    _bnr_axis(axes, places)
+    keys = [key for key in results.searched(outcomes) if key != BNR]
+    alone = "mean ± std over seeds" if results.several_seeds(outcomes) else "trials"
+    pale, what = (_PALE, "other settings") if lines else (_COLOURS[0], "settings")
+    for line in rest:
+        _bnr_line(axes, line, places, pale)
+    for colour, line in zip(_COLOURS, lines, strict=False):
+        _bnr_line(axes, line, places, colour)
+        axes.plot([], [], "o-", color=colour, label=_caption(line[0].values, keys) or alone)
+    if rest:
+        axes.plot([], [], "o", color=pale, label=f"{len(rest)} {what}")
+    top, spread = found[0], "" if found[0].std is None else f" ± {results.amount(found[0].std)}"
+    axes.plot(places[_bnr(top)], top.mean, "*", color="gold", markeredgecolor="black", markersize=14, zorder=5,
+              label=f"best: BNR {short(_bnr(top))}, {results.amount(top.mean)}{spread}")  # fmt: skip
+    if any(group.missing for group in found):
+        axes.plot([], [], "o", color=_GREY, markerfacecolor="white", label="hollow: not every seed finished")
+    values = [value for group in found for value in (group.low, group.high)]
+    _distance_axis(axes, outcomes, values, _wide(values, _LOG_FROM))
+    axes.legend(fontsize=8, title=results.cut(", ".join(results.headings(keys)), 44), title_fontsize=8)
+    return figure
+
+
+def _bnr(group: Group) -> float:
+    return group.outcomes[0].bnr or 0.0  # never None here: those groups are left out
+
+
+def _bnr_line(axes: Any, line: Sequence[Group], places: dict[float, float], colour: str) -> None:
+    """A setting's means, joined; dashed from BNR 0, which has no place on a log axis; each seed as a pale dot beside."""
+    line = sorted(line, key=_bnr)
+    x, y = [places[_bnr(group)] for group in line], [group.mean for group in line]
+    first = int(_bnr(line[0]) == 0)
+    axes.plot(x[: 1 + first], y[: 1 + first], "--", color=colour, linewidth=1.2)
+    axes.plot(x[first:], y[first:], "-", color=colour, linewidth=1.8)
+    for place, group in zip(x, line, strict=True):
+        axes.errorbar(place, group.mean, group.std, fmt="o", markersize=5.5, capsize=3, elinewidth=1.2,
+                      color=colour, markerfacecolor="white" if group.missing else colour, zorder=3)  # fmt: skip
+        if len(group.outcomes) > 1:
+            x_dot, dots = place + 0.01 * _extent(places), [one.distance for one in group.outcomes]
+            axes.plot([x_dot] * len(dots), dots, "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
+
+
+def _bnr_axis(axes: Any, places: dict[float, float]) -> None:
+    """A tick at each BNR, or at round ones where there are many; the axis is broken right of 0."""
+    x = sorted(places.values())
+    room = x[-1] - x[0]
+    axes.set_xlim(x[0] - 0.05 * room, x[-1] + 0.05 * room)
+    axes.set_xticks(*zip(*ticks(places, log=True, gap=_GAP * room), strict=True))
+    axes.set_xticks(x, minor=True)
+    axes.set_xlabel("BNR = α/σ in training (log)")
+    if 0 in places:
+        axes.text((x[0] + x[1]) / 2, 0, "//", ha="center", va="center", transform=axes.get_xaxis_transform(), bbox=_BOX)
+
+
+def log_places(values: Sequence[float]) -> dict[float, float]:
+    """log10 of each value; 0 is left of the smallest by a seventh of their range, at least a third of a decade."""
+    logs = {float(value): math.log10(value) for value in sorted(set(values)) if value > 0}
+    low, high = min(logs.values(), default=0.0), max(logs.values(), default=0.0)
+    return logs if 0 not in values else {0.0: low - max(1 / 3, (high - low) / 7)} | logs
+
+
+def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float, str]]:
+    """(place, label) by rising place, at least `gap` apart: of each value, or of round ones where there are many."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    known = [value for value in places if value > 0 or not log]
+    if len(known) > _MANY:
+        low, high = min(known), max(known)
+        locator = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)) if log else MaxNLocator(6)
+        found = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
+        if len(found) > 1:  # none may lie in a narrow range
+            zero = {0.0: places[0.0]} if log and 0 in places else {}
+            places = zero | {value: math.log10(value) if log else value for value in found}
+    return _uncrowded([(place, short(value)) for value, place in places.items()], gap)
+
+
+def _uncrowded(labels: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    kept: list[tuple[float, str]] = []
+    for place, label in sorted(labels):
+        if not kept or place - kept[-1][0] > 0.999 * gap:  # evenly spaced ones differ by rounding
+            kept.append((place, label))
+    return kept
+
+
+def _extent(places: dict[Any, float]) -> float:
+    return max(places.values()) - min(places.values())
+
+
+def _wide(values: Sequence[float], ratio: float) -> bool:
+    """Whether values want a log axis."""
+    return min(values) > 0 and max(values) > ratio * min(values)
+
+
+def _caption(values: dict[str, Any], keys: Sequence[str]) -> str:
+    return results.cut(", ".join(short(values[key]) for key in keys if key in values), 44)
+
+
+def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
+    """What `curves` writes."""
+    from matplotlib import colormaps
+
+    drawn = [(rank, one, points) for rank, one in enumerate(results.ranked(outcomes), 1) if (points := _points(one))]
+    if not drawn:
+        return None
+    figure, axes = _figure(12, 5.6)
+    keys = [*results.searched(outcomes), *[SEED] * results.several_seeds(outcomes)]
+    named, lines = min(_NAMED, len(drawn)), []
+    for k, (rank, one, points) in enumerate(drawn):
+        colour = colormaps["viridis"](_DARK_PART * k / max(1, named - 1)) if k < named else _PALE
+        lines += axes.plot(*zip(*points, strict=True), color=colour, zorder=4 - k / len(drawn),
+                           linewidth=3.2 if k == 0 else 1.6 if k < named else 0.8)  # fmt: skip
+        name = _caption(one.values | {SEED: one.seed}, keys)
+        lines[-1].set_label(f"{rank}.  {results.amount(points[-1][1])}  {name}")
+        end = "tab:red" if one.state == FAILED else colour if k < named else _GREY
+        axes.plot(*points[-1], _STATES[one.state][1], color=end, markersize=5 + 3 * (k == 0), zorder=5 - k / len(drawn))
+    if len(drawn) > named:
+        lines[named].set_label(f"others ({len(drawn) - named})")
+    floor = _distance_axis(axes, outcomes, [value for _, _, points in drawn for _, value in points], log=True)
+    axes.set_xlabel("nimg (images trained on)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    handles = [*lines[: named + 1], *_state_handles(outcomes, [one for _, one, _ in drawn], markers=True), *floor]
+    title = results.cut("rank.  distance  " + ", ".join(results.headings(keys)), 60)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
+    return figure
+
+
+def _points(outcome: Outcome) -> list[tuple[int, float]]:
+    """(nimg, distance) where a log axis has a place for it."""
+    found = [(record["nimg"], results.finite(record.get("frechet"))) for record in outcome.evaluations]
+    return [(nimg, value) for nimg, value in found if value is not None and value > 0]
+
+
+def _state_handles(outcomes: Sequence[Outcome], drawn: Sequence[Outcome], markers: bool) -> list[Any]:
+    """The legend's entries for how trials ended: by the marker at a line's end, or else by its dashes."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for state, (name, marker, dashes) in _STATES.items():
+        if count := sum(one.state == state for one in drawn):
+            colour = "tab:red" if markers and state == FAILED else _GREY
+            handles.append(Line2D([], [], color=colour, label=f"{name} ({count})"))
+            handles[-1].set(linestyle="" if markers else dashes, marker=marker if markers else "")
+    if len(outcomes) > len(drawn):
+        handles.append(Line2D([], [], linestyle="", label=f"without a distance ({len(outcomes) - len(drawn)})"))
+    return handles
+
+
+class Coordinate(NamedTuple):
+    """A vertical axis: each trial's place on it, 0 (bottom) to 1, and its ticks (place, label)."""
+
+    name: str
+    places: list[float]
+    ticks: list[tuple[float, str]]
+
+
+def coordinate(name: str, values: Sequence[Any], log: bool = False) -> Coordinate:
+    """Numbers on a linear axis, a logarithmic one with log=True or where they are wide; evenly spaced with others."""
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in values]
+    if all(numbers):
+        log = log or _wide(values, _LOG_KEY_FROM)
+        ids: list[Any] = [float(value) for value in values]
+        places = log_places(ids) if log else {value: value for value in ids}
+        labels = ticks(places, log, _GAP * _extent(places))
+    else:  # numbers by size, then the rest by their text
+        ids, names = [*map(results.frozen, values)], [*map(short, values)]
+        kinds = set(zip(numbers, ids, names, strict=True))
+        order = sorted(kinds, key=lambda kind: (not kind[0], kind[1][1] if kind[0] else 0, kind[2]))
+        places = {one: float(k) for k, (_, one, _) in enumerate(order)}
+        wrapped = ["\n".join(textwrap.wrap(text, 18, max_lines=2, placeholder="…")) for _, _, text in order]
+        labels = _uncrowded(list(enumerate(wrapped)), _GAP * _extent(places))
+    low, extent = min(places.values()), _extent(places)
+    scaled = {place: (place - low) / extent if extent else 0.5 for place in (*places.values(), *(x for x, _ in labels))}
+    return Coordinate(name, [scaled[places[one]] for one in ids], [(scaled[place], label) for place, label in labels])
+
+
+def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
+    """What `parallel` writes."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+    keys = results.searched(outcomes)
+    drawn = [one for one in reversed(results.ranked(outcomes)) if one.distance is not None]  # the best on top
+    if not keys or not drawn:
+        return None
+    distances = [one.distance for one in drawn if one.distance is not None]
+    name, log = f"last {drawn[-1].evaluations[-1]['name']}", _wide(distances, _LOG_FROM)
+    columns = [coordinate(heading, [one.values.get(key) for one in drawn], key == BNR)
+               for heading, key in zip(results.headings(keys), keys, strict=True)]  # fmt: skip
+    columns += [coordinate("seed", [one.seed for one in drawn])] * results.several_seeds(outcomes)
+    columns += [coordinate(name, distances, log)]
+    figure, axes = _figure(2.5 + 1.9 * len(columns), 6)
+    viridis = ListedColormap(colormaps["viridis"](np.linspace(0, _DARK_PART, 256)))
+    colour = ScalarMappable((LogNorm if log else Normalize)(min(distances), max(distances)), viridis)
+    shades = colour.to_rgba(np.array(distances))
+    for one, shade, places in zip(drawn, shades, zip(*map(fanned, columns), strict=True), strict=True):
+        _thread(axes, places, one.state, shade, one is drawn[-1])
+    _coordinates(axes, columns)
+    bar_ticks = [float(label) for _, label in columns[-1].ticks]
+    figure.colorbar(colour, ax=axes, label=name, format="%g", ticks=bar_ticks).minorticks_off()
+    figure.legend(handles=_state_handles(outcomes, drawn, False), loc="outside lower center", ncols=5, fontsize=8)
+    return figure
+
+
+def fanned(column: Coordinate) -> list[float]:
+    """The places, those of trials that share one moved by up to 0.015 either way, so that no line hides another."""
+    out = list(column.places)
+    for place, n in Counter(column.places).items():
+        for k, trial in enumerate(i for i, other in enumerate(column.places) if other == place):
+            out[trial] += 0.015 - 0.03 * k / (n - 1) if n > 1 else 0
+    return out
+
+
+def _thread(axes: Any, places: Sequence[float], state: str, colour: Any, best: bool) -> None:
+    """One trial: a smooth line, level where it crosses an axis."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Curve
+
+    points = [(0.0, places[0])]
+    for k, (left, right) in enumerate(pairwise(places)):
+        points += [(k + 0.4, left), (k + 0.6, right), (k + 1.0, right)]
+    curve = Curve(points, [Curve.MOVETO, *[Curve.CURVE4] * (len(points) - 1)])
+    axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linestyle=_STATES[state][2], alpha=1 if best else 0.8,
+                             linewidth=4 if best else 1.5 if state == FINISHED else 0.9))  # fmt: skip
+
+
+def _coordinates(axes: Any, columns: Sequence[Coordinate]) -> None:
+    for k, column in enumerate(columns):
+        axes.axvline(k, color="black", linewidth=1, zorder=2)
+        for place, label in column.ticks:
+            axes.text(k - 0.04, place, label, ha="right", va="center", fontsize=8, zorder=3, bbox=_BOX)
+            axes.plot([k - 0.025, k], [place, place], color="black", linewidth=1)
+    axes.set(xlim=(-0.5, len(columns) - 0.9), ylim=(-0.04, 1.04), yticks=[])
+    axes.set_xticks(range(len(columns)), [textwrap.fill(column.name, 20) for column in columns])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
