@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,59 @@ def test_reference_statistics_lie_beside_the_manifest_or_else_in_the_run(make: M
     kept.write_bytes(kept.read_bytes()[:-7])  # cut short: measured anew, now beside the manifest
     assert make()(weights, 80, StopSignal())["frechet"] == pytest.approx(first["frechet"], rel=1e-9)
     assert len(list(beside.glob("*.safetensors"))) == 1
+
+
+def test_runs_of_a_machine_measure_the_reference_once(make: Make, tmp_path: Path) -> None:
+    class ReadOnly(FileStore):
+        def write(self, path: str, data: bytes) -> None:
+            raise AccessError(f"{path}: may not be written")
+
+    def stores(url: str, endpoint: str | None) -> FileStore:
+        return (ReadOnly if "data" in url else FileStore)(Path(url))
+
+    read: list[int] = []
+    begun, waiting = threading.Event(), threading.Event()
+
+    def slowly(rows: Any) -> Any:
+        begun.set()
+        assert waiting.wait(30)
+        read.extend(rows)
+        return REAL[rows]
+
+    def second() -> dict[str, Any]:
+        assert begun.wait(30)
+        other = make(read=pytest.fail, stores=stores, cache_dir=str(tmp_path / "node"))
+        other.cache = Telling(other.cache, waiting.set)
+        return other(weights, 80, StopSignal())
+
+    first = make(read=slowly, stores=stores, cache_dir=str(tmp_path / "node"))
+    weights = build_network(first.config).state_dict()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(first, weights, 80, StopSignal()), pool.submit(second)]
+        assert len({future.result(60)["frechet"] for future in futures}) == 1
+    assert sorted(read) == list(range(64))
+    assert len(list((tmp_path / "node" / "reference").glob("*.safetensors"))) == 1
+
+
+class Telling:
+    """A folder that tells when somebody asks for a file in it: the next thing he does is wait for the lock."""
+
+    def __init__(self, folder: Path | None, tell: Callable[[], None]) -> None:
+        self.folder, self.tell = folder, tell
+
+    def __truediv__(self, name: str) -> Path:
+        self.tell()
+        assert self.folder is not None
+        return self.folder / name
+
+
+def test_a_machine_s_turn_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    spec = reference.ReferenceSpec("pixels", "ab", "none", "cd", num_real=9, num_images=4, num_rows=3)
+    with reference.turn(tmp_path, spec, 0), reference.turn(tmp_path, spec, 0.3), reference.turn(tmp_path, spec, 0):
+        pass  # whoever waits in vain measures, too
+    (tmp_path / "file").touch()
+    with reference.turn(tmp_path / "file", spec, 5), reference.turn(None, spec, 5):
+        pass  # a folder that cannot be made is none
 
 
 def test_a_damaged_reference_is_as_good_as_none(tmp_path: Path) -> None:
