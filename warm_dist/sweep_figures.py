@@ -182,9 +182,8 @@ def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float
         low, high = min(known), max(known)
         locator = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)) if log else MaxNLocator(6)
         found = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
-        if len(found) > 1:  # none may lie in a narrow range
-            zero = {0.0: places[0.0]} if log and 0 in places else {}
-            places = zero | {value: math.log10(value) if log else value for value in found}
+        zero = {0.0: places[0.0]} if log and 0 in places else {}
+        places = zero | {value: math.log10(value) if log else value for value in found}
     return _uncrowded([(place, short(value)) for value, place in places.items()], gap)
 
 
