@@ -78,10 +78,10 @@ class Session:
                 tune.run(self.sweep, pending, place, self.ledger, open_store, say)
             except Stopped as error:
                 stopped = error
-        report.write(whole=stopped is None)
+        code = report.write(whole=stopped is None)
         if stopped is not None:
             raise stopped
-        return report.exit_code()
+        return code
 
     def _pending(self, retry_failed: bool) -> list[Trial]:
         ended: dict[str, Any] = {trial.name: self.ledger.ended(trial.name) for trial in self.every}

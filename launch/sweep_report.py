@@ -34,14 +34,13 @@ class Report:
         local = Path(place.node_dir) / place.sweep_id if place.remote else Path(place.output)
         self.folder, self.runs = local / "results", local / "runs"
         self.outcomes: list[Outcome] = []
+        self.code = errors.EXIT_OK
 
-    def exit_code(self) -> int:
-        """0, or, if all trials have failed, that of an unexpected end: their reasons are in the table."""
-        failed = bool(self.outcomes) and all(outcome.state == "failed" for outcome in self.outcomes)
-        return errors.EXIT_UNEXPECTED if failed else errors.EXIT_OK
+    def write(self, whole: bool) -> int:
+        """Write OUTPUT/results and tell; `whole`: the sweep has ended, so also surface, model and MLflow's files.
 
-    def write(self, whole: bool) -> None:
-        """Write OUTPUT/results and tell; `whole`: the sweep has ended, so also surface, model and MLflow's files."""
+        Returns an exit code: 1 if all trials have failed (the table says why), that of a surface that failed, else 0.
+        """
         make_folder(self.folder)
         self.outcomes = [self._outcome(trial) for trial in self.trials.values()]
         table = sweep_results.text(self.outcomes)
@@ -60,6 +59,8 @@ class Report:
         self._publish()
         self.say(table)
         self.say(f"results  {self.place.output}/results" + (f"   best  {best.name}" if best else ""))
+        failed = all(outcome.state == "failed" for outcome in self.outcomes)
+        return errors.EXIT_UNEXPECTED if failed else self.code
 
     def _outcome(self, trial: Trial) -> Outcome:
         end = self.ledger.ended(trial.name)
@@ -101,6 +102,8 @@ class Report:
         command += ["--blocks", str(surface.num_blocks), "--nfe", ",".join(map(str, surface.nfe))]
         command += ["--bnr", ",".join(map(str, surface.bnr))] if surface.bnr else []
         command += ["--num-images", str(surface.num_images)] if surface.num_images else []
+        data = self.trials[best.name].config.data  # the addresses of today, not those that the weights remember
+        command += ["--manifest", data.manifest, *(["--endpoint-url", data.endpoint_url] if data.endpoint_url else [])]
         self.say(f"surface: {best.name} over NFE x BNR")
         process = owned.start(command)
         try:
@@ -108,6 +111,7 @@ class Report:
         finally:
             owned.stop(process)
         if code:
+            self.code = code
             self.say(f"surface: launch/evaluate.py has ended with code {code}; --resume tries again")
 
     def _track(self, best: Outcome | None) -> None:

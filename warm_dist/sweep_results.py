@@ -20,7 +20,7 @@ SEED, BNR = "train.seed", "process.bnr"
 
 _WIDTH, _REASON = 120, 28  # characters of a line for people, and of them at least for why a trial failed
 _CELL = (6, 36)  # characters of a searched value: no fewer, no more
-_DIGITS = 7  # a number of more characters is rounded for people
+_DIGITS = 6  # a number of more characters is rounded for people
 
 _TRIAL = {"trial": "string", "state": "string", "reason": "string", "rank": "int64", "seed": "int64",
           "total_nimg": "int64", "bnr": "double", "log10_bnr": "double"}  # fmt: skip
