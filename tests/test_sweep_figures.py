@@ -14,19 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.test_sweep_results import POWER, TOTAL, outcome
-from warm_dist.sweep_figures import (
-    Coordinate,
-    bnr_curve,
-    bnr_figure,
-    coordinate,
-    curves,
-    curves_figure,
-    fanned,
-    log_places,
-    parallel,
-    parallel_figure,
-    ticks,
-)
+from warm_dist.sweep_axes import Coordinate, coordinate, fanned, log_places, ticks
+from warm_dist.sweep_figures import bnr_curve, bnr_figure, curves, curves_figure, parallel, parallel_figure
 from warm_dist.sweep_results import Outcome
 
 DRAW: tuple[Callable[[Sequence[Outcome], Path], bool], ...] = (bnr_curve, curves, parallel)

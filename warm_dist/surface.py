@@ -95,7 +95,7 @@ def _heat_map(axes: Any, panel: Panel) -> None:
                 x, y, _label(line), ha="center", va="center", fontsize=8, color="white" if dark else "black",
                 fontweight="bold" if value == best else "normal",
             )  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, ticks=LogLocator(subs=_TICKS), format="%g")
+    axes.figure.colorbar(image, ax=axes, ticks=LogLocator(subs=_TICKS), format="%g").minorticks_off()
 
 
 def _label(line: Line | None) -> str:

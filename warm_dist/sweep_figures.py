@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from warm_dist import sweep_results as results
 from warm_dist.figures import replace_file
+from warm_dist.sweep_axes import GAP, Coordinate, coordinate, extent, fanned, log_places, ticks, wide
 from warm_dist.sweep_results import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#
 _PALE, _GREY = "#bbbbbb", "#666666"
 _NAMED = 10  # trials in a legend
 _DARK_PART = 0.93  # of viridis: its end is hard to see on white
-_LOG_FROM, _LOG_KEY_FROM = 4.0, 20.0  # max/min from which distances, and a searched key's values, get a log axis
-_MANY = 9  # so many values of a key do not get a tick each
-_GAP = 0.045  # of an axis, between two labels at least
+_LOG_FROM = 4.0  # max/min from which distances get a log axis
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
 _STATES: dict[str, tuple[str, str, str]] = {  # in the legend, at the end of a line, the line itself
     FINISHED: ("finished", "o", "-"),
@@ -130,7 +128,7 @@ def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     if any(group.missing for group in found):
         axes.plot([], [], "o", color=_GREY, markerfacecolor="white", label="hollow: not every seed finished")
     values = [value for group in found for value in (group.low, group.high)]
-    _distance_axis(axes, outcomes, values, _wide(values, _LOG_FROM))
+    _distance_axis(axes, outcomes, values, wide(values, _LOG_FROM))
     axes.legend(fontsize=8, title=results.cut(", ".join(results.headings(keys)), 44), title_fontsize=8)
     return figure
 
@@ -150,7 +148,7 @@ def _bnr_line(axes: Any, line: Sequence[Group], places: dict[float, float], colo
         axes.errorbar(place, group.mean, group.std, fmt="o", markersize=5.5, capsize=3, elinewidth=1.2,
                       color=colour, markerfacecolor="white" if group.missing else colour, zorder=3)  # fmt: skip
         if len(group.outcomes) > 1:
-            x_dot, dots = place + 0.01 * _extent(places), [one.distance for one in group.outcomes]
+            x_dot, dots = place + 0.01 * extent(places), [one.distance for one in group.outcomes]
             axes.plot([x_dot] * len(dots), dots, "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
 
 
@@ -159,49 +157,11 @@ def _bnr_axis(axes: Any, places: dict[float, float]) -> None:
     x = sorted(places.values())
     room = x[-1] - x[0]
     axes.set_xlim(x[0] - 0.05 * room, x[-1] + 0.05 * room)
-    axes.set_xticks(*zip(*ticks(places, log=True, gap=_GAP * room), strict=True))
+    axes.set_xticks(*zip(*ticks(places, log=True, gap=GAP * room), strict=True))
     axes.set_xticks(x, minor=True)
     axes.set_xlabel("BNR = α/σ in training (log)")
     if 0 in places:
         axes.text((x[0] + x[1]) / 2, 0, "//", ha="center", va="center", transform=axes.get_xaxis_transform(), bbox=_BOX)
-
-
-def log_places(values: Sequence[float]) -> dict[float, float]:
-    """log10 of each value; 0 is left of the smallest by a seventh of their range, at least a third of a decade."""
-    logs = {float(value): math.log10(value) for value in sorted(set(values)) if value > 0}
-    low, high = min(logs.values(), default=0.0), max(logs.values(), default=0.0)
-    return logs if 0 not in values else {0.0: low - max(1 / 3, (high - low) / 7)} | logs
-
-
-def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float, str]]:
-    """(place, label) by rising place, at least `gap` apart: of each value, or of round ones where there are many."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    known = [value for value in places if value > 0 or not log]
-    if len(known) > _MANY:
-        low, high = min(known), max(known)
-        locator = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)) if log else MaxNLocator(6)
-        found = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
-        zero = {0.0: places[0.0]} if log and 0 in places else {}
-        places = zero | {value: math.log10(value) if log else value for value in found}
-    return _uncrowded([(place, short(value)) for value, place in places.items()], gap)
-
-
-def _uncrowded(labels: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    kept: list[tuple[float, str]] = []
-    for place, label in sorted(labels):
-        if not kept or place - kept[-1][0] > 0.999 * gap:  # evenly spaced ones differ by rounding
-            kept.append((place, label))
-    return kept
-
-
-def _extent(places: dict[Any, float]) -> float:
-    return max(places.values()) - min(places.values())
-
-
-def _wide(values: Sequence[float], ratio: float) -> bool:
-    """Whether values want a log axis."""
-    return min(values) > 0 and max(values) > ratio * min(values)
 
 
 def _caption(values: dict[str, Any], keys: Sequence[str]) -> str:
@@ -258,34 +218,6 @@ def _state_handles(outcomes: Sequence[Outcome], drawn: Sequence[Outcome], marker
     return handles
 
 
-class Coordinate(NamedTuple):
-    """A vertical axis: each trial's place on it, 0 (bottom) to 1, and its ticks (place, label)."""
-
-    name: str
-    places: list[float]
-    ticks: list[tuple[float, str]]
-
-
-def coordinate(name: str, values: Sequence[Any], log: bool = False) -> Coordinate:
-    """Numbers on a linear axis, a logarithmic one with log=True or where they are wide; evenly spaced with others."""
-    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in values]
-    if all(numbers):
-        log = log or _wide(values, _LOG_KEY_FROM)
-        ids: list[Any] = [float(value) for value in values]
-        places = log_places(ids) if log else {value: value for value in ids}
-        labels = ticks(places, log, _GAP * _extent(places))
-    else:  # numbers by size, then the rest by their text
-        ids, names = [*map(results.frozen, values)], [*map(short, values)]
-        kinds = set(zip(numbers, ids, names, strict=True))
-        order = sorted(kinds, key=lambda kind: (not kind[0], kind[1][1] if kind[0] else 0, kind[2]))
-        places = {one: float(k) for k, (_, one, _) in enumerate(order)}
-        wrapped = ["\n".join(textwrap.wrap(text, 18, max_lines=2, placeholder="…")) for _, _, text in order]
-        labels = _uncrowded(list(enumerate(wrapped)), _GAP * _extent(places))
-    low, extent = min(places.values()), _extent(places)
-    scaled = {place: (place - low) / extent if extent else 0.5 for place in (*places.values(), *(x for x, _ in labels))}
-    return Coordinate(name, [scaled[places[one]] for one in ids], [(scaled[place], label) for place, label in labels])
-
-
 def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     """What `parallel` writes."""
     from matplotlib import colormaps
@@ -297,11 +229,13 @@ def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     if not keys or not drawn:
         return None
     distances = [one.distance for one in drawn if one.distance is not None]
-    name, log = f"last {drawn[-1].evaluations[-1]['name']}", _wide(distances, _LOG_FROM)
+    name, log = f"last {drawn[-1].evaluations[-1]['name']}", wide(distances, _LOG_FROM)
     columns = [coordinate(heading, [one.values.get(key) for one in drawn], key == BNR)
                for heading, key in zip(results.headings(keys), keys, strict=True)]  # fmt: skip
     columns += [coordinate("seed", [one.seed for one in drawn])] * results.several_seeds(outcomes)
-    columns += [coordinate(name, distances, log)]
+    last = coordinate(name, distances, log)
+    bar_ticks = [float(label) for _, label in last.ticks]
+    columns += [last._replace(ticks=[(place, f"{float(label):.4g}") for place, label in last.ticks])]
     figure, axes = _figure(2.5 + 1.9 * len(columns), 6)
     viridis = ListedColormap(colormaps["viridis"](np.linspace(0, _DARK_PART, 256)))
     colour = ScalarMappable((LogNorm if log else Normalize)(min(distances), max(distances)), viridis)
@@ -309,19 +243,9 @@ def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     for one, shade, places in zip(drawn, shades, zip(*map(fanned, columns), strict=True), strict=True):
         _thread(axes, places, one.state, shade, one is drawn[-1])
     _coordinates(axes, columns)
-    bar_ticks = [float(label) for _, label in columns[-1].ticks]
-    figure.colorbar(colour, ax=axes, label=name, format="%g", ticks=bar_ticks).minorticks_off()
+    figure.colorbar(colour, ax=axes, label=name, format="%.4g", ticks=bar_ticks).minorticks_off()
     figure.legend(handles=_state_handles(outcomes, drawn, False), loc="outside lower center", ncols=5, fontsize=8)
     return figure
-
-
-def fanned(column: Coordinate) -> list[float]:
-    """The places, those of trials that share one moved by up to 0.015 either way, so that no line hides another."""
-    out = list(column.places)
-    for place, n in Counter(column.places).items():
-        for k, trial in enumerate(i for i, other in enumerate(column.places) if other == place):
-            out[trial] += 0.015 - 0.03 * k / (n - 1) if n > 1 else 0
-    return out
 
 
 def _thread(axes: Any, places: Sequence[float], state: str, colour: Any, best: bool) -> None:
@@ -340,10 +264,11 @@ def _thread(axes: Any, places: Sequence[float], state: str, colour: Any, best: b
 def _coordinates(axes: Any, columns: Sequence[Coordinate]) -> None:
     for k, column in enumerate(columns):
         axes.axvline(k, color="black", linewidth=1, zorder=2)
+        side, align = (1, "left") if column is columns[-1] else (-1, "right")  # where no line comes
         for place, label in column.ticks:
-            axes.text(k - 0.04, place, label, ha="right", va="center", fontsize=8, zorder=3, bbox=_BOX)
-            axes.plot([k - 0.025, k], [place, place], color="black", linewidth=1)
-    axes.set(xlim=(-0.5, len(columns) - 0.9), ylim=(-0.04, 1.04), yticks=[])
+            axes.text(k + side * 0.04, place, label, ha=align, va="center", fontsize=8, zorder=3, bbox=_BOX)
+            axes.plot([k, k + side * 0.025], [place, place], color="black", linewidth=1)
+    axes.set(xlim=(-0.5, len(columns) - 0.7), ylim=(-0.04, 1.04), yticks=[])
     axes.set_xticks(range(len(columns)), [textwrap.fill(column.name, 20) for column in columns])
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)

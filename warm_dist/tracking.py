@@ -16,6 +16,7 @@ from warm_dist.metrics import parse_line, read_json, write_json
 from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, reaching
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
+_ZERO_BNR = 1e-3  # BNR 0 on a logarithmic axis
 _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
@@ -259,6 +260,9 @@ class Mirror:
 
 
 def _axis(config: dict[str, Any]) -> dict[str, str]:
-    """The logarithm of a constant BNR: the axes of MLflow's parallel coordinates are linear."""
+    """The logarithm of a constant BNR: the axes of MLflow's parallel coordinates are linear.
+
+    BNR 0 is where 0.001 is: MLflow draws a run without the parameter above the largest.
+    """
     bnr = config.get("process", {}).get("bnr")
-    return {"log10_bnr": f"{math.log10(bnr):.4f}"} if isinstance(bnr, int | float) and bnr > 0 else {}
+    return {"log10_bnr": f"{math.log10(max(bnr, _ZERO_BNR)):.4f}"} if isinstance(bnr, int | float) else {}
