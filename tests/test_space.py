@@ -51,7 +51,7 @@ def test_draws_are_the_same_at_each_point_of_the_grid_and_for_each_seed():
 
 def test_more_draws_keys_and_seeds_only_add_trials():
     lr = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
-    few, many = names(lr, num_samples=3), names(lr, num_samples=9, seeds=[0])
+    few, many = names(lr, num_samples=3), names(lr, num_samples=9, seeds=[0, 1])
     assert few == many[:3]
     two = {**lr, "process.p_std": {"uniform": [0.8, 1.6]}}
     assert [p["train.lr"] for p in points(sweep(two, num_samples=3))] == [
@@ -135,8 +135,8 @@ def test_long_names_stay_short_and_unique():
 
 def test_the_digest_is_that_of_the_whole_config():
     (trial,) = trials(sweep({}, seeds=[5]), BASE)
-    assert trial.name == digest(trial.config)
-    assert len(trial.name) == 8
+    assert trial.name == f"seed=5-{digest(trial.config)}"
+    assert len(digest(trial.config)) == 8
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.processes import wait_for
+from tests.processes import ROOT, wait_for
 from tests.sweeps import EVERY, TOTAL, Command, evaluations, pack_digits, states, trial_named, write_sweep
 from warm_dist import errors
 from warm_dist.metrics import read_json
@@ -35,7 +38,7 @@ def test_crashes(manifest, tmp_path):
     space = {"train.lr": {"grid": [0.001, 0.002, 0.003, 1e30]}}
     output = tmp_path / "sweep"
     sweep = Command(write_sweep(tmp_path, manifest, space, trial={"max_failures": 1}, set={"train.clip": None}))
-    once, always = (name for name in ("lr=0.002", "lr=0.003"))
+    once, always = (f"lr={lr},seed=0" for lr in (0.002, 0.003))
     killed = {once: 0, always: 0}
     seen: set[int] = set()
 
@@ -56,24 +59,22 @@ def test_crashes(manifest, tmp_path):
     assert killed == {once: 1, always: 2}
     ended = states(output)
     assert {name: (end["state"], end["nimg"]) for name, end in ended.items()} == {
-        "lr=0.001": ("finished", TOTAL),
+        "lr=0.001,seed=0": ("finished", TOTAL),
         once: ("finished", TOTAL),
         always: ("failed", 0),
-        "lr=1e+30": ("failed", 0),
+        "lr=1e+30,seed=0": ("failed", 0),
     }
     assert "ended with code 137" in ended[always]["reason"]  # 128 + SIGKILL
-    assert ended["lr=1e+30"]["reason"].startswith("NumericsError")
+    assert ended["lr=1e+30,seed=0"]["reason"].startswith("NumericsError")
     resumed = evaluations(trial_named(output, once))
     assert [nimg for nimg, _ in resumed] == list(range(EVERY, TOTAL + 1, EVERY))
     assert resumed[0][1] == 1  # before the kill
     assert resumed[-1][1] == 2
     assert read_json(trial_named(output, "lr=1e+30") / "run.json")["attempt"] == 1  # it would only fail again
-    told = [
-        line.split("nimg ")[1].split(" ")[0]
-        for line in said.splitlines()
-        if once in line and "Fréchet" in line and "nimg" in line and ":" in line[:8]
-    ]
+    told = re.findall(rf"{once}-\w+  nimg ([\d,]+)  Fréchet", said)
     assert told == [f"{nimg:,}" for nimg in range(EVERY, TOTAL + 1, EVERY)]  # rising, each once
+    assert said.count("crashed (ended with code 137") == 2
+    assert "Traceback" not in said
     assert [row["state"] for row in table(output)] == ["finished", "finished", "failed", "failed"]
 
 
@@ -130,32 +131,32 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
 
 
 def test_early_stopping_and_what_it_leaves(manifest, tmp_path):
-    """Of four, ASHA lets the better ones go on; a seed more joins a sweep that has ended, and is judged by the old rungs."""
-    space = {"train.lr": {"grid": [1e-3, 1e-9, 2e-9, 3e-9]}}  # one learns, three stay as they are
-    config = write_sweep(
-        tmp_path,
-        manifest,
-        space,
-        scheduler={"kind": "asha", "grace_nimg": EVERY, "reduction_factor": 2},
-        max_concurrent=1,
-    )
+    """The slower ones are stopped; a value more joins the sweep that has ended, and is judged by the others' results."""
+    asha = {"kind": "asha", "grace_nimg": EVERY, "reduction_factor": 2}
+    space = {"train.lr": {"grid": [1e-3, 1e-4, 1e-5]}}
+    config = write_sweep(tmp_path, manifest, space, scheduler=asha, max_concurrent=1)
     output = tmp_path / "sweep"
     code, said = Command(config).end()
     print(said)
     assert code == errors.EXIT_OK
-    ended = states(output)
-    assert ended["lr=0.001"]["state"] == "finished"
-    assert {ended[name]["state"] for name in ("lr=1e-09", "lr=2e-09", "lr=3e-09")} == {"stopped"}
-    stopped = trial_named(output, "lr=1e-09")
+    assert [end["state"] for end in states(output).values()] == [
+        "finished",
+        "stopped",
+        "stopped",
+    ]  # 0.001, 0.0001, 1e-05
+    stopped = trial_named(output, "lr=1e-05,seed=0")
     assert read_json(stopped / "exit.json")["code"] == errors.Stopped.exit_code
     best = json.loads((output / "results" / "best.json").read_text())
     assert best["train"]["lr"] == 1e-3
-    code, said = Command(config, "--resume", "--set", "seeds=[0,1]").end()
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(output / "results" / "best.json")]
+    assert subprocess.run([*train, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    space["train.lr"]["grid"].append(1e-12)
+    code, said = Command(config, "--resume", "--set", f"space={json.dumps(space)}").end()
     print(said)
     assert code == errors.EXIT_OK
-    assert len(states(output)) == 8
-    late = trial_named(output, "lr=1e-09,seed=1")
+    late = trial_named(output, "lr=1e-12,seed=0")  # alone with its own result it would have gone on to its end
     assert (read_json(late / "ended.json")["state"], len(evaluations(late))) == ("stopped", 1)
+    assert len(table(output)) == 4
 
 
 def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest):
@@ -173,7 +174,11 @@ def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest):
         sweep = Command(config, env=server.env)
         ended = lambda: [path for path in store.list("trials/") if path.endswith("/ended.json")]  # noqa: E731
         saved = lambda: {path.split("/")[1] for path in store.list("trials/") if path.endswith("/COMPLETE")}  # noqa: E731
-        wait_for("one at its end, one with a checkpoint on S3", lambda: len(ended()) == 1 and len(saved()) == 2)
+        wait_for(
+            "one at its end, one with a checkpoint on S3",
+            lambda: (len(ended()) == 1 and len(saved()) == 2) or sweep.process.poll() is not None,
+        )
+        assert len(ended()) == 1, sweep.end()[1]
         sweep.process.kill()
         wait_for("nobody left", lambda: not sweep.alive(), 60)
         sweep.end()

@@ -131,8 +131,8 @@ def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) 
             f"{config.eval.eval_nimg} and below train.total_nimg {config.train.total_nimg}"
         )
     check_world_size(config, sweep.trial.processes)
-    label = short({**values, **({"train.seed": seed} if len(sweep.seeds) > 1 else {})})[:_NAME_LENGTH].rstrip(",")
-    return Trial(f"{label}-{digest(config)}" if label else digest(config), values, seed, config)
+    label = short({**values, "train.seed": seed})[:_NAME_LENGTH].rstrip(",")
+    return Trial(f"{label}-{digest(config)}", values, seed, config)
 
 
 def digest(config: Config) -> str:

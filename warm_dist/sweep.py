@@ -7,6 +7,7 @@ Tune's own state is not kept: a resume gives Tune the trials that have not ended
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +132,7 @@ def run(
 
         from warm_dist.sweep_actors import Job, TrialActor
 
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of what `_watch` tells in a line
         trials = {trial.name: trial for trial in pending}
         job = Job(trials, place, sweep.trial, secrets.token_hex(8), open_store)
         scheduler = _scheduler(sweep, pending, ledger)
@@ -237,6 +240,10 @@ def _watch(trials: dict[str, Trial], ledger: Ledger, say: Callable[[str], None])
     class Watch(tune.Callback):  # type: ignore[misc]  # ray's are untyped
         """Tells and records."""
 
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            """Tune pickles all that it has for a restore of its own, which nobody wants: there this is no callback."""
+            return tune.Callback, ()
+
         def _say(self, trial: Any, text: str) -> None:
             seconds = int(time.monotonic() - begun)
             say(f"{seconds // 60:4d}:{seconds % 60:02d}  {trial.config['trial']}  {text}")
@@ -274,8 +281,10 @@ def _watch(trials: dict[str, Trial], ledger: Ledger, say: Callable[[str], None])
 
 
 def _reason(trial: Any) -> str:
-    """The last failure, in one line."""
-    error = trial.get_pickled_error()
+    """The last failure, in one line, from the file that Tune has just written for its own use."""
+    from ray import cloudpickle
+
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     error = getattr(error, "cause", None) or error
     kind = "" if type(error).__name__ == "TrialFailed" else f"{type(error).__name__}: "
     return kind + (str(error).strip().splitlines() or ["no reason given"])[0][:300]

@@ -255,7 +255,10 @@ class TrialRun:
             stat = path.stat()
             name, version = path.relative_to(self.run).as_posix(), (stat.st_size, stat.st_mtime_ns)
             if self._sent.get(name) != version:
-                self.store.upload(name, path)
+                if name.startswith("weights/"):
+                    self.store.upload(name, path)
+                else:
+                    self.store.write(name, path.read_bytes())  # small, and it may grow meanwhile
                 self._sent[name] = version
 
     def close(self) -> None:

@@ -101,6 +101,18 @@ class Cluster:
         self._processes.append(process)
         return process
 
+    def join(self, node: subprocess.Popen[str], command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        """Run a command among the processes of one that `start` returned, as a second terminal of its node would.
+
+        log: a file that its exit code is added to, as `exit 0`, after what it says. It ends with that node's processes.
+        """
+        (first,) = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+        enter = ["nsenter", f"--target={first}", "--net", "--mount", "--pid", "--uts", f"--wd={ROOT}"]
+        with log.open("w") as file:
+            shell = ["sh", "-c", '"$@"; echo "exit $?"', "sh", *command]
+            process = subprocess.Popen([*enter, *shell], env=dict(env), stdout=file, stderr=file, text=True)
+        self._processes.append(process)
+
     def link(self, name: str, state: str) -> None:
         """Pull the node's cable ("down") or plug it in again ("up"), at the bridge's end."""
         self._hub("link", "set", name, state)
