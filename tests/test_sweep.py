@@ -139,11 +139,11 @@ def test_early_stopping_and_what_it_leaves(manifest, tmp_path):
     code, said = Command(config).end()
     print(said)
     assert code == errors.EXIT_OK
-    assert [end["state"] for end in states(output).values()] == [
-        "finished",
-        "stopped",
-        "stopped",
-    ]  # 0.001, 0.0001, 1e-05
+    assert {name: end["state"] for name, end in states(output).items()} == {
+        "lr=0.001,seed=0": "finished",
+        "lr=0.0001,seed=0": "stopped",
+        "lr=1e-05,seed=0": "stopped",
+    }
     stopped = trial_named(output, "lr=1e-05,seed=0")
     assert read_json(stopped / "exit.json")["code"] == errors.Stopped.exit_code
     best = json.loads((output / "results" / "best.json").read_text())
