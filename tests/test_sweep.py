@@ -33,6 +33,38 @@ def table(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_the_smoke_sweep(manifest, tmp_path):
+    """configs/sweep_smoke.json as the docs print it, its folders apart: two BNRs, two seeds, ASHA, a surface."""
+    import pyarrow.parquet as pq
+
+    output = tmp_path / "smoke"
+    sets = [f"output={output}", f"node_dir={tmp_path / 'node'}", f"data.manifest={manifest}"]
+    config = ROOT / "configs" / "sweep_smoke.json"
+    code, said = Command(config, *(word for text in sets for word in ("--set", text))).end()
+    print(said)
+    assert code == errors.EXIT_OK
+    ended = states(output)
+    assert len(ended) == 4
+    assert "finished" in {end["state"] for end in ended.values()} <= {"finished", "stopped"}
+    wanted = {
+        "table.txt",
+        "table.csv",
+        "trials.parquet",
+        "best.json",
+        "bnr.png",
+        "curves.png",
+        "parallel.png",
+        "surface",
+    }
+    finished = {name for name, end in ended.items() if end["state"] == "finished"}
+    if len({name.partition(",")[0] for name in finished}) < 2:
+        wanted -= {"bnr.png"}  # one BNR alone is no curve
+    assert {path.name for path in (output / "results").iterdir()} == wanted
+    rows = pq.read_table(output / "results" / "trials.parquet").to_pylist()
+    truth = [(run.name, nimg) for run in (output / "trials").iterdir() for nimg, _ in evaluations(run)]
+    assert sorted((row["trial"], row["nimg"]) for row in rows) == sorted(truth)
+
+
 def test_crashes(manifest, tmp_path):
     """One trial is well, one is killed once, one is killed whenever it begins, one leaves the finite numbers."""
     space = {"train.lr": {"grid": [0.001, 0.002, 0.003, 1e30]}}
