@@ -41,6 +41,9 @@ _LOCAL = {  # for a Ray of our own, which is for this machine
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",  # else 15, and training would have it from its worker
 }
+# One try, in which a head that does not answer has 40 s, not 20 tries (that is what the number means there: a refused
+# token would be tried for 20 s, an address where nobody listens for 14 minutes).
+_JOINED = {"RAY_gcs_server_port_wait_time_s": "1"}
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing large travels
 
 
@@ -79,6 +82,8 @@ class Ledger:
         record, url = self.read(RECORD), self.store.url
         if record is None:
             return {"id": secrets.token_hex(8), "trials": {}, "parent_run_id": None}
+        if not self.store.list("trials/"):  # a start that came to nothing, since Ray did not answer, say
+            return dict(record)
         if not resume:
             raise ConfigError(f"{url}: holds a sweep already; --resume goes on with it, or set output elsewhere")
         names = {trial.name for trial in trials}
@@ -175,7 +180,9 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
     address = sweep.ray_address or os.environ.get("RAY_ADDRESS")
     os.environ.update(_ENVIRONMENT)
     options: dict[str, Any] = {"address": address}
-    if not address:
+    if address:
+        os.environ.update(_JOINED)
+    else:
         os.environ.update(_LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     import ray
@@ -183,13 +190,24 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
     try:
         ray.init(**options, log_to_driver=False, logging_level="error", namespace="warm-dist")
     except Exception as error:  # it raises ConnectionError, RuntimeError, and kinds of its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnreachableError(f"Ray at {address or 'this machine'}: {reason[0]}") from None
+        raise UnreachableError(f"Ray at {address or 'this machine'}: {_cause(error)}") from None
     try:
         say(f"ray: {'joined ' + address if address else 'started on this machine, loopback only'}")
         yield ray
     finally:
         ray.shutdown()
+
+
+def _cause(error: BaseException) -> str:
+    """Why there is no Ray: the first sentence of what all began with, which may be told with its traceback, and a hint."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].split(". ")[0]
+    if "No node info found" in reason:  # of a Ray whose processes it can see
+        return "it has no node here; start the sweep on one of its machines, in the same container"
+    if "AuthToken" in reason:
+        return f"{reason}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on its machines"
+    return reason
 
 
 def _check_resources(ray: Any, sweep: SweepConfig, say: Callable[[str], None]) -> None:
