@@ -6,9 +6,11 @@ them in /proc, share its process ids. A Ray cluster is up in 10 s, so one serves
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -111,12 +113,12 @@ def started(node: subprocess.Popen[str]) -> None:
     raise AssertionError(f"no Ray: {node.stderr.read()}")
 
 
-def training(mark: str) -> list[int]:
+def training(mark: str, word: str = "launch.train") -> list[int]:
     """The pids of trials' processes, on both machines."""
     found = []
     for pid, _ in marked(mark):
         with suppress(OSError):
-            if "launch.train" in Path(f"/proc/{pid}/cmdline").read_text():
+            if word in Path(f"/proc/{pid}/cmdline").read_text():
                 found.append(pid)
     return found
 
@@ -161,7 +163,20 @@ def spread(ray: RayCluster) -> Sweep:
 
 
 @pytest.fixture(scope="module")
-def lost(ray: RayCluster, refused: Sweep, spread: Sweep) -> dict[str, Any]:
+def orphaned(ray: RayCluster, spread: Sweep) -> tuple[Path, float]:
+    """A sweep of one trial on both machines, whose command is killed; how long its processes were still there."""
+    output = ray.start(
+        "orphaned", {"process.bnr": {"grid": [0.5]}}, trial={"nodes": 2}, set={"train.total_nimg": 1600_000}
+    )
+    wait_for("a checkpoint", lambda: any(output.glob("trials/*/checkpoints/*/COMPLETE")))
+    assert len(training(ray.mark)) >= 2
+    for pid in training(ray.mark, "launch/sweep.py"):
+        os.kill(pid, signal.SIGKILL)
+    return output, wait_for("no trial's process left, though Ray is", lambda: not training(ray.mark), 60)
+
+
+@pytest.fixture(scope="module")
+def lost(ray: RayCluster, refused: Sweep, spread: Sweep, orphaned: tuple[Path, float]) -> dict[str, Any]:
     """A sweep of four trials, one at a time on each machine; node2's power is cut when its trial has saved."""
     space = {"process.bnr": {"grid": [0.5, 0, 1, 2]}}
     output = ray.start("lost", space, trial={"cpus_per_process": CPUS, "max_failures": 1})
@@ -209,6 +224,13 @@ def test_a_trial_of_two_nodes_runs_on_both(spread):
     assert {beat["host"] for beat in beats} == {"node1", "node2"}
     assert [end["state"] for end in states(spread.output).values()] == ["finished"]
     assert evaluations(run) == [(EVERY, 1), (2 * EVERY, 1)]
+
+
+def test_no_machine_trains_for_a_sweep_that_is_gone(orphaned):
+    output, seconds = orphaned
+    print(f"nothing of the killed sweep was left on both machines after {seconds:.1f} s")
+    assert seconds < 10
+    assert not list(output.glob("trials/*/ended.json"))
 
 
 def test_a_machine_lost_mid_sweep_costs_its_trial_an_attempt(lost):
