@@ -86,31 +86,32 @@ def _in_ray(folder: Path, nimg: int, number: int) -> tuple[float, float]:
     command += [part for text in sets for part in ("--set", text)]
     with (folder / f"sweep{number}.log").open("wb") as log:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    begun, total = 0.0, 0.0
+    begun, total = None, 0.0
     try:
         while driver.poll() is None:
             tree = _tree(driver.pid)
             if tree is not None:
-                training, seconds = tree
-                begun, total = (seconds if not training else begun), max(total, seconds)
+                begun, total = (tree[0] if begun is None else begun), max(total, tree[1])
             time.sleep(0.05)
     finally:
         driver.terminate()
         driver.wait()
     if driver.returncode:
         raise errors.PeerError((folder / f"sweep{number}.log").read_text()[-2000:], driver.returncode, resumable=False)
+    assert begun is not None
     return begun, total
 
 
-def _tree(driver: int) -> tuple[bool, float] | None:
-    """Of Ray's worker with the one trial's actor: does training run or has it run, and the tree's processor seconds."""
+def _tree(driver: int) -> tuple[float, float] | None:
+    """Processor seconds of Ray's worker with the one trial's actor, by itself and with its tree, once training has begun."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(driver).children(recursive=True):  # raylet is a child, workers are its own
+        for process in psutil.Process(driver).children(recursive=True):  # raylet is among them, workers are its own
             if process.cmdline()[:1] and "ResourceTrainable" in process.cmdline()[0]:
-                tree = [process, *process.children(recursive=True)]
-                return len(tree) > 1 or process.cpu_times().children_user > 1, sum(map(_seconds, tree))
+                tree, own = [process, *process.children(recursive=True)], process.cpu_times()
+                if len(tree) > 1 or own.children_user:
+                    return own.user + own.system, sum(map(_seconds, tree))
     return None
 
 

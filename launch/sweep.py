@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.store import open_store
 from launch.services import claimed
-from warm_dist import errors
-from warm_dist.errors import Stopped
+from warm_dist import errors, owned
+from warm_dist.errors import AccessError, OutputError, Stopped
 from warm_dist.space import Trial, trials
 from warm_dist.sweep_config import SweepConfig, load_sweep, parameters
 from warm_dist.trial import Place, make_place
@@ -28,9 +29,20 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the sweep in output")
     parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again, too")
     parser.add_argument("--dry-run", action="store_true", help="list the trials, validated; stop")
+    parser.add_argument("--driver", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.retry_failed and not args.resume:
         parser.error("--retry-failed goes with --resume")
+    if not (args.dry_run or args.driver):  # the driver under a supervisor: Ray's helpers may outlive it by a minute
+        return owned.run([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--driver"])
+    try:
+        return drive(args)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; the same command with --resume goes on") from None
+
+
+def drive(args: argparse.Namespace) -> int:
+    """All of the command; its exit code."""
     sweep, base = load_sweep(args.config, args.set)
     every = trials(sweep, base)
     if args.dry_run:
@@ -56,7 +68,7 @@ class Session:
     """One command's part in a sweep: whose trials, what is left to do, and the report on all."""
 
     def __init__(self, sweep: SweepConfig, every: list[Trial], place: Place) -> None:
-        from warm_dist.sweep import Ledger
+        from warm_dist.ledger import Ledger
 
         self.sweep, self.every = sweep, every
         self.ledger = Ledger(open_store(place.output, place.endpoint_url if place.remote else None))
@@ -76,7 +88,7 @@ class Session:
         if pending:
             try:
                 tune.run(self.sweep, pending, place, self.ledger, open_store, say)
-            except Stopped as error:
+            except (Stopped, AccessError, OutputError) as error:  # after some work: here is what came of it
                 stopped = error
         code = report.write(whole=stopped is None)
         if stopped is not None:
@@ -90,7 +102,9 @@ class Session:
                 self.ledger.forget(name)
                 ended[name] = None
         pending = [trial for trial in self.every if ended[trial.name] is None]
-        say(f"sweep: {len(self.every)} trials, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}")
+        say(
+            f"sweep: {len(self.every)} trial{'s' * (len(self.every) > 1)}, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}"
+        )
         return pending
 
     def _parent(self, sweep_id: str) -> str | None:

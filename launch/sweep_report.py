@@ -9,9 +9,9 @@ from pathlib import Path
 from warm_dist import errors, owned, sweep_figures, sweep_results
 from warm_dist.config_file import dump
 from warm_dist.errors import OutputError, UnreachableError
+from warm_dist.ledger import Ledger
 from warm_dist.metrics import make_folder, write_json
 from warm_dist.space import Trial, constant_bnr
-from warm_dist.sweep import Ledger
 from warm_dist.sweep_config import SurfaceConfig, SweepConfig, parameters
 from warm_dist.sweep_results import Outcome
 from warm_dist.trial import Place
@@ -80,6 +80,8 @@ class Report:
         tree = dump(trial.config)
         del tree["$schema"]
         tree |= {"output": f"runs/{trial.name}", "description": f"the best trial of {self.place.output}"}
+        tree["checkpoint"] |= {"url": None, "endpoint_url": None}  # those of the base are another run's
+        tree["tracking"] |= {"run_name": None, "parent_run_id": None}
         write_json(self.folder / "best.json", tree)
 
     def _run_folder(self, name: str, weights: bool = False) -> Path:

@@ -43,7 +43,7 @@ LEVELS = [
     {"checkpoint", "extractors", "fid", "figures", "guidance", "row_metrics", "window", "scaling"},
     {"feature_stream", "generate", "spectrum_figure", "storage", "plan", "surface", "sweep_results"},
     {"mlflow_model", "preparation", "reference", "sweep_axes", "space"},
-    {"evaluation", "trial", "sweep_figures"},
+    {"evaluation", "trial", "sweep_figures", "ledger", "ray_cluster"},
     {"trainer", "report_charts", "report_facts", "sweep_actors"},
     {"report", "sweep"},
 ]
@@ -51,7 +51,7 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/extractors.py",
            "boto3": "data_pipelines/s3_store.py", "botocore": "data_pipelines/s3_store.py",
-           "prometheus_client": "warm_dist/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py")}  # fmt: skip
+           "prometheus_client": "warm_dist/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py", "warm_dist/ray_cluster.py")}  # fmt: skip
 HEAVY = {
     "deepspeed",
     "mlflow",

@@ -151,3 +151,34 @@ def test_a_zombie_is_not_alive() -> None:
     assert wait_until(lambda: not owned.identity(process.pid))
     process.wait()
     assert not owned.alive(who)
+
+
+RUN = """
+import sys
+from warm_dist import owned
+child = "import pathlib, sys, time\\\\ntry:\\\\n    pathlib.Path(sys.argv[1]).touch(); time.sleep(600)\\\\nexcept KeyboardInterrupt:\\\\n    sys.exit(7)"
+sys.exit(owned.run([sys.executable, "-c", child.replace("\\\\n", chr(10)), sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_reaches_what_is_run_as_ctrl_c_and_its_code_comes_back(tmp_path: Path, signum: signal.Signals) -> None:
+    ready = tmp_path / "ready"
+    owner = subprocess.Popen([sys.executable, "-c", RUN, str(ready)])
+    try:
+        assert wait_until(ready.exists)
+        owner.send_signal(signum)
+        assert owner.wait(20) == 7
+    finally:
+        owner.kill()
+
+
+@pytest.mark.slow
+def test_the_code_of_what_is_run_comes_back_and_all_that_it_left_is_ended(tmp_path: Path) -> None:
+    mark = tmp_path / "left"
+    left = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {left!r}], start_new_session=True); sys.stdin.read(); import pathlib, time\nwhile not (pathlib.Path({str(mark)!r}).exists() and pathlib.Path({str(mark)!r}).read_text()): time.sleep(0.02)\nsys.exit(5)"
+    script = f"import sys; from warm_dist import owned; sys.exit(owned.run([sys.executable, '-c', {code!r}]))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 5
+    assert owned.identity(int(mark.read_text())) == ""

@@ -62,6 +62,19 @@ def test_more_draws_keys_and_seeds_only_add_trials():
     ]
 
 
+def test_a_choice_that_is_drawn_twice_is_one_trial():
+    space = {"train.lr": {"choice": [0.001, 0.002]}}
+    found = names(space, num_samples=20)
+    assert len(found) == len(set(found)) == 2
+
+
+def test_a_trial_s_values_are_its_own():
+    path = {"kind": "power", "bnr": 0.5, "exponent": 0.1}
+    first, second = trials(sweep({"process.bnr": {"grid": [path]}, "train.lr": {"grid": [0.1, 0.2]}}), BASE)
+    assert first.values["process.bnr"] == second.values["process.bnr"] == path
+    assert first.config.process.bnr.exponent == 0.1
+
+
 def test_draws_have_the_distribution_that_they_claim():
     space = {
         "train.lr": {"log_uniform": [1e-4, 1e-2]},
@@ -105,7 +118,7 @@ def test_names_say_the_values_and_are_fit_for_folders():
         "train.betas": {"grid": [[0.9, 0.99]]},
     }
     first, second = names(space)
-    assert first.startswith("bnr=0.5,residual_weight=balanced,betas=_0.9,_0.99_-")
+    assert first.startswith("bnr=0.5,residual_weight=balanced,betas=_0.9,_0.99_,seed=0-")
     assert second.startswith("bnr=power_0.5_0.2,residual_weight=balanced")
     assert first.rpartition("-")[2] != second.rpartition("-")[2]
 

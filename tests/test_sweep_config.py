@@ -88,13 +88,21 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"space": {"network.channels": {"uniform": [8, 40]}}}, "'network.channels': .*valid integer"),
         ({"space": {"process.bnr": {"grid": [0.5, 0.5]}}}, "come twice"),
         ({"space": {"process.bnr": {"grid": [{"kind": "log_uniform", "low": 0.1, "high": 1}]}}}, "sampler.bnr is needed"),
+        ({"set": {"train.seed": 5}}, "set train.seed: it is the list seeds"),
+        ({"space": {"data.reader_threads": {"grid": [1, 2]}}}, "nothing of the network changes with it"),
+        ({"space": {"process.bnr.cap": {"grid": [1]}, "process.bnr": {"grid": [{"kind": "power", "bnr": 1, "exponent": 0}]}}},
+         "'process.bnr.cap' is inside 'process.bnr'"),
+        ({"output": ""}, "'output'"),
+        ({"output": "s3://"}, "'output'"),
+        ({"output": "s3:/bucket"}, "'output'"),
+        ({"output": "ftp://host/folder"}, "'output'"),
         ({"seeds": []}, "'seeds': .*at least 1 item"),
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"seeds": [-1]}, "greater than or equal to 0"),
         ({"num_samples": 3}, "num_samples 3 needs a key of space that is drawn"),
         ({"scheduler": {"kind": "asha", "grace_nimg": 44800}}, "grace_nimg 44800 must be at least .* below train.total_nimg"),
         ({"scheduler": {"kind": "asha", "grace_nimg": 32}}, "grace_nimg 32 must be at least eval.eval_nimg 44800"),
-        ({"scheduler": {"kind": "asha", "grace_nimg": 44800, "reduction_factor": 1}}, "greater than 1"),
+        ({"scheduler": {"kind": "asha", "grace_nimg": 44800, "reduction_factor": 1}}, "greater than or equal to 1.1"),
         ({"scheduler": {"kind": "pbt"}}, "'scheduler.kind'"),
         ({"trial": {"gpus_per_process": 2}}, "gpus_per_process must be 0 or 1, or a fraction"),
         ({"trial": {"gpus_per_process": 0.5, "processes_per_node": 2}}, "a fraction for a trial of one process"),
@@ -106,6 +114,16 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
 def test_a_mistake_is_one_clear_error(tmp_path, changes, told):
     with pytest.raises(ConfigError, match=told):
         all_trials(written(tmp_path, **changes))
+
+
+def test_a_seed_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"set train\.seed: it is the list seeds"):
+        all_trials(written(tmp_path), "train.seed=3")
+
+
+@pytest.mark.parametrize("output", ["runs/a", "/x/y/", "s3://bucket", "s3://bucket/a/b/"])
+def test_outputs_that_can_be(tmp_path, output):
+    assert load_sweep(written(tmp_path, output=output))[0].output == output
 
 
 def test_a_base_without_evaluation_is_refused(tmp_path):

@@ -27,6 +27,7 @@ CLIENT_ENV = {
 RUN_TAG = "warm_dist.run"  # carries the identity by which a run is found again
 PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_OTHERS = 1000, 100  # MLflow's limits for one log_batch
+MAX_REASON = 300
 MAX_VALUE = 6000  # and for the length of a parameter; a tag may have 8000
 
 Point = tuple[str, int]
@@ -49,7 +50,8 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-        raise UnreachableError(f"MLflow at {public(url)}: {public(reason)}") from None
+        reason = re.sub(r"\?\S+", "", public(reason))[:MAX_REASON]  # it may quote the address without its host
+        raise UnreachableError(f"MLflow at {public(url)}: {reason}") from None
 
 
 @contextlib.contextmanager

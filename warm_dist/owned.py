@@ -59,6 +59,23 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> int:
     return process.wait(2 * GRACE_S)
 
 
+def run(command: list[str]) -> int:
+    """Run `command` as `start` does, to its end; Ctrl-C and SIGTERM reach it as SIGINT. Returns its exit code.
+
+    So nothing that it started outlives it, or this process, whichever is killed.
+    """
+    told = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)  # until there is somebody to pass them to
+    process = start(command)
+    for signum in told:
+        signal.signal(signum, lambda *_: process.send_signal(signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
+    try:
+        return process.wait()
+    finally:
+        stop(process)
+
+
 def end_with_parent(signum: int) -> None:
     """Have the kernel send this process `signum` when its parent is gone (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from warm_dist.bnr import exact
 from warm_dist.config import Config
 from warm_dist.config_file import assign, dump, flatten, known_keys, validate
 from warm_dist.errors import ConfigError
-from warm_dist.sweep_config import Axis, SweepConfig
+from warm_dist.sweep_config import SEED, Axis, SweepConfig
 
 Values = dict[str, Any]
 """The searched keys, by dotted path, in the sweep's order, with a trial's values."""
@@ -50,9 +51,9 @@ def trials(sweep: SweepConfig, base: dict[str, Any]) -> list[Trial]:
     out: dict[str, Trial] = {}
     for seed, values in itertools.product(sweep.seeds, points(sweep)):
         trial = _trial(sweep, base, values, seed)
-        if trial.name in out:
+        if trial.name in out and all(axis.grid is not None for axis in sweep.space.values()):
             raise ConfigError(f"space: the values {values} come twice")
-        out[trial.name] = trial
+        out[trial.name] = trial  # a choice may be drawn twice: it is one trial
     return list(out.values())
 
 
@@ -97,11 +98,18 @@ def _check_keys(sweep: SweepConfig) -> None:
         if key in _SECTIONS:
             raise ConfigError(f"{key!r} is a section: name a key of it, as in {_example(key)!r}")
     for key in sweep.space:
-        if key == "train.seed":
-            raise ConfigError("space: train.seed is the list seeds of the sweep")
+        if key == SEED:
+            raise ConfigError(f"space: {SEED} is the list seeds of the sweep")
         if key.split(".")[0] in _OWN:
             raise ConfigError(
                 f"space: {key!r} cannot be searched; the sweep sets it itself, or it makes no other network"
+            )
+        if key in _INCIDENTAL:
+            raise ConfigError(f"space: {key!r} cannot be searched: nothing of the network changes with it")
+        inner = [other for other in sweep.space if other.startswith(f"{key}.")]
+        if inner:
+            raise ConfigError(
+                f"space: {inner[0]!r} is inside {key!r}; search one of them, or give {key!r} whole values"
             )
         if key.startswith(_MEASURE):
             raise ConfigError(f"space: {key!r} would make Fréchet distances that cannot be compared; it belongs in set")
@@ -116,8 +124,8 @@ def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) 
 
     tree = json.loads(json.dumps(base))
     where = f"trial {short(values)}" if values else "the base config"
-    for key, value in {**values, "train.seed": seed}.items():
-        assign(tree, key, value, where)
+    for key, value in {**values, SEED: seed}.items():
+        assign(tree, key, copy.deepcopy(value), where)
     tree |= {"output": "trial"}
     config = validate(tree, where)
     if config.eval is None:
@@ -131,7 +139,7 @@ def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) 
             f"{config.eval.eval_nimg} and below train.total_nimg {config.train.total_nimg}"
         )
     check_world_size(config, sweep.trial.processes)
-    label = short({**values, "train.seed": seed})[:_NAME_LENGTH].rstrip(",")
+    label = short({**values, SEED: seed})[:_NAME_LENGTH].rstrip(",")
     return Trial(f"{label}-{digest(config)}", values, seed, config)
 
 

@@ -11,11 +11,13 @@ from pydantic import Field, JsonValue, model_validator
 from warm_dist.bnr import NonNegative, Section
 from warm_dist.config import Positive
 from warm_dist.config_file import assign, dump, flatten, parse_setting, read_tree, validate_as
+from warm_dist.errors import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # nearer to 1 there would be thousands of rungs
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
 Seed = Annotated[int, Field(ge=0)]
+SEED = "train.seed"
 
 
 class Axis(Section):
@@ -93,7 +95,9 @@ class SweepConfig(Section):
     set: dict[Key, JsonValue] = Field(
         default_factory=dict, description="keys of it, by dotted path, that all trials have otherwise"
     )
-    output: str = Field(description="folder of trials and results: a local or shared one, or s3://bucket/prefix")
+    output: Annotated[str, Field(pattern=r"^(s3://[^/:]+(/.*)?|[^:]+)$")] = Field(
+        description="folder of trials and results: a local or shared one, or s3://bucket/prefix"
+    )
     endpoint_url: str | None = Field(None, description="the S3 endpoint of output, if other than AWS's own")
     node_dir: str = Field(
         "~/.cache/warm-dist/sweeps",
@@ -140,6 +144,8 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[Sw
     sweep = validate_as(SweepConfig, tree, str(path))
     base = read_tree(Path(path).parent / sweep.base)
     for key, value in [*sweep.set.items(), *of_trials]:
+        if key == SEED:
+            raise ConfigError(f"{path}: set {SEED}: it is the list seeds of the sweep")
         assign(base, key, value, f"{path}: set {key!r}")
     return sweep, base
 

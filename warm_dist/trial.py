@@ -65,9 +65,8 @@ class Place:
 
 def make_place(sweep: SweepConfig, sweep_id: str, parent_run_id: str | None) -> Place:
     """Of a sweep that starts in this process's working folder. A relative output is absolute from then on."""
-    output = sweep.output.rstrip("/")
-    if "://" not in output:
-        output = str(Path(output).expanduser().resolve())
+    remote = "://" in sweep.output
+    output = sweep.output.rstrip("/") if remote else str(Path(sweep.output).expanduser().resolve())
     node_dir = str(Path(sweep.node_dir).expanduser().resolve())
     return Place(sweep_id, output, sweep.endpoint_url, node_dir, os.getcwd(), parent_run_id)
 

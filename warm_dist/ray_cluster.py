@@ -1,0 +1,100 @@
+"""Ray for a sweep: one of its own on this machine, or a cluster that is joined; and whether a trial fits it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from warm_dist.bnr import exact
+from warm_dist.errors import ConfigError, UnreachableError
+from warm_dist.sweep_config import SweepConfig
+
+_ENVIRONMENT = {  # read when ray is imported
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws boxes even when it is told to be quiet
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in metrics.jsonl
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a step without an evaluation has no distance
+}
+_LOCAL = {  # for a Ray of our own, which is for this machine
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: named after the systems where that is the default
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else 15, and training would have it from its worker
+}
+# One try, in which a head that does not answer has 40 s, not 20 tries (that is what the number means there: a refused
+# token would be tried for 20 s, an address where nobody listens for 14 minutes).
+_JOINED = {"RAY_gcs_server_port_wait_time_s": "1"}
+_CONNECT_S = 10.0
+_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing large travels
+
+
+@contextmanager
+def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
+    """ray, connected to the cluster that the config or RAY_ADDRESS names, else to one of its own, which ends with us.
+
+    Raises UnreachableError if the cluster does not answer or refuses the token.
+    """
+    address = sweep.ray_address or os.environ.get("RAY_ADDRESS")
+    os.environ.update(_ENVIRONMENT)
+    options: dict[str, Any] = {"address": address}
+    if address:
+        os.environ.update(_JOINED)
+    else:
+        os.environ.update(_LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    import ray
+
+    _check_port(address)
+    try:
+        ray.init(**options, log_to_driver=False, logging_level="error", namespace="warm-dist")
+    except Exception as error:  # it raises ConnectionError, RuntimeError, and kinds of its own
+        raise UnreachableError(f"Ray at {address or 'this machine'}: {_cause(error)}") from None
+    try:
+        say(f"ray: {'joined ' + address if address else 'started on this machine, loopback only'}")
+        yield ray
+    finally:
+        ray.shutdown()
+        if not address:
+            del os.environ["RAY_AUTH_TOKEN"]
+
+
+def _check_port(address: str | None) -> None:
+    """Ray itself takes 40 s to give up an address where nobody listens."""
+    found = re.fullmatch(r"([^/]+):(\d+)", address or "")
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), _CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise UnreachableError(f"Ray at {address}: {error}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Why there is no Ray: the first sentence of what all began with, which may be told with its traceback, and a hint."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].split(". ")[0]
+    if "No node info found" in reason:  # of a Ray whose processes it can see
+        return "it has no node here; start the sweep on one of its machines, in the same container"
+    if "AuthToken" in reason:
+        return f"{reason}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on its machines"
+    return reason
+
+
+def check_resources(ray: Any, sweep: SweepConfig, say: Callable[[str], None]) -> None:
+    """A trial that fits no machine would wait for ever, unless the cluster grows."""
+    bundle, nodes = sweep.trial.bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = [node for node in nodes if all(node.get(kind, 0) >= amount for kind, amount in bundle.items())]
+    wants = " and ".join(f"{exact(amount)} {kind}" for kind, amount in bundle.items())
+    most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
+    have = f"{len(nodes)} machines, the largest with {exact(most['CPU'])} CPU and {exact(most['GPU'])} GPU"
+    say(f"ray: a trial takes {wants} on {sweep.trial.nodes} of {have}")
+    if len(fits) < sweep.trial.nodes:
+        message = f"a trial needs {wants} on each of {sweep.trial.nodes} machines; Ray has {have}"
+        if not (sweep.ray_address or os.environ.get("RAY_ADDRESS")):
+            raise ConfigError(f"{message}; set trial.cpus_per_process, trial.gpus_per_process or trial.nodes lower")
+        say(f"ray: {message}; trials wait until it grows")
