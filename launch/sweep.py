@@ -54,14 +54,17 @@ def drive(args: argparse.Namespace) -> int:
 
 
 def describe(sweep: SweepConfig, every: list[Trial]) -> str:
-    """The trials' names and what they come to."""
+    """The trials' names, and what they come to."""
     total = sum(trial.config.train.total_nimg for trial in every)
-    size = f"{sweep.trial.processes} process{'es' if sweep.trial.processes > 1 else ''}"
-    how = "each to its end" if sweep.scheduler is None else "stopped early by ASHA"
-    lines = [f"  {trial.name}" for trial in every]
+    size = f"{sweep.trial.processes} process{'es' * (sweep.trial.processes > 1)}"
+    unless = "" if sweep.scheduler is None else ", less what ASHA stops"
     return "\n".join(
-        [*lines, f"{len(every)} trials of {size}, {total:,} images if {how.replace('stopped', 'none is stopped')}"]
+        [*(f"  {trial.name}" for trial in every), f"{_count(every)} of {size}, {total:,} images in all{unless}"]
     )
+
+
+def _count(every: list[Trial]) -> str:
+    return f"{len(every)} trial{'s' * (len(every) != 1)}"
 
 
 class Session:
@@ -79,6 +82,8 @@ class Session:
         from warm_dist import sweep as tune
 
         record = self.ledger.claim(self.every, resume)
+        if resume and not record["trials"]:
+            say(f"sweep: there is none in {self.ledger.store.url} yet; this begins one")
         record["parent_run_id"] = record["parent_run_id"] or self._parent(record["id"])
         self.ledger.keep(record, self.every)
         place = make_place(self.sweep, record["id"], record["parent_run_id"])
@@ -102,9 +107,7 @@ class Session:
                 self.ledger.forget(name)
                 ended[name] = None
         pending = [trial for trial in self.every if ended[trial.name] is None]
-        say(
-            f"sweep: {len(self.every)} trial{'s' * (len(self.every) > 1)}, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}"
-        )
+        say(f"sweep: {_count(self.every)}, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}")
         return pending
 
     def _parent(self, sweep_id: str) -> str | None:

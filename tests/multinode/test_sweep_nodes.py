@@ -204,7 +204,7 @@ def lost(ray: RayCluster, refused: Sweep, spread: Sweep, orphaned: tuple[Path, f
 def test_another_token_is_refused_and_nothing_starts(refused):
     print(f"refused after {refused.seconds:.1f} s")
     assert refused.code == errors.UnreachableError.exit_code
-    told = [line for line in refused.said.splitlines() if not line.startswith(("sweep: 1 trials, 0 have ended", "["))]
+    told = [line for line in refused.said.splitlines() if not line.startswith(("sweep: 1 trial, 0 have ended", "["))]
     assert len(told) == 1, refused.said  # beside a warning of Ray's own, with the time in brackets
     assert told[0].startswith(f"UnreachableError: Ray at {HEAD}: ")
     assert "token is missing or incorrect" in told[0]
