@@ -76,7 +76,10 @@ def test_ui_serves_on_loopback_alone_and_ends_on_sigterm(tmp_path: Path) -> None
         family = descendants(process.pid)
         assert len(family) == 6, "ui; for each server a supervisor; weed; mlflow and its one worker: no job runners"
         assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
-        with pytest.raises(OutputError, match="another make quickstart or make ui"), services.services(tmp_path):
+        with (
+            pytest.raises(OutputError, match="another make quickstart, make sweep or make ui"),
+            services.services(tmp_path),
+        ):
             pass
         assert ends_cleanly(process, signal.SIGTERM)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -191,7 +190,7 @@ def test_early_stopping_and_what_it_leaves(manifest, tmp_path):
     assert len(table(output)) == 4
 
 
-def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest):
+def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest, monkeypatch):
     """Output on S3; the driver is killed and the machine's folder lost; the sweep goes on from what lies on S3."""
     from data_pipelines.s3_server import S3Server
     from data_pipelines.store import open_store
@@ -201,7 +200,8 @@ def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest):
             tmp_path, manifest, {"process.bnr": {"grid": [0.5, 1]}}, output="s3://bucket/sweep", endpoint_url=server.endpoint_url,
             max_concurrent=1, surface={"nfe": [3, 4], "num_images": 64},
         )  # fmt: skip
-        os.environ.update(server.env)
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
         store = open_store("s3://bucket/sweep", server.endpoint_url)
         sweep = Command(config, env=server.env)
         ended = lambda: [path for path in store.list("trials/") if path.endswith("/ended.json")]  # noqa: E731
