@@ -88,6 +88,19 @@ def test_damaged_ones_are_passed_over_and_never_a_fresh_start(tmp_path, said):
         mine.restore()
 
 
+def test_the_last_checkpoint_of_a_run_on_a_new_machine_is_the_store_s(tmp_path, said):
+    first = Fixture(tmp_path / "machine1", said, url=str(tmp_path / "there"))
+    first.save(8)
+    assert first.storage.saved(8).store is first.storage.local
+    assert first.storage.close(30) == []
+    second = Fixture(tmp_path / "machine2", said, url=str(tmp_path / "there"))
+    assert second.restore() == 8  # nothing is left to train, and its weights are to be written
+    assert second.storage.saved(8).store is second.storage.remote
+    second.save(16)
+    assert second.storage.saved(16).store is second.storage.local
+    assert second.storage.close(30) == []
+
+
 def test_one_of_an_unknown_format_is_never_a_fresh_start(tmp_path, said):
     folder = tmp_path / checkpoint.name_of(CHECKPOINTS, 8)
     folder.mkdir(parents=True)

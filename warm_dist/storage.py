@@ -285,7 +285,10 @@ class Storage:
 
     def saved(self, nimg: int) -> Saved:
         """The complete checkpoint at nimg. Raises CheckpointError if there is none."""
-        return opened(self.local if self.shared or self.remote is None else self.remote, name_of(CHECKPOINTS, nimg))
+        name = name_of(CHECKPOINTS, nimg)
+        # a run that comes to a new machine with nothing left to train has its last checkpoint in the store alone
+        here = self.remote is None or (self.shared and name in complete(self.local, CHECKPOINTS))
+        return opened(self.local if here or self.remote is None else self.remote, name)
 
     # -- uploads ----------------------------------------------------------------------------------------------------
 
