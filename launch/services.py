@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_pipelines.manifest import read_manifest
 from data_pipelines.s3_server import S3Server
-from warm_dist import owned
+from warm_dist import owned, trial
 from warm_dist.config import Config
 from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError
 
@@ -68,9 +68,7 @@ def pack_openmoji(config: Config, servers: Services) -> None:
 
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    return trial.free_port(HOST)
 
 
 def _command(root: Path, port: int) -> list[str]:

@@ -51,7 +51,7 @@ def run(
         bundles = tune.PlacementGroupFactory(
             [sweep.trial.bundle] * sweep.trial.nodes, strategy="STRICT_SPREAD" if sweep.trial.nodes > 1 else "PACK"
         )
-        watch = _watch(trials, ledger, say)
+        watch = _watch(ledger, say)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(TrialActor, job=job), bundles),
             param_space={"trial": tune.grid_search(list(trials))},
@@ -103,7 +103,7 @@ def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: Ledger) -> Any:
     return asha
 
 
-def _watch(trials: dict[str, Trial], ledger: Ledger, say: Callable[[str], None]) -> Any:
+def _watch(ledger: Ledger, say: Callable[[str], None]) -> Any:
     """Tune's callback: tells of each trial, and writes down how it ended."""
     from ray import tune
 
