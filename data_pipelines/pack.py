@@ -238,8 +238,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> int:
-    """The command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; None: this process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -259,7 +259,12 @@ def main() -> int:
         "--part", type=_part, metavar="i/n", help="only the i-th of n parts; without it, all that is missing is packed"
         " and the parts become one data set"
     )  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Pack as the command line says."""
+    args = parse()
     from tqdm import tqdm
 
     source = open_source(args.source, args.resolution, args.resize, args.shuffle)

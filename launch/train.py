@@ -144,6 +144,9 @@ class Attempt:
                 log = None
                 if world.is_main:
                     exporter = Exporter(config.tracking.prometheus_host, port) if port else None
+                    if exporter:
+                        exporter.follow("heartbeat_age_s", "longest silence of a rank", self.heartbeat.silence_s)
+                        exporter.follow("checkpoint_age_s", "since the last safe checkpoint", trainer.unsafe_s)
                     log = MetricsLog(self.path / "metrics.jsonl", self.number, exporter)
                     log.begin()
                 self._start_mirror()

@@ -45,7 +45,7 @@ LEVELS = [
     {"mlflow_model", "preparation", "reference", "sweep_axes", "space"},
     {"evaluation", "trial", "sweep_figures", "ledger", "ray_cluster"},
     {"trainer", "report_charts", "report_facts", "sweep_actors"},
-    {"report", "sweep"},
+    {"report", "sweep", "manifests"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")

@@ -112,6 +112,10 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(self.interval_s)  # it is a daemon: one that hangs on a dead store or disk is left behind
 
+    def silence_s(self) -> float:
+        """How long the most silent of the other ranks, those that have ended aside, has not been heard."""
+        return max((self.beats[rank].age_s for rank in self._others() if not self._ended(rank)), default=0.0)
+
     # -- the file, and reasons to stop ------------------------------------------------------------------------------
 
     def _watch(self) -> None:

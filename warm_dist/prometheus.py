@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from warm_dist.errors import PortError
@@ -35,6 +36,10 @@ class Exporter:
             for name, value in figures.items():
                 gauge = self._gauge(f"warm_dist_rank_{name}", f"{name} of one rank", ["rank"])
                 gauge.labels(str(rank)).set(value)
+
+    def follow(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A gauge warm_dist_NAME that is asked for its value whenever somebody reads."""
+        self._gauge(f"warm_dist_{name}", text).set_function(value)
 
     def close(self) -> None:
         """Give the port back."""

@@ -57,6 +57,13 @@ def git_commit() -> str:
         return "unknown"
 
 
+def end_since(run: Path, since: float) -> dict[str, Any] | None:
+    """exit.json, if it was written after `since` (seconds of the epoch): an earlier attempt's may still be there."""
+    told = read_json(run / "exit.json")
+    fresh = isinstance(told, dict) and (run / "exit.json").stat().st_mtime >= since - 1  # file systems' clocks are coarse
+    return told if fresh else None
+
+
 def end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:
     """Write exit.json. The first to write keeps it: the rank that failed, not those that then lost their peer."""
     code = 0 if error is None else error.exit_code if isinstance(error, WarmDistError) else 1

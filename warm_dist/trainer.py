@@ -79,6 +79,7 @@ class Trainer:
         self.guard = FiniteGuard(world, config.train.max_nonfinite, self._report)
         self.log: MetricsLog | None = None
         self.nimg = self.num_steps = self.saved_nimg = 0
+        self._safe_since = time.monotonic()
         self.grad_norm = torch.zeros((), device=world.device)
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -129,6 +130,8 @@ class Trainer:
         begun = time.monotonic()
         meta = self._meta() | {"window": gather(self.world, self.window.sums.tolist())}
         size = self.storage.save(CHECKPOINTS, self.nimg, checkpoint.tensors_of(self.engine, self.emas), meta)
+        if self.config.checkpoint.url is None:
+            self._safe_since = time.monotonic()
         if self.log is not None:
             self.log.write(self.nimg, "checkpoint", write_s=time.monotonic() - begun, bytes=size)
 
@@ -273,7 +276,13 @@ class Trainer:
             assert self.log is not None
             kind = "upload" if upload.name.startswith(checkpoint.CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
+            if kind == "upload" and not failed:
+                self._safe_since = time.monotonic()
             self.log.write(checkpoint.nimg_of(upload.name), kind, seconds=upload.seconds, failed=failed)
+
+    def unsafe_s(self) -> float:
+        """How long ago the last checkpoint was written, or arrived where there is a store; or the start."""
+        return time.monotonic() - self._safe_since
 
     def _evaluation_is_due(self, evaluate: Evaluate | None, evaluated: set[int]) -> bool:
         settings = self.config.eval

@@ -189,8 +189,8 @@ class TrialRun:
         code = self._process.poll()
         if code is None:
             return None
-        told = read_json(self.run / "exit.json")
-        if told and (self.run / "exit.json").stat().st_mtime >= self._begun - 1:  # a file system's clock may be coarse
+        told = run_folder.end_since(self.run, self._begun)
+        if told:
             return End(told["code"], str(told["reason"]), told["code"] in _FINAL_CODES)
         return End(
             code or errors.EXIT_UNEXPECTED, f"ended with code {code} and no exit.json: {self._last_words()}", False

@@ -1,0 +1,114 @@
+"""Kubernetes objects of a job, without editing YAML: a TrainJob or a RayJob for a config, a JobSet that packs a data set.
+
+`python launch/k8s.py render --config configs/imagenet64.json --nodes 4 --gpus 8 --set … | kubectl apply -f -`. What a
+cluster needs beforehand is in k8s/README.md. The objects go to stdout, what they come to is said on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import pack
+from warm_dist import errors, manifests
+from warm_dist.config_file import load_config, read_tree
+from warm_dist.errors import ConfigError
+from warm_dist.manifests import Job, Size
+
+BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
+EXAMPLE = "your-bucket"  # in configs/ and the documentation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    render = commands.add_parser("render", help="a training or a sweep")
+    render.add_argument("--config", required=True, help="a file of configs/: a run's, or a sweep's")
+    text = "override a key, as for launch/train.py and launch/sweep.py; repeatable"
+    render.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
+    text = "data_pipelines.pack in so many parts, and one data set of them; its arguments after --"
+    packing = commands.add_parser("pack", help=text, description=f"{text}. /images is the claim `images`.")
+    packing.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="source, out_url, --resolution …")
+    for command in (render, packing):
+        command.add_argument("--nodes", type=int, required=True, help="pods, each on a node of its own where there is room")
+        command.add_argument("--name", help="of the objects; default: the config's or data set's")
+        command.add_argument("--image", help="other than the template's")
+        command.add_argument("--cpus", type=int, help="a process; default 8 with a GPU, else 1")
+        command.add_argument("--memory", type=int, metavar="GiB", help="a process; default 64 with a GPU, else 4")
+        command.add_argument("--processes", type=int, help="a node; default: its GPUs, else 1")
+    render.add_argument("--gpus", type=int, default=0, help="a node; 0 (default): processes on the CPU")
+    render.add_argument("--jobset", action="store_true", help="a JobSet, for a cluster without Kubeflow Trainer")
+    args = parser.parse_args()
+    job = _render(args) if args.command == "render" else _pack(args)
+    sys.stdout.write(_yaml(job.objects))
+    print(job.summary, file=sys.stderr)
+    if EXAMPLE in str(job.objects):
+        print(f"note: s3://{EXAMPLE} is the example's; --set names yours", file=sys.stderr)
+    return errors.EXIT_OK
+
+
+def _render(args: argparse.Namespace) -> Job:
+    size = _size(args, args.gpus)
+    name = args.name or _name(Path(args.config).stem)
+    if "space" not in (tree := read_tree(args.config)) and "base" not in tree:
+        config = load_config(args.config, args.set)
+        runtime = _template("training/runtime.yaml")
+        job = manifests.training(config, name, size, _template("training/trainjob.yaml"), runtime, args.image)
+        return manifests.without_trainer(job, runtime) if args.jobset else job
+    if args.jobset:
+        raise ConfigError("--jobset is for a training; a sweep is a RayJob")
+    from warm_dist.sweep_config import load_sweep
+
+    settings, base = load_sweep(args.config, args.set)
+    return manifests.sweep(settings, base, name, size, _template("tuning/rayjob.yaml"), args.image)
+
+
+def _pack(args: argparse.Namespace) -> Job:
+    asked = pack.parse(args.arguments)
+    if asked.part or "--workers" in args.arguments:
+        raise ConfigError("--part and --workers follow from --nodes and --processes")
+    name = args.name or _name(f"pack-{asked.out_url.rstrip('/').rpartition('/')[2]}")
+    template = _template("data/pack.yaml")
+    return manifests.packing(asked.source, asked.out_url, args.arguments, name, _size(args, 0), template, args.image)
+
+
+def _size(args: argparse.Namespace, gpus: int) -> Size:
+    processes = args.processes if args.processes is not None else max(gpus, 1)
+    cpus = args.cpus if args.cpus is not None else 8 if gpus else 1
+    memory = args.memory if args.memory is not None else 64 if gpus else 4
+    return Size(args.nodes, gpus, processes, cpus, memory)
+
+
+def _name(stem: str) -> str:
+    """A file's name as Kubernetes allows it: sweep_bnr → sweep-bnr."""
+    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
+
+
+def _template(path: str) -> dict[str, Any]:
+    import yaml
+
+    tree: dict[str, Any] = yaml.safe_load((BASE / path).read_text(encoding="utf-8"))
+    return tree
+
+
+def _yaml(objects: list[dict[str, Any]]) -> str:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Texts of several lines as such, nothing by reference."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(objects, Dumper=Dumper, sort_keys=False, width=1000)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,65 @@
+"""What one node of a cluster runs: torchrun with the node's share of the ranks, and then the run's own exit code.
+
+`python launch/node.py --config …` takes launch/train.py's arguments. How many nodes and processes there are, and where
+rank 0 is, torchrun reads from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as
+Kubeflow Trainer sets them. It can be a container's first process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from launch.train import parse
+from warm_dist import errors, run_folder
+from warm_dist.config_file import load_config
+
+# What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
+STOPPED_S, FINISHED_S = 45.0, 900.0
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def main() -> int:
+    args = parse()
+    run = Path(load_config(args.config, args.set).output)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they do to a first process
+    began = time.time()
+    code = _torchrun(sys.argv[1:])
+    end = run_folder.end_since(run, began)
+    _wait_for_orphans(time.monotonic() + (STOPPED_S if code else FINISHED_S))
+    if code and end and end["code"]:  # torchrun's own says only that a rank has failed
+        print(f"node: {end['reason']}", file=sys.stderr, flush=True)
+        return int(end["code"])
+    return code if code >= 0 else 128 - code
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """Its exit code, negative after a signal; SIGTERM and SIGINT reach it."""
+    told = {signal.SIGTERM, signal.SIGINT}
+    train = str(Path(__file__).resolve().with_name("train.py"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)  # until there is somebody to pass them to
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", train, *arguments],
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),
+    )
+    for signum in told:
+        signal.signal(signum, lambda number, _: process.send_signal(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
+    return process.wait()
+
+
+def _wait_for_orphans(deadline: float) -> None:
+    with suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,295 @@
+"""Kubernetes objects of one job: a template of k8s/base with a config, names and numbers filled in, checked beforehand."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import JsonValue
+
+from warm_dist import plan
+from warm_dist.bnr import exact
+from warm_dist.config import Config
+from warm_dist.config_file import assign, dump, validate_as
+from warm_dist.errors import ConfigError
+from warm_dist.space import trials
+from warm_dist.sweep_config import SweepConfig
+
+Object = dict[str, Any]
+
+SCRATCH = "/scratch"  # a pod's own disk, gone with it
+STOP_FILE = f"{SCRATCH}/stop"  # base/training's preStop hook makes it
+MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
+METRICS_PORT, MASTER_PORT = 9400, 29500
+GPU = "nvidia.com/gpu"
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with what controllers add to it, a pod's name has at most 63
+_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a job is given. gpus: a node, a process has one each; 0: processes on the CPU. cpus, memory_gib: a process."""
+
+    nodes: int
+    gpus: int
+    processes: int
+    cpus: int
+    memory_gib: int
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.processes < 1 or self.cpus < 1 or self.memory_gib < 1 or self.gpus < 0:
+            raise ConfigError(f"{self}: nodes, processes, cpus and memory must be positive, gpus not negative")
+        if self.gpus and self.gpus != self.processes:
+            raise ConfigError(f"{self.processes} processes cannot have {self.gpus} GPUs: each drives one of its own")
+
+    @property
+    def world(self) -> int:
+        """Processes of all nodes."""
+        return self.nodes * self.processes
+
+    @property
+    def resources(self) -> Object:
+        """Of one node's pod, as Kubernetes writes them. No limit on CPU: it would slow down, not protect."""
+        memory, gpus = {"memory": f"{self.processes * self.memory_gib}Gi"}, {GPU: str(self.gpus)} if self.gpus else {}
+        return {"requests": {"cpu": str(self.processes * self.cpus), **memory, **gpus}, "limits": {**memory, **gpus}}
+
+    def __str__(self) -> str:
+        processes = f"{self.gpus} GPUs" if self.gpus else f"{self.processes} processes"
+        return f"{self.nodes} nodes x {processes}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rendered objects, in the order to apply, and what to tell people of them."""
+
+    objects: list[Object]
+    summary: str
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError unless all objects of a job can be called after it."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"name {name!r}: needs at most 40 small letters, digits and hyphens, the first a letter, the last no hyphen"
+        )
+
+
+def training(config: Config, name: str, size: Size, template: Object, runtime: Object, image: str | None) -> Job:
+    """ConfigMap and TrainJob of a run. template, runtime: k8s/base/training's TrainJob and TrainingRuntime.
+
+    image: another than the runtime's; the run then gets a runtime of its own. Raises ConfigError for a config that pods
+    cannot run, WorldSizeError with the legal sizes.
+    """
+    check_name(name)
+    config = in_pods(config, name)
+    plan.check_world_size(config, size.world)
+    settings = _config_map(name, template, {"train.json": _text(dump(config))})
+    job = _named(template, name)
+    trainer = job["spec"]["trainer"]
+    trainer |= {"numNodes": size.nodes, "numProcPerNode": size.processes, "resourcesPerNode": size.resources}
+    if not size.gpus:
+        trainer["env"] = [{"name": "DS_ACCELERATOR", "value": "cpu"}]
+    pod = _pod_of(job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"])
+    pod["initContainers"][0]["env"] = [{"name": "WORLD_SIZE", "value": str(size.world)}]
+    _use(pod, settings)
+    objects = [settings, job]
+    if image:  # TrainJob.spec.trainer.image would leave the init container with the old one
+        own = _named(runtime, name)
+        _set_image(_pod_of(own["spec"]), image)
+        job["spec"]["runtimeRef"]["name"] = name
+        objects = [settings, own, job]
+    return Job(objects, f"{size} = {size.world} processes; {plan.batch_equation(config, size.world)}")
+
+
+def without_trainer(job: Job, runtime: Object) -> Job:
+    """The same training for a cluster without Kubeflow Trainer: the JobSet that it would make. runtime: k8s/base/training's.
+
+    Source: Kubeflow Trainer v2.3.0, plugins torch and jobset.
+    """
+    train_job = job.objects[-1]
+    runtime = next((other for other in job.objects if other["kind"] == "TrainingRuntime"), runtime)
+    trainer, name = train_job["spec"]["trainer"], train_job["metadata"]["name"]
+    spec = copy.deepcopy(runtime["spec"]["template"]["spec"])
+    (replicated,) = spec["replicatedJobs"]
+    nodes = {"parallelism": trainer["numNodes"], "completions": trainer["numNodes"]}
+    replicated["template"]["spec"] |= {"completionMode": "Indexed", **nodes}
+    pod = _pod_of({"template": {"spec": spec}})
+    patch = _pod_of(train_job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"])
+    pod["initContainers"][0]["env"] += patch["initContainers"][0]["env"]
+    _use(pod, {"metadata": {"name": patch["volumes"][0]["configMap"]["name"]}})
+    (node,) = pod["containers"]
+    node["resources"] = trainer["resourcesPerNode"]
+    index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+    node["env"] += [
+        *trainer.get("env", []),
+        {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
+        {"name": "PET_NPROC_PER_NODE", "value": str(trainer["numProcPerNode"])},
+        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": index}},
+        {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
+        {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
+    ]
+    node["ports"] += [{"containerPort": MASTER_PORT}]
+    head = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": train_job["metadata"]}
+    rest = [other for other in job.objects if other["kind"] == "ConfigMap"]
+    return Job([*rest, {**head, "spec": {"suspend": True, **spec}}], job.summary)
+
+
+def in_pods(config: Config, name: str) -> Config:
+    """The config as a TrainJob's pods read it: their own disk, their stop file, the cluster's MLflow and Prometheus.
+
+    Raises ConfigError for what a pod cannot see, or would lose.
+    """
+    tree = dump(config)
+    if config.checkpoint.url is None:
+        raise ConfigError(f"checkpoint.url is null: a pod's disk goes with it; set it to s3://your-bucket/runs/{name}")
+    for key in ("data.manifest", "checkpoint.url"):
+        _check_store(key, _value(tree, key))
+    if config.eval and config.eval.extractor_url and not re.match(r"(s3|https?)://", config.eval.extractor_url):
+        raise ConfigError(f"eval.extractor_url {config.eval.extractor_url} is a path, and no pod has it")
+    for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
+        _check_reachable(key, _value(tree, key))
+    tree["output"] = f"{SCRATCH}/{name}"
+    tree["parallel"]["preemption_file"] = STOP_FILE
+    tree["tracking"] |= {"prometheus_port": METRICS_PORT, "prometheus_host": "0.0.0.0"}
+    tree["tracking"]["mlflow_url"] = config.tracking.mlflow_url or MLFLOW_URL
+    tree["tracking"]["run_name"] = config.tracking.run_name or name
+    tree["data"]["cache_dir"] = config.data.cache_dir or f"{SCRATCH}/cache"
+    return validate_as(Config, tree, name)
+
+
+def sweep(
+    settings: SweepConfig, base: dict[str, JsonValue], name: str, size: Size, template: Object, image: str | None
+) -> Job:
+    """ConfigMap and RayJob of a sweep. base: its trials' config, as `load_sweep` gives it. template: k8s/base/tuning/rayjob.yaml.
+
+    Raises ConfigError for a sweep that pods cannot run, or whose trials are larger than the job.
+    """
+    check_name(name)
+    _check_store("output", settings.output)
+    _check_reachable("endpoint_url", settings.endpoint_url)
+    if settings.ray_address:
+        raise ConfigError(f"ray_address {settings.ray_address}: a RayJob brings a Ray of its own; leave it null")
+    base = copy.deepcopy(base)
+    every = trials(settings, base)
+    config = every[0].config
+    _check_store("data.manifest", config.data.manifest)
+    for key in ("data.endpoint_url", "tracking.mlflow_url"):
+        _check_reachable(key, _value(dump(config), key))
+    assign(base, "tracking.mlflow_url", config.tracking.mlflow_url or MLFLOW_URL, name)
+    at_once = _trials_at_once(settings, size)
+    tree = dump(settings) | {"base": "base.json", "set": {}, "node_dir": f"{SCRATCH}/sweeps"}
+    files = {"sweep.json": _text(tree), "base.json": _text(base)}
+    config_map = _config_map(name, template, files)
+    job = _named(template, name)
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    workers |= {"replicas": size.nodes, "minReplicas": size.nodes, "maxReplicas": size.nodes}
+    workers["rayStartParams"] |= {"num-cpus": str(size.processes * size.cpus), "num-gpus": str(size.gpus)}
+    worker, head = workers["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]
+    worker["containers"][0]["resources"] = size.resources
+    _use(head, config_map)
+    for pod in (worker, head, job["spec"]["submitterPodTemplate"]["spec"]):
+        _set_image(pod, image)
+    text = f"{len(every)} trials of {settings.trial.processes} processes, {at_once} at a time on {size}"
+    return Job([config_map, job], text)
+
+
+def _trials_at_once(settings: SweepConfig, size: Size) -> int:
+    trial, have = settings.trial, {"CPU": float(size.processes * size.cpus), "GPU": float(size.gpus)}
+    per_node = int(min(have[kind] // amount for kind, amount in trial.bundle.items()))
+    at_once = size.nodes // trial.nodes if trial.nodes > 1 else size.nodes * per_node
+    if not per_node or not at_once:
+        needs = " and ".join(f"{exact(amount)} {kind}" for kind, amount in trial.bundle.items())
+        raise ConfigError(
+            f"a trial needs {needs} on each of {trial.nodes} nodes; {size} have {exact(have['CPU'])} CPU and {size.gpus} GPU each"
+        )
+    return min(at_once, settings.max_concurrent or at_once)
+
+
+def packing(
+    source: str, out_url: str, arguments: Sequence[str], name: str, size: Size, template: Object, image: str | None
+) -> Job:
+    """JobSet that packs a data set in size.nodes parts and makes them one. template: k8s/base/data/pack.yaml.
+
+    source, out_url: those of `arguments`, which are data_pipelines.pack's. A path is one in the PersistentVolumeClaim
+    `images`, mounted at /images. Raises ConfigError for what no pod has.
+    """
+    check_name(name)
+    _check_store("out_url", out_url)
+    if source.startswith("/") and not source.startswith("/images"):
+        raise ConfigError(f"{source}: the claim `images` is mounted at /images, and no other path of yours is in a pod")
+    job = _named(template, name)
+    parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
+    words = [*arguments, "--workers", str(size.processes)]
+    for spec in (parts, whole):
+        spec["template"] = copy.deepcopy(spec["template"])  # which the YAML gives both, by its anchor
+        pod = spec["template"]["spec"]
+        pod["containers"][0] |= {"args": words, "resources": size.resources}
+        _set_image(pod, image)
+        if source.startswith("/images"):
+            claim = {"claimName": "images", "readOnly": True}
+            pod["volumes"] = [*pod["volumes"], {"name": "images", "persistentVolumeClaim": claim}]
+            mount = {"name": "images", "mountPath": "/images", "readOnly": True}
+            pod["containers"][0]["volumeMounts"] = [*pod["containers"][0]["volumeMounts"], mount]
+    parts |= {"completions": size.nodes, "parallelism": size.nodes}
+    script = f'exec python -m data_pipelines.pack "$@" --part "$((JOB_COMPLETION_INDEX + 1))/{size.nodes}"'
+    parts["template"]["spec"]["containers"][0] |= {"command": ["sh", "-c", script, "pack"]}
+    return Job([job], f"{size.nodes} parts of {size.processes} processes each, then one data set: {out_url}")
+
+
+def _named(template: Object, name: str) -> Object:
+    job = copy.deepcopy(template)
+    job["metadata"]["name"] = name
+    return job
+
+
+def _config_map(name: str, template: Object, files: dict[str, str]) -> Object:
+    """Immutable, and named after its content: a job never sees another config than its own."""
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:10]
+    labels = {key: value for key, value in template["metadata"]["labels"].items() if not key.startswith("kueue")}
+    metadata = {"name": f"{name}-{digest}", "namespace": template["metadata"]["namespace"], "labels": labels}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "immutable": True, "data": files}
+
+
+def _pod_of(runtime: Object) -> Object:
+    """The pod template's spec in a TrainingRuntime's, or in a patch of one."""
+    (replicated,) = runtime["template"]["spec"]["replicatedJobs"]
+    pod: Object = replicated["template"]["spec"]["template"]["spec"]
+    return pod
+
+
+def _use(pod: Object, config_map: Object) -> None:
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "config")
+    volume["configMap"] = {"name": config_map["metadata"]["name"]}
+
+
+def _set_image(pod: Object, image: str | None) -> None:
+    if image:
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            container["image"] = image
+
+
+def _check_store(key: str, url: str) -> None:
+    if not re.match(r"s3://[^/]", url):
+        raise ConfigError(f"{key} {url!r} is a path, and no pod has it; pods need s3://bucket/…")
+
+
+def _check_reachable(key: str, url: str | None) -> None:
+    if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
+        raise ConfigError(f"{key} {url}: in a pod that address is the pod itself")
+
+
+def _value(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def _text(tree: Any) -> str:
+    return json.dumps(tree, indent=2) + "\n"
