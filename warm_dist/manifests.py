@@ -228,7 +228,6 @@ def packing(
     parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
     words = [*arguments, "--workers", str(size.processes)]
     for spec in (parts, whole):
-        spec["template"] = copy.deepcopy(spec["template"])  # which the YAML gives both, by its anchor
         pod = spec["template"]["spec"]
         pod["containers"][0] |= {"args": words, "resources": size.resources}
         _set_image(pod, image)
@@ -244,7 +243,7 @@ def packing(
 
 
 def _named(template: Object, name: str) -> Object:
-    job = copy.deepcopy(template)
+    job: Object = json.loads(json.dumps(template))  # unlike a deep copy it makes two of what YAML's anchors made one
     job["metadata"]["name"] = name
     return job
 

@@ -1,0 +1,182 @@
+"""launch/k8s.py: the arithmetic, what it refuses, and that the overlays' jobs are what it prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import k8s
+from tests.k8s.expand import expand, jobset_of
+from tests.k8s.render import K8S, Object, parse
+from tests.processes import ROOT
+from warm_dist import manifests
+from warm_dist.config_file import load_config
+from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
+from warm_dist.manifests import Size
+from warm_dist.space import trials
+from warm_dist.sweep_config import load_sweep
+
+IMAGENET = ["render", "--config", "configs/imagenet64.json", "--nodes", "4", "--gpus", "8"]
+STORED = ["--set", "checkpoint.url=s3://bucket/runs/imagenet64"]
+SWEEP = ["render", "--config", "configs/sweep_bnr.json", "--nodes", "4", "--gpus", "8"]
+
+
+def render(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[Object], str]:
+    """The objects on stdout, and stderr."""
+    monkeypatch.setattr(sys, "argv", ["k8s.py", *arguments])
+    monkeypatch.chdir(ROOT)
+    assert k8s.main() == 0
+    said = capsys.readouterr()
+    return parse(said.out), said.err
+
+
+def test_a_training_for_32_gpus(capsys, monkeypatch):
+    (settings, job), said = render(capsys, monkeypatch, *IMAGENET, *STORED)
+    assert "4 nodes x 8 GPUs = 32 processes; batch 4096 = 32 ranks x 32 images x 4 accumulations" in said
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
+    assert trainer["resourcesPerNode"]["requests"] == {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert trainer["resourcesPerNode"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert "env" not in trainer
+    assert settings["immutable"]
+    text = json.dumps(job)
+    assert settings["metadata"]["name"] in text
+    assert '{"name": "WORLD_SIZE", "value": "32"}' in text
+
+
+def test_the_config_in_the_pod_is_the_file_s_but_for_the_pod(capsys, monkeypatch, tmp_path):
+    (settings, _), _ = render(capsys, monkeypatch, *IMAGENET, *STORED)
+    path = tmp_path / "train.json"
+    path.write_text(settings["data"]["train.json"])
+    inside = load_config(path)
+    there = ["output=/scratch/imagenet64", "data.cache_dir=/scratch/cache", "parallel.preemption_file=/scratch/stop"]
+    there += ["tracking.mlflow_url=http://mlflow:5000", "tracking.run_name=imagenet64"]
+    there += ["tracking.prometheus_port=9400", "tracking.prometheus_host=0.0.0.0", STORED[1]]
+    assert inside == load_config(ROOT / "configs" / "imagenet64.json", there)
+
+
+def test_a_config_map_is_named_after_its_content(capsys, monkeypatch):
+    names = set()
+    for seed in ("1", "2", "1"):
+        (settings, job), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--set", f"train.seed={seed}")
+        assert f'"{settings["metadata"]["name"]}"' in json.dumps(job)
+        names.add(settings["metadata"]["name"])
+    assert len(names) == 2
+
+
+def test_processes_on_the_cpu(capsys, monkeypatch):
+    (_, job), said = render(capsys, monkeypatch, *IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5")
+    assert "4 nodes x 2 processes = 8 processes" in said
+    assert job["spec"]["trainer"]["resourcesPerNode"] == {"requests": {"cpu": "6", "memory": "10Gi"}, "limits": {"memory": "10Gi"}}
+    assert job["spec"]["trainer"]["env"] == [{"name": "DS_ACCELERATOR", "value": "cpu"}]
+
+
+def test_another_image_is_everywhere_in_a_training(capsys, monkeypatch):
+    objects, _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--image", "other:1", "--name", "mine")
+    assert [tree["kind"] for tree in objects] == ["ConfigMap", "TrainingRuntime", "TrainJob"]
+    pods = expand(objects)
+    assert len(pods) == 4
+    for pod in pods:
+        every = [*pod["spec"]["initContainers"], *pod["spec"]["containers"]]
+        assert {container["image"] for container in every} == {"other:1"}
+
+
+@pytest.mark.parametrize("more", [[], ["--image", "other:1"], ["--gpus", "0", "--processes", "2"]])
+def test_the_jobset_has_the_pods_that_trainer_would_make(capsys, monkeypatch, more):
+    runtime = yaml.safe_load((K8S / "base" / "training" / "runtime.yaml").read_text())
+    objects, _ = render(capsys, monkeypatch, *IMAGENET, *STORED, *more)
+    train_job = objects[-1]
+    own = next((tree for tree in objects if tree["kind"] == "TrainingRuntime"), runtime)
+    (settings, jobset), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, *more, "--jobset")
+    assert settings == objects[0]
+    expected = jobset_of(train_job, own)
+    assert jobset["spec"]["failurePolicy"] == expected["spec"]["failurePolicy"]
+    assert jobset["metadata"] == train_job["metadata"]
+    assert [pod["spec"] for pod in expand([jobset])] == [pod["spec"] for pod in expand([expected])]
+
+
+def test_a_sweep(capsys, monkeypatch, tmp_path):
+    (settings, job), said = render(capsys, monkeypatch, *SWEEP)
+    assert "24 trials of 8 processes, 4 at a time on 4 nodes x 8 GPUs" in said
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
+    assert group["rayStartParams"] == {"num-cpus": "64", "num-gpus": "8"}
+    for name, text in settings["data"].items():
+        (tmp_path / name).write_text(text)
+    inside, here = load_sweep(tmp_path / "sweep.json"), load_sweep(ROOT / "configs" / "sweep_bnr.json")
+    assert [trial.name for trial in trials(*inside)] == [trial.name for trial in trials(*here)]
+    assert inside[1]["tracking"]["mlflow_url"] == "http://mlflow:5000"
+    assert inside[0].node_dir == "/scratch/sweeps"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*SWEEP, "--gpus", "4"], "a trial needs 32 CPU and 8 GPU on each of 1 nodes"),
+        ([*SWEEP, "--cpus", "3"], "a trial needs 32 CPU"),
+        ([*SWEEP, "--set", "output=runs/sweep"], "output 'runs/sweep' is a path"),
+        ([*SWEEP, "--set", "ray_address=10.0.0.1:6379"], "a RayJob brings a Ray of its own"),
+        ([*SWEEP, "--jobset"], "--jobset is for a training"),
+        ([*SWEEP, "--set", "space.train.nonsense={\"grid\": [1]}"], "nonsense"),
+        (IMAGENET, "checkpoint.url is null"),
+        ([*IMAGENET, *STORED, "--set", "data.manifest=/data/manifest.parquet"], "data.manifest '/data/manifest.parquet' is a path"),
+        ([*IMAGENET, "--set", "checkpoint.url=/data"], "checkpoint.url '/data' is a path"),
+        ([*IMAGENET, *STORED, "--set", "data.endpoint_url=http://127.0.0.1:8333"], "is the pod itself"),
+        ([*IMAGENET, *STORED, "--set", "tracking.mlflow_url=http://localhost:5000"], "is the pod itself"),
+        ([*IMAGENET, *STORED, "--set", "eval.extractor_url=inception.pt", "--set", "eval.extractor=inception", "--set",
+          f"eval.extractor_sha256={'0' * 64}"], "eval.extractor_url inception.pt is a path"),
+        ([*IMAGENET, *STORED, "--set", "train.nonsense=1"], "nonsense"),
+        ([*IMAGENET, *STORED, "--nodes", "0"], "must be positive"),
+        ([*IMAGENET, *STORED, "--processes", "4"], "4 processes cannot have 8 GPUs"),
+        ([*IMAGENET, *STORED, "--name", "Not_A_Name"], "name 'Not_A_Name'"),
+        ([*IMAGENET, *STORED, "--name", "a" * 41], "at most 40"),
+        (["pack", "--nodes", "2", "--", "photos", "photos64", "--resolution", "64"], "out_url 'photos64' is a path"),
+        (["pack", "--nodes", "2", "--", "/home/me", "s3://b/c", "--resolution", "64"], "mounted at /images"),
+        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--part", "1/2"], "follow from"),
+    ],
+)  # fmt: skip
+def test_what_a_pod_cannot_do_is_refused(monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["k8s.py", *arguments])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        k8s.main()
+
+
+def test_a_world_that_cannot_share_the_batch_is_refused_with_those_that_can(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["k8s.py", *IMAGENET, *STORED, "--nodes", "3"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(WorldSizeError, match=r"24 processes cannot share .* legal world sizes: 1, 2, 4, 8, 16, 32"):
+        k8s.main()
+
+
+def test_an_error_is_one_line_and_nothing_on_stdout():
+    done = subprocess.run([sys.executable, "launch/k8s.py", *IMAGENET], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("ConfigError: checkpoint.url")
+
+
+def commands() -> list[tuple[list[str], Path]]:
+    """`python launch/k8s.py … > k8s/overlays/…` in k8s/README.md."""
+    text = (K8S / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^\S*python launch/k8s\.py (.*?) > (k8s/overlays/\S+)$", text, re.M)
+    return [(shlex.split(arguments), ROOT / path) for arguments, path in found]
+
+
+def test_the_overlays_jobs_are_what_the_readme_s_commands_print(capsys, monkeypatch):
+    assert {path for _, path in commands()} == {p for p in K8S.glob("overlays/*/jobs/*.yaml") if p.stem != "kustomization"}
+    for arguments, path in commands():
+        assert render(capsys, monkeypatch, *arguments)[0] == parse(path.read_text()), path
+
+
+def test_sizes_are_checked_where_they_are_made():
+    for wrong in ({"nodes": 0}, {"gpus": -1}, {"processes": 0}, {"cpus": 0}, {"memory_gib": 0}, {"gpus": 3}):
+        with pytest.raises(WarmDistError):
+            Size(**{"nodes": 1, "gpus": 0, "processes": 2, "cpus": 1, "memory_gib": 1, **wrong})
+    assert manifests.check_name("a" * 40) is None
