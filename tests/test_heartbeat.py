@@ -125,6 +125,18 @@ def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_pa
         assert [first.speaks(), second.speaks()] == [True, False]
 
 
+def test_the_longest_silence_grows_and_is_not_that_of_a_rank_that_ended(store, tmp_path):
+    word = {"host": "node2", "place": "backward", "nimg": 4096, "held_s": 0.1, "end": None}
+    with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path):
+        store[0].set(distributed.beat_key(2), json.dumps(word))  # its last
+        wait_for(heard(first, 2, "backward"))
+        early = first.silence_s()
+        wait_for(lambda: first.silence_s() > early + 2 * first.silent_s)
+        store[0].set(distributed.beat_key(2), json.dumps({**word, "end": {"code": 3}}))
+        wait_for(lambda: first.silence_s() < first.silent_s)
+    assert heartbeat(0, tmp_path, 1).silence_s() == 0.0
+
+
 def test_a_rank_that_beats_elsewhere_is_named_and_not_called_silent(store, tmp_path):
     with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as late, heartbeat(2, tmp_path) as waiting:
         first.at("update", 4112)

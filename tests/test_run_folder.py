@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 
@@ -26,6 +28,15 @@ def test_the_first_reason_stays(tmp_path):
     told = json.loads((tmp_path / "exit.json").read_text())
     assert told == {"code": 3, "reason": "DataError: image x", "nimg": 64, "resumable": False, "attempt": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_an_earlier_attempt_s_end_is_not_this_one_s(tmp_path):
+    assert run_folder.end_since(tmp_path, 0.0) is None
+    run_folder.end(tmp_path, 1, 64, DataError("image x"))
+    now = time.time()
+    assert run_folder.end_since(tmp_path, now)["code"] == 3
+    os.utime(tmp_path / "exit.json", (now - 60, now - 60))
+    assert run_folder.end_since(tmp_path, now) is None
 
 
 def test_a_new_claim_forgets_the_last_end(tmp_path):

@@ -194,7 +194,10 @@ def test_prometheus_is_served_while_training(local_config, tmp_path):
         process.terminate()
         code, _, err = finish(process)
     assert code == errors.Stopped.exit_code, err
-    assert "warm_dist_train_images_per_s " in text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["warm_dist_train_images_per_s"]) > 0
+    assert float(values["warm_dist_heartbeat_age_s"]) == 0.0  # there is no other rank
+    assert 0.0 < float(values["warm_dist_checkpoint_age_s"]) < 240.0
     beat = json.loads((run / "heartbeat" / "rank_0.json").read_text())
     assert beat["nimg"] >= BATCH * 3
     assert beat["facts"]["images_per_s"] > 0

@@ -39,7 +39,9 @@ def image_environment() -> dict[str, str]:
 class Container:
     """A running container. `process` is what started it; its own first process is that one's child."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, inside: list[str], grace_s: float, hook: list[str] | None) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], log: Path, inside: list[str], grace_s: float, hook: list[str] | None
+    ) -> None:
         self.process, self.log, self._inside, self._grace_s, self._hook = process, log, inside, grace_s, hook
 
     def wait(self, timeout_s: float) -> int:
@@ -65,7 +67,9 @@ class Container:
         first, deadline = self.first(), began + self._grace_s
         if self._hook:
             enter = ["nsenter", f"--target={first}", "--net", "--mount", "--pid", "--uts", "--ipc", "--root", "--wd=/"]
-            hook = subprocess.Popen([*enter, *self._inside, *self._hook], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            hook = subprocess.Popen(
+                [*enter, *self._inside, *self._hook], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
             while hook.poll() is None and self.process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if hook.poll() is None:  # a container's end is the end of all that was executed in it
@@ -86,7 +90,12 @@ class Kubelet:
     """
 
     def __init__(
-        self, cluster: Cluster, folder: Path, objects: list[Object], secrets: Mapping[str, Mapping[str, str]], hosts: Mapping[str, str]
+        self,
+        cluster: Cluster,
+        folder: Path,
+        objects: list[Object],
+        secrets: Mapping[str, Mapping[str, str]],
+        hosts: Mapping[str, str],
     ) -> None:
         self.cluster, self.folder, self.secrets = cluster, folder, secrets
         self.config_maps = {tree["metadata"]["name"]: tree["data"] for tree in objects if tree["kind"] == "ConfigMap"}
@@ -94,6 +103,9 @@ class Kubelet:
         self._running: list[Container] = []
 
     def __enter__(self) -> Kubelet:
+        for name in self.cluster.names:  # to nobody; Ray finds its own address by the route that a pod has to the world
+            route = ["ip", "-n", f"{self.cluster.tag}{name}", "route", "add", "default", "via", "10.77.0.254"]
+            subprocess.run(route, check=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -113,7 +125,13 @@ class Kubelet:
         own = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "sh", "-ec", script, "sh"]
         log = place / f"{container['name']}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen([*enter, *own, *inside, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={"PATH": os.environ["PATH"]})
+            process = subprocess.Popen(
+                [*enter, *own, *inside, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={"PATH": os.environ["PATH"]},
+            )
         hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
         grace_s = pod["spec"].get("terminationGracePeriodSeconds", 30)
         self._running.append(Container(process, log, inside, grace_s, hook))
@@ -132,8 +150,9 @@ class Kubelet:
             if reference["name"] in known or not reference.get("optional"):
                 env |= known[reference["name"]]
         for item in container.get("env", []):
-            secret = item.get("valueFrom", {}).get("secretKeyRef")
-            env[item["name"]] = self.secrets[secret["name"]][secret["key"]] if secret else item["value"]
+            known = {"secretKeyRef": self.secrets, "configMapKeyRef": self.config_maps}
+            source = next(iter(item.get("valueFrom", {}).items()), None)
+            env[item["name"]] = known[source[0]][source[1]["name"]][source[1]["key"]] if source else item["value"]
         return env
 
     def _inside(self, pod: Object, container: Object) -> list[str]:
@@ -151,7 +170,10 @@ class Kubelet:
         (place / "hosts").write_text(self.hosts)
         spec = pod["spec"]
         lines = [f"hostname {spec.get('hostname', pod['metadata']['name'])}", "mount --make-rprivate /"]
-        lines += [f"mount -t tmpfs -o mode=755,size=16m root {root}", f"mkdir {root}/proc {root}/dev {root}/etc {root}/opt"]
+        lines += [
+            f"mount -t tmpfs -o mode=755,size=16m root {root}",
+            f"mkdir {root}/proc {root}/dev {root}/etc {root}/opt",
+        ]
         for name in SYSTEM:
             if Path(f"/{name}").is_symlink():
                 lines.append(f"ln -s {os.readlink(f'/{name}')} {root}/{name}")
@@ -159,7 +181,8 @@ class Kubelet:
                 lines.append(_bind(Path(f"/{name}"), f"{root}/{name}"))
         if not sys.base_prefix.startswith("/usr/"):
             lines.append(_bind(Path(sys.base_prefix), f"{root}{sys.base_prefix}"))
-        lines.append(_bind(Path(sys.prefix), f"{root}/opt/venv"))
+        for path in ("/opt/venv", sys.prefix):  # the first lines of its scripts name it where it was made
+            lines.append(_bind(Path(sys.prefix), f"{root}{path}"))
         lines += [_bind(ROOT / name, f"{root}/opt/warm-dist/{name}") for name in CODE]
         lines += [f"cp /etc/{name} {root}/etc/ 2> /dev/null || true" for name in FILES]
         lines += [f"cp {place}/hosts {root}/etc/hosts", f"mount -t proc proc {root}/proc"]

@@ -25,7 +25,7 @@ from tests.multinode.nodes import Cluster, missing
 from tests.processes import ROOT, wait_for
 from warm_dist.metrics import parse_line, read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BATCH, TOTAL, DRAINED_AT = 16, 960, 320
 CONFIG = {
     "output": "unset",
@@ -76,7 +76,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     config = folder / "digits.json"
     config.write_text(json.dumps(CONFIG))
     objects = render(ROOT / "k8s" / "overlays" / "dev")
-    objects += k8s("pack", "--nodes", "2", "--", "digits", "s3://warm-dist/digits8", "--resolution", "8", "--shard-size", "300")
+    objects += k8s(
+        "pack", "--nodes", "2", "--", "digits", "s3://warm-dist/digits8", "--resolution", "8", "--shard-size", "300"
+    )
     objects += k8s("render", "--config", str(config), "--nodes", "2")
     pods = {pod["metadata"]["name"]: pod for pod in expand(objects)}
     key = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}

