@@ -18,7 +18,7 @@ from warm_dist import errors
 from warm_dist.config_file import load_config
 
 README = (ROOT / "README.md").read_text()
-PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [README, *(path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "k8s" / "README.md"])]
 
 
 def commands(page: str) -> Iterator[str]:
@@ -50,9 +50,10 @@ def test_a_command_of_the_readme_is_real(command):
         return
     assert words[0] in (".venv/bin/python", ".venv/bin/deepspeed", ".venv/bin/torchrun")
     words = [word for word in words[1:] if not word.startswith("--nproc")]
+    words = words[: words.index("--")] if "--" in words else words  # another program's follow
     script = tuple(words[:2]) if words[0] == "-m" else (words[0],)
     options = [word for word in words[len(script) :] if word.startswith("--")]
-    text = help_of(*script, *words[1:2]) if script == ("launch/bench.py",) else help_of(*script)
+    text = help_of(*script, *words[1:2]) if script in (("launch/bench.py",), ("launch/k8s.py",)) else help_of(*script)
     assert all(re.search(rf"{option}\b", text) for option in options)
     if script == ("launch/train.py",):
         sets = [value for flag, value in pairwise(words) if flag == "--set"]
