@@ -1,10 +1,10 @@
-# make install | quickstart | sweep | ui | test | soak | lint | browser | peers
+# make install | quickstart | sweep | ui | test | soak | lint | debian | peers
 PYTHON ?= python3
 UI_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart sweep ui test soak lint format browser clean peers
+.PHONY: install quickstart sweep ui test soak lint format debian clean peers
 
 install: $(STAMP)
 
@@ -41,13 +41,19 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Debian's chromium, for the tests that look at a page (tests/browser.py); without it they skip and say so, nothing fails here.
-browser:
-	@if test -x /usr/bin/chromium && test -x /usr/bin/chromedriver; then echo "chromium is there"; \
+# Debian's packages for some tests: chromium (pages), buildah (the image), PostgreSQL (MLflow's database in k8s/). Without them
+# those tests skip and say so. PostgreSQL would start a server of its own.
+PACKAGES := chromium chromium-driver fonts-dejavu-core buildah postgresql
+debian:
+	@if test -x /usr/bin/chromium && test -x /usr/bin/chromedriver && test -x /usr/bin/buildah && test -d /usr/lib/postgresql; \
+	then echo "$(PACKAGES): all there"; \
 	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
-		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core \
-		|| echo "chromium could not be installed; the browser tests will skip"; \
-	else echo "no chromium, the browser tests will skip; on Debian, as root: apt-get install chromium chromium-driver"; fi
+		mkdir -p /etc/postgresql-common && { test -e /etc/postgresql-common/createcluster.conf \
+			|| echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.conf; } \
+		&& apt-get update --quiet=2 \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends $(PACKAGES) \
+		|| echo "$(PACKAGES) could not be installed; their tests will skip"; \
+	else echo "on Debian, as root: apt-get install $(PACKAGES); without them some tests will skip"; fi
 
 # What launch/bench.py compares with, in an environment of its own (several GB: MosaicML Streaming brings torch).
 peers:

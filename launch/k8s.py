@@ -33,7 +33,9 @@ def main() -> int:
     packing = commands.add_parser("pack", help=text, description=f"{text}. /images is the claim `images`.")
     packing.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="source, out_url, --resolution …")
     for command in (render, packing):
-        command.add_argument("--nodes", type=int, required=True, help="pods, each on a node of its own where there is room")
+        command.add_argument(
+            "--nodes", type=int, required=True, help="pods, each on a node of its own where there is room"
+        )
         command.add_argument("--name", help="of the objects; default: the config's or data set's")
         command.add_argument("--image", help="other than the template's")
         command.add_argument("--cpus", type=int, help="a process; default 8 with a GPU, else 1")

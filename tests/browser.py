@@ -18,9 +18,7 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Any]:
     """A selenium driver, always quit. Skips the test, with what to do, where Debian's packages are missing."""
     for path in (CHROMIUM, DRIVER):
         if not os.access(path, os.X_OK):
-            pytest.skip(
-                f"NO BROWSER, THE PAGE IS NOT LOOKED AT: {path} is missing; as root, `make browser` installs it"
-            )
+            pytest.skip(f"NO BROWSER, THE PAGE IS NOT LOOKED AT: {path} is missing; as root, `make debian` installs it")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.slow
 
 
 def node(config: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
-    pet = {"NNODES": "1", "NPROC_PER_NODE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pet = {
+        "NNODES": "1",
+        "NPROC_PER_NODE": "1",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     sets = [f"--set={item}" for item in (f"output={run}", *overrides)]
     return subprocess.Popen(
         [sys.executable, "launch/node.py", "--config", str(config), *sets],

@@ -60,8 +60,9 @@ def git_commit() -> str:
 def end_since(run: Path, since: float) -> dict[str, Any] | None:
     """exit.json, if it was written after `since` (seconds of the epoch): an earlier attempt's may still be there."""
     told = read_json(run / "exit.json")
-    fresh = isinstance(told, dict) and (run / "exit.json").stat().st_mtime >= since - 1  # file systems' clocks are coarse
-    return told if fresh else None
+    if not isinstance(told, dict) or (run / "exit.json").stat().st_mtime < since - 1:  # file systems' clocks are coarse
+        return None
+    return told
 
 
 def end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:

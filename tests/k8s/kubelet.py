@@ -26,6 +26,7 @@ CODE = ("warm_dist", "data_pipelines", "launch", "configs")
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 FILES = ("passwd", "group", "nsswitch.conf", "ld.so.cache")  # of /etc; no name for the uid among them
+ENDS_WITH_STARTER = "--pdeathsig=KILL"  # unshare asks the kernel for it too, which forgets that at the change of uid
 NO_CAPABILITIES = ("--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs", "--clear-groups")
 
 
@@ -52,6 +53,14 @@ class Container:
     def said(self) -> str:
         """stdout and stderr."""
         return self.log.read_text(errors="replace")
+
+    def until(self, text: str, timeout_s: float = 90) -> None:
+        """Wait until it has said so; its end before that, or silence, is a failure that quotes it."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.said():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
 
     def first(self) -> int:
         """The pid of its process 1, as we see it."""
@@ -160,7 +169,13 @@ class Kubelet:
         user = {**pod["spec"]["securityContext"], **container["securityContext"]}
         assert user["readOnlyRootFilesystem"]
         assert user["capabilities"] == {"drop": ["ALL"]}
-        who = ["setpriv", f"--reuid={user['runAsUser']}", f"--regid={user['runAsGroup']}", *NO_CAPABILITIES]
+        who = [
+            "setpriv",
+            f"--reuid={user['runAsUser']}",
+            f"--regid={user['runAsGroup']}",
+            ENDS_WITH_STARTER,
+            *NO_CAPABILITIES,
+        ]
         env = [f"{name}={value}" for name, value in self.environment(container).items()]
         return [*who, "env", "-i", "-C", "/opt/warm-dist", *env]
 

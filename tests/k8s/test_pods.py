@@ -101,9 +101,8 @@ class Tale:
         packed += self._all([("pack-digits8-whole-0-0", "node1")])
         validated = [self._validate(pod, node) for pod, node in zip(self.nodes, ("node1", "node2"), strict=True)]
         running = self._start(0)
-        ended = lambda: any(container.process.poll() is not None for container in running)
-        wait_for("steps", lambda: self._nimg(0) >= DRAINED_AT or ended(), 120)
-        assert not ended(), [container.said() for container in running]
+        wait_for("steps", lambda: self._nimg(0) >= DRAINED_AT or running[0].process.poll() is not None, 120)
+        assert running[0].process.poll() is None, running[0].said()
         identity = self._identity(running[0])
         _, drained_s = running[1].drain()
         first = self._end(running, 0)

@@ -22,7 +22,7 @@ from tests.k8s.kubelet import Container, Kubelet
 from tests.k8s.render import Object, render
 from tests.k8s.test_pods import CONFIG, k8s
 from tests.multinode.nodes import Cluster, missing
-from tests.processes import ROOT, wait_for
+from tests.processes import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HEAD = "sweep-head-svc.warm-dist.svc.cluster.local"
@@ -72,9 +72,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
         "mlflow-database": {"uri": "sqlite:////scratch/mlflow.db"},  # PostgreSQL is test_tracking's
     }
     hosts = {"s3": "10.77.0.3", "mlflow": "10.77.0.3", HEAD: "10.77.0.1"}
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder, Cluster(3, Path(folder) / "c") as cluster:  # noqa: S108
-        with Kubelet(cluster, Path(folder), objects, known, hosts) as kubelet:
-            yield sweep(kubelet, pods, rendered[-1])
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder,  # short, for Ray's sockets
+        Cluster(3, Path(folder) / "c") as cluster,
+        Kubelet(cluster, Path(folder), objects, known, hosts) as kubelet,
+    ):
+        yield sweep(kubelet, pods, rendered[-1])
 
 
 def sweep(kubelet: Kubelet, pods: dict[str, Object], job: Object) -> Outcome:
@@ -90,15 +93,12 @@ def sweep(kubelet: Kubelet, pods: dict[str, Object], job: Object) -> Outcome:
         kubelet.start(worker, "node2", 0, ray_start(worker, cluster["workerGroupSpecs"][0], f"--address={HEAD}:6379")),
     ]
     for container in ray:
-        up = lambda one=container: "--block" in one.said() or one.process.poll() is not None
-        try:
-            wait_for("ray", up, 60)
-        except AssertionError:
-            raise AssertionError(container.said()) from None
-    up = lambda: "Application startup complete" in mlflow.said() or mlflow.process.poll() is not None
-    wait_for("MLflow", up, 60)
+        container.until("--block")
+    mlflow.until("Application startup complete")
     refused = submit(kubelet, pods["sweep-submitter"], "ray job list", 1, {"RAY_AUTH_TOKEN": "0" * 64})
-    done = submit(kubelet, pods["sweep-submitter"], f"ray job submit --submission-id sweep-1 -- {job['spec']['entrypoint']}", 2)
+    done = submit(
+        kubelet, pods["sweep-submitter"], f"ray job submit --submission-id sweep-1 -- {job['spec']['entrypoint']}", 2
+    )
     code = done.wait(200)
     assert code == 0, "\n".join([done.said(), *(container.said() for container in ray)])
     table = kubelet.start(pods["sweep-submitter"], "node1", 3, reader(pods["pack-digits8-whole-0-0"]))

@@ -1,0 +1,281 @@
+"""k8s/base/tracking, run: its very commands, arguments and environment, on a real PostgreSQL and the embedded S3.
+
+Changed are addresses only: everything binds to loopback, and the two replicas, with one address, to two ports.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pwd
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+
+from data_pipelines.s3_server import S3Server
+from data_pipelines.store import open_store
+from tests.k8s.render import K8S, Object, render
+from tests.processes import ROOT, free_port, wait_for
+from warm_dist import owned
+
+ARTIFACTS = "s3://warm-dist/mlflow"
+HOSTS = ("mlflow", "mlflow.warm-dist", "mlflow.warm-dist.svc", "mlflow.warm-dist.svc.cluster.local")
+
+
+class Container(NamedTuple):
+    """What a kubelet starts: argv and the whole environment."""
+
+    argv: list[str]
+    environment: dict[str, str]
+
+    def at(self, port: int) -> Container:
+        places = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
+        assert places.keys() <= set(self.argv)
+        return self._replace(argv=[places.get(word, word) for word in self.argv])
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        return owned.start(self.argv, self.environment, log, str(ROOT))
+
+
+def manifest(kind: str, name: str) -> Object:
+    (found,) = [
+        tree
+        for tree in render(K8S / "base" / "tracking")
+        if tree["kind"] == kind and tree["metadata"]["name"].startswith(name)
+    ]
+    return found
+
+
+def container(pod: Object, name: str, values: dict[tuple[str, str], dict[str, str]], home: Path) -> Container:
+    """A container of a pod template, with the environment of the image and of the ConfigMaps and Secrets in `values`."""
+    (spec,) = [c for c in [*pod.get("initContainers", []), *pod["containers"]] if c["name"] == name]
+    image = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment = image | {"PYTHONUNBUFFERED": "1"}
+    for entry in spec.get("envFrom", []):
+        ((kind, reference),) = entry.items()
+        environment |= values[kind.removesuffix("Ref"), reference["name"]]
+    for entry in spec["env"]:
+        if "value" in entry:
+            environment[entry["name"]] = entry["value"]
+        else:
+            ((kind, reference),) = entry["valueFrom"].items()
+            environment[entry["name"]] = values[kind.removesuffix("KeyRef"), reference["name"]][reference["key"]]
+    words = [*spec["command"], *spec.get("args", [])]
+    return Container([expand(word, environment) for word in words], environment)
+
+
+def expand(word: str, environment: dict[str, str]) -> str:
+    """$(NAME), as a kubelet does it; an unknown name stays as it is."""
+    return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), word)
+
+
+def uri_of_the_readme() -> str:
+    """As the Secret gets it: it names the driver, since SQLAlchemy 2.1 takes `postgresql:` for one that is not installed."""
+    (uri,) = set(re.findall(r"--from-literal=uri=(\S+)", (K8S / "README.md").read_text()))
+    assert ":$P@postgres:5432/" in uri
+    return uri
+
+
+class Database:
+    """A PostgreSQL of its own, on loopback, with the StatefulSet's user and database."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self.binaries, self.folder, self.port, self.password = binaries, folder, free_port(), secrets.token_hex(16)
+        self.uri = uri_of_the_readme().replace("$P", self.password).replace("postgres:5432", f"127.0.0.1:{self.port}")
+        user = pwd.getpwnam("postgres")  # it refuses to be root's
+        self.become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        secret = folder / "password"
+        secret.write_text(self.password)
+        for path in (folder, secret):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        options = ["--username=mlflow", "--auth=scram-sha-256", f"--pwfile={secret}", "--data-checksums", "--no-sync"]
+        self._run("initdb", f"--pgdata={folder / 'data'}", "--encoding=UTF8", *options)
+        secret.unlink()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        options = ["-D", str(self.folder / "data"), "-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-F"]
+        command = [*self.become, str(self.binaries / "postgres"), *options]
+        process = owned.start(
+            command, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}, self.folder.parent / "postgres.log"
+        )
+        try:
+            wait_for("PostgreSQL", lambda: self.ready("postgres"), 60)
+            yield
+        finally:
+            owned.stop(process)
+
+    def ready(self, name: str = "mlflow") -> bool:
+        """What the StatefulSet's probes say."""
+        (spec,) = manifest("StatefulSet", "postgres")["spec"]["template"]["spec"]["containers"]
+        command = [
+            word.replace("--dbname=mlflow", f"--dbname={name}") for word in spec["readinessProbe"]["exec"]["command"]
+        ]
+        assert spec["startupProbe"]["exec"] == spec["livenessProbe"]["exec"] == spec["readinessProbe"]["exec"]
+        environment = {"PGPORT": str(self.port), "PATH": f"{self.binaries}:/usr/bin:/bin"}
+        return subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+    def create(self) -> None:
+        self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=mlflow", "mlflow")
+
+    def ask(self, query: str) -> list[Any]:
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(self.uri)
+        with engine.connect() as connection:
+            rows = [row[0] for row in connection.execute(sqlalchemy.text(query))]
+        engine.dispose()
+        return rows
+
+    def _run(self, program: str, *arguments: str) -> None:
+        environment = {"PGPASSWORD": self.password, "PATH": "/usr/bin:/bin"}
+        command = [*self.become, str(self.binaries / program), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+
+
+class Tracking(NamedTuple):
+    """The whole: the database, its Job, and the addresses of both replicas."""
+
+    database: Database
+    upgrade: Container
+    urls: list[str]
+    waited: str
+
+
+@pytest.fixture(scope="module")
+def tracking(s3: S3Server) -> Iterator[Tracking]:
+    """First installation: replicas that wait, the Job, then both at once."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    missing = [*(["PostgreSQL"] * (not found)), *(["root"] * (os.geteuid() != 0))]
+    if missing:
+        problem = (
+            f"no MLflow on PostgreSQL without {' and '.join(missing)}; on Debian, as root: apt-get install postgresql"
+        )
+        pytest.fail(problem) if os.environ.get("CI") == "true" else pytest.skip(problem)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="warm-dist-tracking-")))
+        folder.chmod(0o755)
+        (folder / "postgres").mkdir()
+        database = Database(found[-1].parent, folder / "postgres")
+        stack.enter_context(database.running())
+        values = {
+            ("secret", "mlflow-database"): {"uri": database.uri},
+            ("secret", "s3-credentials"): {
+                name: s3.env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+            },
+            ("configMap", "settings"): {
+                "AWS_DEFAULT_REGION": s3.env["AWS_DEFAULT_REGION"],
+                "MLFLOW_S3_ENDPOINT_URL": s3.endpoint_url,
+                "MLFLOW_ARTIFACTS": ARTIFACTS,
+            },
+        }
+        server_pod = manifest("Deployment", "mlflow")["spec"]["template"]["spec"]
+        schema = container(server_pod, "schema", values, folder)
+        server = container(server_pod, "mlflow", values, folder)
+        upgrade = container(manifest("Job", "mlflow-database")["spec"]["template"]["spec"], "upgrade", values, folder)
+
+        waiting = schema.start(folder / "schema.log")
+        stack.callback(owned.stop, waiting)
+        said = (folder / "schema.log").read_text
+        wait_for("waiting without a database", lambda: "does not exist" in said() or waiting.poll() is not None)
+        database.create()
+        wait_for("waiting without tables", lambda: "out-of-date" in said() or waiting.poll() is not None)
+        waited = said()
+        assert run(upgrade, folder / "upgrade.log") == 0, (folder / "upgrade.log").read_text()
+        assert waiting.wait(60) == 0, said()
+
+        replicas = {}
+        for log in (folder / "mlflow0.log", folder / "mlflow1.log"):
+            port = free_port()
+            process = server.at(port).start(log)
+            stack.callback(owned.stop, process)
+            replicas[f"http://127.0.0.1:{port}"] = process, log
+        for url, (process, log) in replicas.items():
+            wait_for(
+                "MLflow", lambda url=url, process=process: status(url, "/health") == 200 or process.poll() is not None
+            )
+            assert process.poll() is None, log.read_text()
+        yield Tracking(database, upgrade, list(replicas), waited)
+
+
+def run(job: Container, log: Path) -> int:
+    process = job.start(log)
+    try:
+        return process.wait(120)
+    finally:
+        owned.stop(process)
+
+
+def status(url: str, path: str, host: str | None = None) -> int:
+    """Of a GET with this Host header; 0 if nobody answers."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request("GET", path, headers={"Host": host} if host else {})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_replicas_wait_until_the_database_is_made(tracking: Tracking) -> None:
+    """Both mlflow servers would make the tables of an empty database, without a lock that both see."""
+    assert 'database "mlflow" does not exist' in tracking.waited
+    assert "out-of-date database schema (found version None" in tracking.waited
+    assert tracking.database.password not in tracking.waited
+
+
+@pytest.mark.slow
+def test_what_one_replica_takes_the_other_has(tracking: Tracking, s3: S3Server) -> None:
+    from mlflow import MlflowClient
+
+    one, other = (MlflowClient(url) for url in tracking.urls)
+    run_id = one.create_run(one.create_experiment("two-replicas")).info.run_id
+    one.log_metric(run_id, "train/loss", 0.25, step=64)
+    one.log_text(run_id, "by way of the server", "note.txt")
+    assert other.get_run(run_id).data.metrics == {"train/loss": 0.25}
+    with TemporaryDirectory() as folder:  # this client has no key to S3 in its hands: the server fetches it
+        assert Path(other.download_artifacts(run_id, "note.txt", folder)).read_text() == "by way of the server"
+    assert [
+        path for path in open_store(ARTIFACTS, s3.endpoint_url).list() if path.endswith(f"{run_id}/artifacts/note.txt")
+    ]
+
+
+@pytest.mark.slow
+def test_the_job_does_nothing_to_a_database_of_its_version(tracking: Tracking, tmp_path: Path) -> None:
+    """Also while the servers run: a second `kubectl apply` after the Job's time to live."""
+    tables = "select table_name || '.' || column_name from information_schema.columns where table_schema = 'public'"
+    before = tracking.database.ask(tables), tracking.database.ask("select version_num from alembic_version")
+    assert len(before[1]) == 1
+    assert run(tracking.upgrade, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert sorted(before[0]) == sorted(tracking.database.ask(tables))
+    assert before[1] == tracking.database.ask("select version_num from alembic_version")
+    assert {status(url, "/api/2.0/mlflow/experiments/get?experiment_id=0") for url in tracking.urls} == {200}
+
+
+@pytest.mark.slow
+def test_the_services_names_are_answered_and_no_others(tracking: Tracking) -> None:
+    """MLflow compares the whole header, port included; a probe, which comes by the pod's address, is always answered."""
+    path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+    for host in (*(f"{name}:5000" for name in HOSTS), "localhost:8080", "127.0.0.1:5000"):
+        assert status(tracking.urls[0], path, host) == 200, host
+    for host in ("rebound.example.com", "mlflow.example.com:5000", "10.0.0.7:5000", "localhost.example.com:5000"):
+        assert status(tracking.urls[0], path, host) == 403, host
+        assert status(tracking.urls[0], "/health", host) == 200, host
+
+
+def test_the_job_is_named_after_the_projects_mlflow() -> None:
+    """A Job cannot be changed: with the same name, the new version's would be refused, or never run."""
+    version = re.search(r"^mlflow==(.+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert version
+    assert manifest("Job", "mlflow-database")["metadata"]["name"] == f"mlflow-database-{version[1].replace('.', '-')}"
