@@ -41,11 +41,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Debian's packages for some tests: chromium (pages), buildah (the image), PostgreSQL (MLflow's database in k8s/). Without them
+# Debian's packages for some tests: chromium (pages), buildah and mmdebstrap (the image), PostgreSQL (MLflow's database in k8s/). Without them
 # those tests skip and say so. PostgreSQL would start a server of its own.
-PACKAGES := chromium chromium-driver fonts-dejavu-core buildah postgresql
+PACKAGES := chromium chromium-driver fonts-dejavu-core buildah mmdebstrap postgresql
 debian:
-	@if test -x /usr/bin/chromium && test -x /usr/bin/chromedriver && test -x /usr/bin/buildah && test -d /usr/lib/postgresql; \
+	@if dpkg --status $(PACKAGES) > /dev/null 2>&1; \
 	then echo "$(PACKAGES): all there"; \
 	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
 		mkdir -p /etc/postgresql-common && { test -e /etc/postgresql-common/createcluster.conf \

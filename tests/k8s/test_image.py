@@ -1,7 +1,7 @@
 """k8s/image: the image builds on a base without Python, apt or users, and plans a training as its own user.
 
-Offline: the base is made of this machine's own shell and libraries, the environment is mounted (INSTALL=0). What a
-build with INSTALL=1 would install is asked of the Containerfile's own command.
+Offline: the base is made of this machine's own shell and libraries, the environment is mounted (INSTALL=0). `make soak`
+builds it on a whole Debian too. What a build with INSTALL=1 would install is asked of the Containerfile's own command.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ class Image(NamedTuple):
         return output([*self.run_command, "--", "/bin/sh", "-c", 'exec "$@"', "sh", *command])
 
 
-@pytest.fixture(scope="module")
-def image() -> Iterator[Image]:
-    missing = [name for name in ("buildah", "ldd") if not shutil.which(name)] + ["root"] * (os.geteuid() != 0)
+@pytest.fixture(scope="module", params=["parts", pytest.param("debian", marks=pytest.mark.soak)])
+def image(request: pytest.FixtureRequest) -> Iterator[Image]:
+    make_base, tool = {"parts": (make_parts, "ldd"), "debian": (make_debian, "mmdebstrap")}[request.param]
+    missing = [name for name in ("buildah", tool) if not shutil.which(name)] + ["root"] * (os.geteuid() != 0)
     if missing:
-        problem = f"no image without {' and '.join(missing)}; on Debian, as root: apt-get install buildah"
+        problem = f"no image without {' and '.join(missing)}; on Debian, as root: apt-get install buildah mmdebstrap"
         pytest.fail(problem) if os.environ.get("CI") == "true" else pytest.skip(problem)
     with TemporaryDirectory(prefix="warm-dist-image-") as folder:
         root = Path(folder)
@@ -78,7 +79,20 @@ def output(command: list[str]) -> str:
     return done.stdout
 
 
-def make_base(root: Path) -> None:
+def make_debian(root: Path) -> None:
+    """The smallest Debian that has apt and Python, of this machine's release and from its mirror: the one that needs a network."""
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    sources = [
+        path
+        for path in (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d/debian.sources"))
+        if path.exists()
+    ]
+    options = ["--quiet", "--variant=minbase", "--include=python3", "--skip=output/dev"]
+    output(["mmdebstrap", *options, release["VERSION_CODENAME"], str(root), *map(str, sources)])
+    prepare_mounts(root)
+
+
+def make_parts(root: Path) -> None:
     """A root file system of a shell and the libraries that the interpreter and torch find on this machine, some 25 MB."""
     torch = next(Path(sys.prefix).glob("lib/python*/site-packages/torch/lib"))
     binaries = [Path("/bin/sh"), Path(sys.executable), *torch.glob("*.so*")]
@@ -92,7 +106,16 @@ def make_base(root: Path) -> None:
     (root / "etc").mkdir()
     (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (root / "etc" / "group").write_text("root:x:0:\n")
-    (root / sys.base_prefix.lstrip("/")).mkdir(parents=True, exist_ok=True)  # else below a /root that only root enters
+    prepare_mounts(root)
+
+
+def prepare_mounts(root: Path) -> None:
+    """The place where the interpreter is mounted, reached by everybody: it may be below a /root that only root enters."""
+    place = root / sys.base_prefix.lstrip("/")
+    place.mkdir(parents=True, exist_ok=True)
+    for folder in (place, *place.parents):
+        if folder != root and root in folder.parents:
+            folder.chmod(folder.stat().st_mode | 0o055)
 
 
 def make_checkout(root: Path) -> None:
