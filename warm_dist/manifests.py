@@ -17,7 +17,7 @@ from warm_dist import plan
 from warm_dist.bnr import exact
 from warm_dist.config import Config
 from warm_dist.config_file import assign, dump, validate_as
-from warm_dist.errors import ConfigError
+from warm_dist.errors import ConfigError, public
 from warm_dist.space import trials
 from warm_dist.sweep_config import SweepConfig
 
@@ -148,12 +148,8 @@ def in_pods(config: Config, name: str) -> Config:
     tree = dump(config)
     if config.checkpoint.url is None:
         raise ConfigError(f"checkpoint.url is null: a pod's disk goes with it; set it to s3://your-bucket/runs/{name}")
-    for key in ("data.manifest", "checkpoint.url"):
-        _check_store(key, _value(tree, key))
-    if config.eval and config.eval.extractor_url and not re.match(r"(s3|https?)://", config.eval.extractor_url):
-        raise ConfigError(f"eval.extractor_url {config.eval.extractor_url} is a path, and no pod has it")
-    for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
-        _check_reachable(key, _value(tree, key))
+    _check_store("checkpoint.url", config.checkpoint.url)
+    _check_visible(config)
     tree["output"] = f"{SCRATCH}/{name}"
     tree["parallel"]["preemption_file"] = STOP_FILE
     tree["tracking"] |= {"prometheus_port": METRICS_PORT, "prometheus_host": "0.0.0.0"}
@@ -178,9 +174,7 @@ def sweep(
     base = copy.deepcopy(base)
     every = trials(settings, base)
     config = every[0].config
-    _check_store("data.manifest", config.data.manifest)
-    for key in ("data.endpoint_url", "tracking.mlflow_url"):
-        _check_reachable(key, _value(dump(config), key))
+    _check_visible(config)
     assign(base, "tracking.mlflow_url", config.tracking.mlflow_url or MLFLOW_URL, name)
     at_once = _trials_at_once(settings, size)
     tree = dump(settings) | {"base": "base.json", "set": {}, "node_dir": f"{SCRATCH}/sweeps"}
@@ -274,14 +268,26 @@ def _set_image(pod: Object, image: str | None) -> None:
             container["image"] = image
 
 
+def _check_visible(config: Config) -> None:
+    """Raises ConfigError for what a run reads or speaks to and a pod cannot see."""
+    _check_store("data.manifest", config.data.manifest)
+    if config.eval and config.eval.extractor_url and not re.match(r"(s3|https?)://", config.eval.extractor_url):
+        raise ConfigError(f"eval.extractor_url {config.eval.extractor_url} is a path, and no pod has it")
+    tree = dump(config)
+    for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
+        _check_reachable(key, _value(tree, key))
+
+
 def _check_store(key: str, url: str) -> None:
     if not re.match(r"s3://[^/]", url):
-        raise ConfigError(f"{key} {url!r} is a path, and no pod has it; pods need s3://bucket/…")
+        raise ConfigError(f"{key} {url!r}: a pod has no folder of yours; it needs s3://bucket/…")
 
 
 def _check_reachable(key: str, url: str | None) -> None:
     if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
         raise ConfigError(f"{key} {url}: in a pod that address is the pod itself")
+    if url and public(url) != url:
+        raise ConfigError(f"{key} {public(url)}: holds a password, which everybody could read in a ConfigMap")
 
 
 def _value(tree: Any, path: str) -> Any:
