@@ -19,7 +19,10 @@ from warm_dist.errors import ConfigError
 from warm_dist.manifests import Job, Size
 
 BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
-EXAMPLE = "your-bucket"  # in configs/ and the documentation
+EXAMPLES = {
+    "s3://your-bucket": "--set names yours",
+    "registry.example.com": "--image names yours",
+}  # in configs/, in BASE
 
 
 def main() -> int:
@@ -44,11 +47,13 @@ def main() -> int:
     render.add_argument("--gpus", type=int, default=0, help="a node; 0 (default): processes on the CPU")
     render.add_argument("--jobset", action="store_true", help="a JobSet, for a cluster without Kubeflow Trainer")
     args = parser.parse_args()
+    manifests.check_image(args.image)
     job = _render(args) if args.command == "render" else _pack(args)
     sys.stdout.write(_yaml(job.objects))
     print(job.summary, file=sys.stderr)
-    if EXAMPLE in str(job.objects):
-        print(f"note: s3://{EXAMPLE} is the example's; --set names yours", file=sys.stderr)
+    for example, advice in EXAMPLES.items():
+        if example in str(job.objects):
+            print(f"note: {example} is an example's; {advice}", file=sys.stderr)
     return errors.EXIT_OK
 
 
@@ -70,11 +75,13 @@ def _render(args: argparse.Namespace) -> Job:
 
 def _pack(args: argparse.Namespace) -> Job:
     asked = pack.parse(args.arguments)
-    if asked.part or "--workers" in args.arguments:
+    workers = [word for word in args.arguments if word.startswith("--w") and "--workers".startswith(word.split("=")[0])]
+    if asked.part or workers:
         raise ConfigError("--part and --workers follow from --nodes and --processes")
     name = args.name or _name(f"pack-{asked.out_url.rstrip('/').rpartition('/')[2]}")
     template = _template("data/pack.yaml")
-    return manifests.packing(asked.source, asked.out_url, args.arguments, name, _size(args, 0), template, args.image)
+    size, words = _size(args, 0), args.arguments
+    return manifests.packing(asked.source, asked.out_url, asked.endpoint_url, words, name, size, template, args.image)
 
 
 def _size(args: argparse.Namespace, gpus: int) -> Size:

@@ -21,18 +21,19 @@ from warm_dist import errors, run_folder
 from warm_dist.config_file import load_config
 
 # What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
-STOPPED_S, FINISHED_S = 45.0, 900.0
+STOPPED_S, FINISHED_S = 45.0, 600.0
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main() -> int:
     args = parse()
-    run = Path(load_config(args.config, args.set).output)
+    config = load_config(args.config, args.set)
+    run = Path(config.output)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they do to a first process
     began = time.time()
     code = _torchrun(sys.argv[1:])
     end = run_folder.end_since(run, began)
-    _wait_for_orphans(time.monotonic() + (STOPPED_S if code else FINISHED_S))
+    _wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
     if code and end and end["code"]:  # torchrun's own says only that a rank has failed
         print(f"node: {end['reason']}", file=sys.stderr, flush=True)
         return int(end["code"])
@@ -54,9 +55,17 @@ def _torchrun(arguments: list[str]) -> int:
     return process.wait()
 
 
-def _wait_for_orphans(deadline: float) -> None:
+def _wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
+    """Until all have ended, or somebody asks to stop, again or only now."""
+    asked: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _: asked.append(number))
+    known = stop_file is not None and os.path.exists(stop_file)
+    deadline = time.monotonic() + longest_s
     with suppress(ChildProcessError):
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not asked:
+            if not known and stop_file is not None and os.path.exists(stop_file):
+                return
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
                 time.sleep(0.1)
 

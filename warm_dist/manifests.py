@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,11 @@ MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
 METRICS_PORT, MASTER_PORT = 9400, 29500
 GPU = "nvidia.com/gpu"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with what controllers add to it, a pod's name has at most 63
-_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
+_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1?")
+_RESERVED = {"warm-dist", "mlflow", "postgres", "s3"}  # of standing objects, one of which a job would replace
+_IMAGE = re.compile(r"[\w.:/-]+(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})")
+_IMAGES = "/images"  # where the claim `images` is mounted
+_SOURCES = ("openmoji", "digits")  # that the image brings
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ class Size:
     @property
     def resources(self) -> Object:
         """Of one node's pod, as Kubernetes writes them. No limit on CPU: it would slow down, not protect."""
-        memory, gpus = {"memory": f"{self.processes * self.memory_gib}Gi"}, {GPU: str(self.gpus)} if self.gpus else {}
+        gib = (
+            self.processes * self.memory_gib
+        )  # in the largest unit, as Kubernetes itself would write it: a TrainJob never changes
+        memory = {"memory": f"{gib}Gi" if gib % 1024 else f"{gib // 1024}Ti"}
+        gpus = {GPU: str(self.gpus)} if self.gpus else {}
         return {"requests": {"cpu": str(self.processes * self.cpus), **memory, **gpus}, "limits": {**memory, **gpus}}
 
     def __str__(self) -> str:
@@ -76,8 +85,17 @@ def check_name(name: str) -> None:
     """Raises ConfigError unless all objects of a job can be called after it."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"name {name!r}: needs at most 40 small letters, digits and hyphens, the first a letter, the last no hyphen"
+            f"name {name!r}: needs at most 40 small letters, digits and hyphens, the first a letter, the last no hyphen; "
+            "--name gives another"
         )
+    if name in _RESERVED:
+        raise ConfigError(f"name {name!r} is that of an object which all jobs share; --name gives another")
+
+
+def check_image(image: str | None) -> None:
+    """Raises ConfigError unless it is a name with a tag, not latest, or a digest."""
+    if image is not None and not _IMAGE.fullmatch(image):
+        raise ConfigError(f"image {image!r}: needs a tag other than latest, or a digest")
 
 
 def training(config: Config, name: str, size: Size, template: Object, runtime: Object, image: str | None) -> Job:
@@ -207,17 +225,29 @@ def _trials_at_once(settings: SweepConfig, size: Size) -> int:
 
 
 def packing(
-    source: str, out_url: str, arguments: Sequence[str], name: str, size: Size, template: Object, image: str | None
+    source: str,
+    out_url: str,
+    endpoint_url: str | None,
+    arguments: Sequence[str],
+    name: str,
+    size: Size,
+    template: Object,
+    image: str | None,
 ) -> Job:
     """JobSet that packs a data set in size.nodes parts and makes them one. template: k8s/base/data/pack.yaml.
 
-    source, out_url: those of `arguments`, which are data_pipelines.pack's. A path is one in the PersistentVolumeClaim
-    `images`, mounted at /images. Raises ConfigError for what no pod has.
+    source, out_url, endpoint_url: those of `arguments`, which are data_pipelines.pack's. A path is one in the
+    PersistentVolumeClaim `images`, mounted at /images. Raises ConfigError for what no pod has.
     """
     check_name(name)
     _check_store("out_url", out_url)
-    if source.startswith("/") and not source.startswith("/images"):
-        raise ConfigError(f"{source}: the claim `images` is mounted at /images, and no other path of yours is in a pod")
+    inside = posixpath.normpath(source)
+    claimed = inside == _IMAGES or inside.startswith(f"{_IMAGES}/")
+    if not claimed and source not in _SOURCES:
+        raise ConfigError(
+            f"source {source!r}: a pod has {', '.join(_SOURCES)}, and the claim `images` at {_IMAGES}; no other path of yours"
+        )
+    _check_reachable("--endpoint-url", endpoint_url)
     job = _named(template, name)
     parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
     words = [*arguments, "--workers", str(size.processes)]
@@ -225,10 +255,10 @@ def packing(
         pod = spec["template"]["spec"]
         pod["containers"][0] |= {"args": words, "resources": size.resources}
         _set_image(pod, image)
-        if source.startswith("/images"):
+        if claimed:
             claim = {"claimName": "images", "readOnly": True}
             pod["volumes"] = [*pod["volumes"], {"name": "images", "persistentVolumeClaim": claim}]
-            mount = {"name": "images", "mountPath": "/images", "readOnly": True}
+            mount = {"name": "images", "mountPath": _IMAGES, "readOnly": True}
             pod["containers"][0]["volumeMounts"] = [*pod["containers"][0]["volumeMounts"], mount]
     parts |= {"completions": size.nodes, "parallelism": size.nodes}
     script = f'exec python -m data_pipelines.pack "$@" --part "$((JOB_COMPLETION_INDEX + 1))/{size.nodes}"'
@@ -276,6 +306,10 @@ def _check_visible(config: Config) -> None:
     tree = dump(config)
     for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
         _check_reachable(key, _value(tree, key))
+    for key in ("data.cache_dir", "eval.cache_dir"):
+        folder = _value(tree, key) if config.eval or key.startswith("data") else None
+        if folder and not posixpath.normpath(folder).startswith(f"{SCRATCH}/"):
+            raise ConfigError(f"{key} {folder}: a pod can write below {SCRATCH} only")
 
 
 def _check_store(key: str, url: str) -> None:
@@ -284,10 +318,12 @@ def _check_store(key: str, url: str) -> None:
 
 
 def _check_reachable(key: str, url: str | None) -> None:
+    if url and not re.match(r"https?://", url):
+        raise ConfigError(f"{key} {url}: needs http:// or https://")
     if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
         raise ConfigError(f"{key} {url}: in a pod that address is the pod itself")
     if url and public(url) != url:
-        raise ConfigError(f"{key} {public(url)}: holds a password, which everybody could read in a ConfigMap")
+        raise ConfigError(f"{key} {public(url)}: may hold a secret, which everybody could read in a ConfigMap")
 
 
 def _value(tree: Any, path: str) -> Any:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.k8s import failures, monitoring, network, programs, queueing, references, security, trainings, validity
+from tests.k8s import (
+    failures,
+    invariants,
+    monitoring,
+    network,
+    programs,
+    queueing,
+    references,
+    security,
+    trainings,
+    validity,
+)
 from tests.k8s.expand import expand
 from tests.k8s.render import Object
 
@@ -54,6 +65,17 @@ CHECKS: list[Check] = [
     network.selected,
     monitoring.metrics,
     monitoring.endpoints,
+    invariants.ray_jobs,
+    invariants.groups,
+    invariants.literal_secrets,
+    invariants.lost_nodes,
+    invariants.flavors,
+    invariants.packing_order,
+    invariants.expressions,
+    invariants.one_endpoint,
+    invariants.budgets,
+    invariants.own_credentials,
+    invariants.canonical,
 ]
 
 

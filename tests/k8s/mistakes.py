@@ -93,7 +93,7 @@ VALIDITY = [
     Mistake("CEL: PET_* injected where it is already", "gpu", _RUNTIME, "spec mlPolicy torch envInjection", {"targets": [{"jobName": "node", "containerNames": ["node"]}]}, "custom_schema"),
     Mistake("one volume twice", "gpu", _RUNTIME, f"{_POD} volumes", _more({"name": "tmp", "emptyDir": {}}), "custom_schema"),
     Mistake("a namespace on what is the cluster's", "gpu", _QUEUE, "metadata namespace", "warm-dist", "scope"),
-    Mistake("no namespace", "gpu", "PrometheusRule/warm-dist", "metadata namespace", GONE, "scope"),
+    Mistake("no namespace", "gpu", "PrometheusRule/warm-dist", "metadata namespace", GONE, "scope expressions"),
     Mistake("a field of a core kind misspelt", "gpu", "Deployment/mlflow", "spec replica", 2, "core_schema"),
     Mistake("a port that is no number", "gpu", "Service/mlflow", "spec ports 0 port", "http", "core_schema addresses", "Service/mlflow"),
 ]  # fmt: skip
@@ -133,7 +133,7 @@ QUEUES = [
     Mistake("more GPUs than the quota", "gpu", _QUEUE, "spec resourceGroups 0 flavors name=gpu resources name=nvidia.com/gpu nominalQuota", 24, "quota", _TRAIN),
     Mistake("more memory than the quota", "gpu", _TRAIN, "spec trainer resourcesPerNode requests memory", "3Ti", "quota"),
     Mistake("no flavor for what has no GPU", "dev", _QUEUE, "spec resourceGroups 0 flavors name=cpu resources name=cpu nominalQuota", 0, "quota", "TrainJob/quickstart"),
-    Mistake("a taint that nobody tolerates", "gpu", "ResourceFlavor/gpu", "spec", {"nodeTaints": [{"key": "gpu", "effect": "NoSchedule"}]}, "quota", _TRAIN),
+    Mistake("a taint that nobody tolerates", "gpu", "ResourceFlavor/gpu", "spec", {"nodeTaints": [{"key": "gpu", "effect": "NoSchedule"}]}, "quota flavors", _TRAIN),
 ]  # fmt: skip
 
 TRAININGS = [
@@ -151,7 +151,7 @@ TRAININGS = [
     Mistake("another number of processes validated", "gpu", _TRAIN, f"{_PATCH} initContainers name=validate env name=WORLD_SIZE value", "16", "world_size"),
     Mistake("nodes changed, WORLD_SIZE not", "gpu", _TRAIN, "spec trainer numNodes", 2, "world_size"),
     Mistake("processes that the batch cannot be dealt to", "gpu", _TRAIN, "spec trainer numNodes", 3, "world_size"),
-    Mistake("processes without a GPU", "gpu", _TRAIN, "spec trainer resourcesPerNode", {"requests": {"cpu": 64, "memory": "512Gi", "nvidia.com/gpu": 4}, "limits": {"memory": "512Gi", "nvidia.com/gpu": 4}}, "gpus"),
+    Mistake("processes without a GPU", "gpu", _TRAIN, "spec trainer resourcesPerNode", {"requests": {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "4"}, "limits": {"memory": "512Gi", "nvidia.com/gpu": "4"}}, "gpus"),
     Mistake("nodes of a JobSet changed in one place", "gpu+jobset", "JobSet/imagenet64", "spec replicatedJobs name=node template spec completions", 2, "world_size"),
     Mistake("a rendezvous that is not there", "gpu+jobset", "JobSet/imagenet64", "spec network", {"subdomain": "train"}, "master"),
     Mistake("a grace period of 200 s", "gpu", _RUNTIME, f"{_POD} terminationGracePeriodSeconds", 200, "time_to_stop", _TRAIN),
@@ -177,7 +177,7 @@ FAILURES = [
 PROGRAMS = [
     Mistake("an unknown flag", "gpu", _RUNTIME, f"{_NODE} args", _more("--epochs=3"), "arguments_parse", _TRAIN),
     Mistake("a flag that needs another", "gpu", _RUNTIME, f"{_VALIDATE} args", ["--config", "/etc/warm-dist/train.json", "--world-size", "8"], "arguments_parse", _TRAIN),
-    Mistake("an unknown flag of a sweep", "gpu", _SWEEP, "spec entrypoint", _swap("--resume", "--resume-from=3"), "arguments_parse"),
+    Mistake("an unknown flag of a sweep", "gpu", _SWEEP, "spec entrypoint", _swap("--resume", "--resume --from=3"), "arguments_parse"),
     Mistake("a packer's flag, in a shell", "gpu", _PACK, "spec replicatedJobs name=part template spec template spec containers 0 command 2", _swap("--part", "--piece"), "arguments_parse"),
     Mistake("parts counted from 0", "gpu", _PACK, "spec replicatedJobs name=part template spec template spec containers 0 command 2", _swap(" + 1", " + 0"), "arguments_parse"),
     Mistake("a program that is not there", "gpu", _RUNTIME, f"{_VALIDATE} command", ["python", "launch/validate.py"], "arguments_parse world_size", _TRAIN),
@@ -226,10 +226,51 @@ NETWORK = [
 ]  # fmt: skip
 
 MONITORING = [
-    Mistake("an alert on what nobody exports", "gpu", "PrometheusRule/warm-dist", "spec groups 0 rules alert=WarmDistSlow expr", "warm_dist_train_img_per_s < 1", "metrics"),
+    Mistake("an alert on what nobody exports", "gpu", "PrometheusRule/warm-dist", "spec groups 0 rules alert=WarmDistSlow expr", 'warm_dist_train_img_per_s{namespace="warm-dist"} < 1', "metrics"),
     Mistake("and a text that speaks of it", "gpu", "PrometheusRule/warm-dist", "spec groups 0 rules alert=WarmDistSlow annotations description", "see warm_dist_rank_load_s", "metrics"),
     Mistake("metrics on loopback", "gpu", "ConfigMap/imagenet64-d9002a780c", "data train.json", _swap('"0.0.0.0"', '"127.0.0.1"'), "endpoints", "PodMonitor/trainer"),
     Mistake("metrics at another port", "gpu", "ConfigMap/imagenet64-d9002a780c", "data train.json", _swap("9400", "9401"), "endpoints", "PodMonitor/trainer"),
 ]  # fmt: skip
 
-MISTAKES = [*VALIDITY, *REFERENCES, *QUEUES, *TRAININGS, *FAILURES, *PROGRAMS, *SECURITY, *NETWORK, *MONITORING]
+_RULE = "spec groups 0 rules alert=WarmDistSlow expr"
+_LOSE = [
+    {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+]
+
+INVARIANTS = [
+    Mistake("a cluster that stays", "gpu", _SWEEP, "spec shutdownAfterJobFinishes", GONE, "ray_jobs"),
+    Mistake("a sweep that begins anew", "gpu", _SWEEP, "spec entrypoint", _swap(" --resume", ""), "ray_jobs"),
+    Mistake("Ray of another version", "gpu", _SWEEP, "spec rayClusterSpec rayVersion", "2.40.0", "ray_jobs"),
+    Mistake("Ray for the world", "gpu", _SWEEP, "spec rayClusterSpec headGroupSpec serviceType", "LoadBalancer", "ray_jobs"),
+    Mistake("Ray for everybody", "gpu", _SWEEP, "spec rayClusterSpec authOptions mode", "disabled", "ray_jobs"),
+    Mistake("a volume that is root's", "gpu", "StatefulSet/postgres", "spec template spec securityContext fsGroup", GONE, "groups"),
+    Mistake("a secret written out", "gpu", "Deployment/mlflow", f"{_MLFLOW} env", _more({"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}), "literal_secrets"),
+    Mistake("a secret in the settings", "gpu", "ConfigMap/settings", "data AWS_SECRET_ACCESS_KEY", "abc", "literal_secrets"),
+    Mistake("five minutes for a lost node", "gpu", _RUNTIME, f"{_POD} tolerations", [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, *_LOSE], "lost_nodes", _TRAIN),
+    Mistake("a sweep that no GPU node takes", "gpu", _SWEEP, "spec rayClusterSpec workerGroupSpecs 0 template spec tolerations", GONE, "flavors quota"),
+    Mistake("GPU nodes for everybody", "gpu", "ResourceFlavor/gpu", "spec nodeTaints", GONE, "flavors"),
+    Mistake("a packer on GPU nodes", "gpu", _PACK, "spec replicatedJobs name=whole template spec template spec tolerations", [{"operator": "Exists"}], "flavors"),
+    Mistake("one data set of what is not there yet", "gpu", _PACK, "spec replicatedJobs name=whole dependsOn", GONE, "packing_order"),
+    Mistake("an expression that does not parse", "gpu", "PrometheusRule/warm-dist", _RULE, 'warm_dist_train_loss{namespace="warm-dist"} > 2 and foo{', "expressions"),
+    Mistake("an alert for another namespace", "gpu", "PrometheusRule/warm-dist", _RULE, 'warm_dist_train_loss{namespace="warmdist"} > 2', "expressions"),
+    Mistake("an alert for all namespaces", "gpu", "PrometheusRule/warm-dist", _RULE, "warm_dist_train_loss > 2", "expressions"),
+    Mistake("metrics of pods that have none", "gpu", "PodMonitor/trainer", "spec selector matchLabels batch.kubernetes.io/job-completion-index", GONE, "one_endpoint"),
+    Mistake("metrics of a pod that has none", "gpu", "PodMonitor/trainer", "spec selector matchLabels batch.kubernetes.io/job-completion-index", "1", "one_endpoint"),
+    Mistake("a node that cannot be drained", "gpu", "PodDisruptionBudget/mlflow", "spec maxUnavailable", 0, "budgets"),
+    Mistake("the node's credentials as a fallback", "gpu", "ConfigMap/settings", "data AWS_EC2_METADATA_DISABLED", "false", "own_credentials"),
+    Mistake("a quantity that an update changes", "gpu", _TRAIN, "spec trainer resourcesPerNode limits memory", "1024Gi", "canonical"),
+    Mistake("64 MB of shared memory", "gpu", _RUNTIME, f"{_POD} volumes name=shm emptyDir sizeLimit", "64Mi", "shared_memory", _TRAIN),
+]  # fmt: skip
+
+MISTAKES = [
+    *INVARIANTS,
+    *VALIDITY,
+    *REFERENCES,
+    *QUEUES,
+    *TRAININGS,
+    *FAILURES,
+    *PROGRAMS,
+    *SECURITY,
+    *NETWORK,
+    *MONITORING,
+]

@@ -85,6 +85,26 @@ def test_processes_on_the_cpu(capsys, monkeypatch):
     assert job["spec"]["trainer"]["env"] == [{"name": "DS_ACCELERATOR", "value": "cpu"}]
 
 
+def test_memory_is_written_as_kubernetes_itself_would(capsys, monkeypatch):
+    (_, job), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--memory", "128")
+    assert job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"] == "1Ti"
+
+
+@pytest.mark.parametrize("image", ["a/b:1", "reg.example:5000/a/b:1.2-x", f"a/b@sha256:{'0' * 64}"])
+def test_images_with_a_tag_or_a_digest(image):
+    manifests.check_image(image)
+
+
+def test_examples_are_named(capsys, monkeypatch):
+    _, said = render(capsys, monkeypatch, *SWEEP)
+    assert "note: s3://your-bucket is an example's; --set names yours" in said
+    assert "note: registry.example.com is an example's; --image names yours" in said
+    _, said = render(
+        capsys, monkeypatch, *SWEEP, "--image", "a/b:1", "--set", "output=s3://b/s", "--set", "data.manifest=s3://b/m"
+    )
+    assert "note" not in said
+
+
 def test_another_image_is_everywhere_in_a_training(capsys, monkeypatch):
     objects, _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--image", "other:1", "--name", "mine")
     assert [tree["kind"] for tree in objects] == ["ConfigMap", "TrainingRuntime", "TrainJob"]
@@ -144,10 +164,27 @@ def test_a_sweep(capsys, monkeypatch, tmp_path):
         ([*IMAGENET, *STORED, "--processes", "4"], "4 processes cannot have 8 GPUs"),
         ([*IMAGENET, *STORED, "--name", "Not_A_Name"], "name 'Not_A_Name'"),
         ([*IMAGENET, *STORED, "--name", "a" * 41], "at most 40"),
-        ([*IMAGENET, *STORED, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "mlflow_url https://mlflow.example: holds a password"),
+        ([*IMAGENET, *STORED, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "mlflow_url https://mlflow.example: may hold a secret"),
         ([*SWEEP, "--set", "data.endpoint_url=http://[::1]:8333"], "is the pod itself"),
         (["pack", "--nodes", "2", "--", "photos", "photos64", "--resolution", "64"], "out_url 'photos64': a pod has no folder"),
-        (["pack", "--nodes", "2", "--", "/home/me", "s3://b/c", "--resolution", "64"], "mounted at /images"),
+        (["pack", "--nodes", "2", "--", "/home/me", "s3://b/c", "--resolution", "64"], "source '/home/me': a pod has openmoji, digits, and the claim `images` at /images"),
+        (["pack", "--nodes", "2", "--", "/images/../etc", "s3://b/c", "--resolution", "64"], "source '/images/../etc'"),
+        (["pack", "--nodes", "2", "--", "/imagesX", "s3://b/c", "--resolution", "64"], "source '/imagesX'"),
+        (["pack", "--nodes", "2", "--", "train", "s3://b/c", "--resolution", "64"], "source 'train'"),
+        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--endpoint-url", "http://127.0.0.1:1"], "is the pod itself"),
+        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--work", "3"], "follow from"),
+        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--workers=3"], "follow from"),
+        ([*IMAGENET, *STORED, "--set", "data.cache_dir=/mnt/nvme"], "data.cache_dir /mnt/nvme: a pod can write below /scratch only"),
+        ([*IMAGENET, *STORED, "--set", "eval.cache_dir=/scratch/../x"], "eval.cache_dir"),
+        ([*IMAGENET, *STORED, "--set", "checkpoint.endpoint_url=10.0.0.1:9000"], "needs http:// or https://"),
+        ([*IMAGENET, *STORED, "--set", "checkpoint.endpoint_url=http://0.0.0.0:9000"], "is the pod itself"),
+        ([*IMAGENET, *STORED, "--name", "warm-dist"], "which all jobs share"),
+        ([*IMAGENET, *STORED, "--name", "mlflow"], "which all jobs share"),
+        ([*IMAGENET, *STORED, "--image", "warm-dist:latest"], "needs a tag other than latest"),
+        ([*IMAGENET, *STORED, "--image", "warm-dist"], "needs a tag other than latest"),
+        ([*IMAGENET, *STORED, "--image", ""], "needs a tag other than latest"),
+        ([*SWEEP, "--set", f"set={json.dumps({'eval.extractor': 'inception', 'eval.extractor_url': '/i.pt', 'eval.extractor_sha256': '0' * 64})}"],
+         "eval.extractor_url /i.pt is a path"),
         (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--part", "1/2"], "follow from"),
     ],
 )  # fmt: skip

@@ -209,8 +209,10 @@ def shared_memory(objects: list[Object], pods: list[Object]) -> list[str]:
         volumes = {volume["name"]: volume.get("emptyDir") for volume in pod["spec"].get("volumes", [])}
         mounts = [mount for mount in container.get("volumeMounts", []) if mount["mountPath"] == "/dev/shm"]
         shm = volumes.get(mounts[0]["name"]) if mounts else None
-        if not shm or shm.get("medium") != "Memory" or "sizeLimit" not in shm:
-            messages.append(f"{name}: /dev/shm of {container['name']} is no emptyDir of medium Memory with a sizeLimit")
+        if not shm or shm.get("medium") != "Memory" or quantity(shm.get("sizeLimit", 0)) < 2**30:
+            messages.append(
+                f"{name}: /dev/shm of {container['name']} is no emptyDir of medium Memory with a sizeLimit of 1Gi or more"
+            )
     return messages
 
 
