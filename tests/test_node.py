@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,17 @@ def test_an_end_of_an_earlier_attempt_is_not_told_again(config_file, tmp_path): 
     _, err = process.communicate(timeout=120)
     assert process.returncode == errors.EXIT_UNEXPECTED, err  # refused before the folder is claimed: torchrun's own
     assert "long ago" not in err
+
+
+def test_a_finished_run_waits_for_its_mirror_until_somebody_asks_to_stop(config_file, tmp_path):  # noqa: F811
+    run, stop = tmp_path / "run", tmp_path / "stop"
+    with socket.create_server(("127.0.0.1", 0)) as hangs:  # it takes connections and says nothing
+        url = f"http://127.0.0.1:{hangs.getsockname()[1]}"
+        process = node(config_file, run, f"tracking.mlflow_url={url}", f"parallel.preemption_file={stop}")
+        wait_for("the end", lambda: (run / "exit.json").exists() or process.poll() is not None, 120)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        stop.touch()
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 0, err
+    assert outcome(run)["code"] == 0

@@ -19,6 +19,8 @@ import pytest
 import yaml
 
 from tests.k8s.expand import expand
+from tests.k8s.failures import FREE, jobsets
+from tests.k8s.failures import outcome as verdict
 from tests.k8s.kubelet import Container, Kubelet
 from tests.k8s.render import Object, render
 from tests.multinode.nodes import Cluster, missing
@@ -26,7 +28,7 @@ from tests.processes import ROOT, wait_for
 from warm_dist.metrics import parse_line, read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-BATCH, TOTAL, DRAINED_AT = 16, 960, 320
+BATCH, TOTAL, DRAINED_AT = 16, 640, 160
 CONFIG = {
     "output": "unset",
     "data": {"manifest": "s3://warm-dist/digits8/manifest.parquet", "resolution": 8, "channels": 1, "num_classes": 10,
@@ -58,11 +60,12 @@ class Attempt(NamedTuple):
 
 
 class Story(NamedTuple):
-    """All that happened."""
+    """All that happened. verdicts: what JobSet makes of each pod's first end."""
 
     packed: list[tuple[int, str]]
     validated: list[tuple[int, str]]
     drained_s: float
+    verdicts: list[str]
     identity: dict[str, str]
     attempts: list[Attempt]
 
@@ -85,38 +88,44 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with Cluster(3, folder / "cluster") as cluster:
         hosts = {"s3": "10.77.0.3", "digits-node-0-0.digits": "10.77.0.1", "digits-node-0-1.digits": "10.77.0.2"}
         with Kubelet(cluster, folder, objects, {"s3-credentials": key}, hosts) as kubelet:
-            yield Tale(kubelet, pods).tell()
+            (jobset,) = [tree for name, tree in jobsets(objects) if name == "TrainJob/digits"]
+            yield Tale(kubelet, pods, jobset).tell()
 
 
 class Tale:
     """The story, as it is told once."""
 
-    def __init__(self, kubelet: Kubelet, pods: dict[str, Object]) -> None:
-        self.kubelet, self.pods = kubelet, pods
+    def __init__(self, kubelet: Kubelet, pods: dict[str, Object], jobset: Object) -> None:
+        self.kubelet, self.pods, self.jobset = kubelet, pods, jobset
         self.nodes = [pods["digits-node-0-0"], pods["digits-node-0-1"]]
 
     def tell(self) -> Story:
         self.s3 = self.kubelet.start(self.pods["s3-0"], "node3")
         packed = self._all([("pack-digits8-part-0-0", "node1"), ("pack-digits8-part-0-1", "node2")])
         packed += self._all([("pack-digits8-whole-0-0", "node1")])
-        validated = [self._validate(pod, node) for pod, node in zip(self.nodes, ("node1", "node2"), strict=True)]
+        validated = self._validate()
         running = self._start(0)
         wait_for("steps", lambda: self._nimg(0) >= DRAINED_AT or running[0].process.poll() is not None, 120)
         assert running[0].process.poll() is None, running[0].said()
         identity = self._identity(running[0])
         _, drained_s = running[1].drain()
         first = self._end(running, 0)
+        (job,) = self.jobset["spec"]["replicatedJobs"]
+        ends = zip(first.codes, (False, True), strict=True)  # the drained pod was told so, the other was not
+        verdicts = [verdict(self.jobset, job, "node", code, told) for code, told in ends]
         second = self._end(self._start(1), 1)
-        return Story(packed, validated, drained_s, identity, [first, second])
+        return Story(packed, validated, drained_s, verdicts, identity, [first, second])
 
     def _all(self, places: list[tuple[str, str]]) -> list[tuple[int, str]]:
         containers = [self.kubelet.start(self.pods[name], node) for name, node in places]
         return [(container.wait(120), container.said()) for container in containers]
 
-    def _validate(self, pod: Object, node: str) -> tuple[int, str]:
-        (init,) = pod["spec"]["initContainers"]
-        container = self.kubelet.start(pod, node, 0, init)
-        return container.wait(60), container.said()
+    def _validate(self) -> list[tuple[int, str]]:
+        containers = [
+            self.kubelet.start(pod, f"node{number}", 0, pod["spec"]["initContainers"][0])
+            for number, pod in enumerate(self.nodes, 1)
+        ]
+        return [(container.wait(120), container.said()) for container in containers]
 
     def _start(self, attempt: int) -> list[Container]:
         return [self.kubelet.start(pod, f"node{number}", attempt) for number, pod in enumerate(self.nodes, 1)]
@@ -172,6 +181,7 @@ def test_a_drained_node_stops_both_and_both_say_so(story):
     assert "parallel.preemption_file /scratch/stop" in first.ends[0]["reason"]
     assert first.ends[0]["nimg"] >= DRAINED_AT
     assert story.drained_s < 60
+    assert story.verdicts == [FREE, FREE]  # all pods anew, and it does not count
 
 
 def test_restarted_pods_with_empty_disks_go_on_from_the_checkpoint(story):
