@@ -196,7 +196,8 @@ class Kubelet:
                 lines.append(_bind(Path(f"/{name}"), f"{root}/{name}"))
         if not sys.base_prefix.startswith("/usr/"):
             lines.append(_bind(Path(sys.base_prefix), f"{root}{sys.base_prefix}"))
-        for path in {"/opt/venv", sys.prefix, os.path.realpath(sys.prefix)}:  # the first lines of its scripts name it where it was made
+        # its scripts' first lines name it where it was made
+        for path in {"/opt/venv", sys.prefix, os.path.realpath(sys.prefix)}:
             lines.append(_bind(Path(sys.prefix), f"{root}{path}"))
         lines += [_bind(ROOT / name, f"{root}/opt/warm-dist/{name}") for name in CODE]
         lines += [f"cp /etc/{name} {root}/etc/ 2> /dev/null || true" for name in FILES]
