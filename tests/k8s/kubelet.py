@@ -67,6 +67,10 @@ class Container:
         (pid,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(pid)
 
+    def terminate(self) -> None:
+        """SIGTERM to its first process, and no hook before it."""
+        os.kill(self.first(), signal.SIGTERM)
+
     def drain(self) -> tuple[int, float]:
         """Stop it as a kubelet does: the preStop hook, SIGTERM when that has ended, SIGKILL after the grace period.
 
@@ -84,7 +88,7 @@ class Container:
             if hook.poll() is None:  # a container's end is the end of all that was executed in it
                 hook.kill()
         if self.process.poll() is None:
-            os.kill(first, signal.SIGTERM)
+            self.terminate()
             try:
                 self.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -28,7 +28,7 @@ from tests.processes import ROOT, wait_for
 from warm_dist.metrics import parse_line, read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-BATCH, TOTAL, DRAINED_AT = 16, 640, 160
+BATCH, TOTAL, DRAINED_AT, STOPPED_AT = 16, 640, 160, 320
 CONFIG = {
     "output": "unset",
     "data": {"manifest": "s3://warm-dist/digits8/manifest.parquet", "resolution": 8, "channels": 1, "num_classes": 10,
@@ -105,16 +105,19 @@ class Tale:
         packed += self._all([("pack-digits8-whole-0-0", "node1")])
         validated = self._validate()
         running = self._start(0)
-        wait_for("steps", lambda: self._nimg(0) >= DRAINED_AT or running[0].process.poll() is not None, 120)
-        assert running[0].process.poll() is None, running[0].said()
+        self._until(running[0], 0, DRAINED_AT)
         identity = self._identity(running[0])
         _, drained_s = running[1].drain()
         first = self._end(running, 0)
         (job,) = self.jobset["spec"]["replicatedJobs"]
         ends = zip(first.codes, (False, True), strict=True)  # the drained pod was told so, the other was not
         verdicts = [verdict(self.jobset, job, "node", code, told) for code, told in ends]
-        second = self._end(self._start(1), 1)
-        return Story(packed, validated, drained_s, verdicts, identity, [first, second])
+        running = self._start(1)
+        self._until(running[0], 1, STOPPED_AT)
+        running[0].terminate()
+        second = self._end(running, 1)
+        third = self._end(self._start(2), 2)
+        return Story(packed, validated, drained_s, verdicts, identity, [first, second, third])
 
     def _all(self, places: list[tuple[str, str]]) -> list[tuple[int, str]]:
         containers = [self.kubelet.start(self.pods[name], node) for name, node in places]
@@ -139,6 +142,10 @@ class Tale:
 
     def _nimg(self, attempt: int) -> int:
         return max((line["nimg"] for line in self._lines(attempt)), default=0)
+
+    def _until(self, container: Container, attempt: int, nimg: int) -> None:
+        wait_for("steps", lambda: self._nimg(attempt) >= nimg or container.process.poll() is not None, 120)
+        assert container.process.poll() is None, container.said()
 
     def _identity(self, container: Container) -> dict[str, str]:
         """Of the container's first process, as the kernel has it."""
@@ -184,13 +191,21 @@ def test_a_drained_node_stops_both_and_both_say_so(story):
     assert story.verdicts == [FREE, FREE]  # all pods anew, and it does not count
 
 
+def test_sigterm_alone_does_so_too(story):
+    second = story.attempts[1]
+    assert second.codes == [75, 75], second.said
+    assert second.ends[0]["reason"].startswith("Stopped: SIGTERM on rank 0 (host digits-node-0-0) at nimg ")
+
+
 def test_restarted_pods_with_empty_disks_go_on_from_the_checkpoint(story):
-    first, second = story.attempts
-    assert second.codes == [0, 0], second.said
-    stopped = first.ends[0]["nimg"]
-    assert f"resumed at nimg {stopped} from s3://warm-dist/runs/digits/checkpoints/" in second.said[0]
-    trained = [line["nimg"] for line in second.lines if line["kind"] == "train" and line["attempt"] == 2]
-    assert trained == list(range(stopped + BATCH, TOTAL + BATCH, BATCH))
-    before = [line["nimg"] for line in first.lines if line["kind"] == "train"]
-    assert before == list(range(BATCH, stopped + BATCH, BATCH))
-    assert second.ends[0] | {"reason": ""} == {"code": 0, "reason": "", "nimg": TOTAL, "resumable": False, "attempt": 2}
+    third = story.attempts[2]
+    assert third.codes == [0, 0], third.said
+    begun = 0
+    for number, attempt in enumerate(story.attempts, 1):
+        ended = attempt.ends[0]["nimg"]
+        trained = [line["nimg"] for line in attempt.lines if line["kind"] == "train" and line["attempt"] == number]
+        assert trained == list(range(begun + BATCH, ended + BATCH, BATCH))
+        if begun:
+            assert f"resumed at nimg {begun} from s3://warm-dist/runs/digits/checkpoints/" in attempt.said[0]
+        begun = ended
+    assert third.ends[0] | {"reason": ""} == {"code": 0, "reason": "", "nimg": TOTAL, "resumable": False, "attempt": 3}
