@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.k8s.expand import substitute
 from tests.k8s.objects import quantity
 from tests.k8s.render import Object
 from tests.multinode.nodes import Cluster
@@ -233,8 +232,3 @@ class Kubelet:
 
 def _bind(source: Path, target: str) -> str:
     return f"mkdir -p {target} && mount --bind {source} {target} && mount -o remount,bind,ro {target}"
-
-
-def command(container: Object, env: Mapping[str, str]) -> list[str]:
-    """Its words, with the variables that only envFrom brings filled in."""
-    return [substitute(word, dict(env)) for word in [*container.get("command", []), *container.get("args", [])]]
