@@ -197,11 +197,6 @@ class Kubelet:
                 lines.append(f"ln -s {os.readlink(f'/{name}')} {root}/{name}")
             elif Path(f"/{name}").is_dir():
                 lines.append(_bind(Path(f"/{name}"), f"{root}/{name}"))
-        if not sys.base_prefix.startswith("/usr/"):
-            lines.append(_bind(Path(sys.base_prefix), f"{root}{sys.base_prefix}"))
-        # its scripts' first lines name it where it was made
-        for path in {"/opt/venv", sys.prefix, os.path.realpath(sys.prefix)}:
-            lines.append(_bind(Path(sys.prefix), f"{root}{path}"))
         lines += [_bind(ROOT / name, f"{root}/opt/warm-dist/{name}") for name in CODE]
         lines += [f"cp /etc/{name} {root}/etc/ 2> /dev/null || true" for name in FILES]
         lines += [f"cp {place}/hosts {root}/etc/hosts", f"mount -t proc proc {root}/proc"]
@@ -213,6 +208,12 @@ class Kubelet:
             if volume["name"] in mounts:
                 target = f"{root}{mounts[volume['name']]['mountPath']}"
                 lines += [f"mkdir -p {target}", self._mount(pod, volume, target, place)]
+        # after the volumes: on this machine, unlike in the image, all of it may be below /tmp
+        if not sys.base_prefix.startswith("/usr/"):
+            lines.append(_bind(Path(sys.base_prefix), f"{root}{sys.base_prefix}"))
+        # its scripts' first lines name it where it was made
+        for path in {"/opt/venv", sys.prefix, os.path.realpath(sys.prefix)}:
+            lines.append(_bind(Path(sys.prefix), f"{root}{path}"))
         return [*lines, f"mount -o remount,ro {root}"]
 
     def _mount(self, pod: Object, volume: Object, target: str, place: Path) -> str:
