@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from warm_dist import plan
 from warm_dist.bnr import exact
 from warm_dist.config import Config
-from warm_dist.config_file import assign, dump, validate_as
+from warm_dist.config_file import assign, dump, flatten, validate_as
 from warm_dist.errors import ConfigError, public
 from warm_dist.space import trials
 from warm_dist.sweep_config import SweepConfig
@@ -168,6 +168,7 @@ def in_pods(config: Config, name: str) -> Config:
         raise ConfigError(f"checkpoint.url is null: a pod's disk goes with it; set it to s3://your-bucket/runs/{name}")
     _check_store("checkpoint.url", config.checkpoint.url)
     _check_visible(config)
+    _check_secrets(tree)
     tree["output"] = f"{SCRATCH}/{name}"
     tree["parallel"]["preemption_file"] = STOP_FILE
     tree["tracking"] |= {"prometheus_port": METRICS_PORT, "prometheus_host": "0.0.0.0"}
@@ -193,6 +194,8 @@ def sweep(
     every = trials(settings, base)
     config = every[0].config
     _check_visible(config)
+    for part in (dump(settings), dump(config)):
+        _check_secrets(part)
     assign(base, "tracking.mlflow_url", config.tracking.mlflow_url or MLFLOW_URL, name)
     at_once = _trials_at_once(settings, size)
     tree = dump(settings) | {"base": "base.json", "set": {}, "node_dir": f"{SCRATCH}/sweeps"}
@@ -303,13 +306,20 @@ def _check_visible(config: Config) -> None:
     _check_store("data.manifest", config.data.manifest)
     if config.eval and config.eval.extractor_url and not re.match(r"(s3|https?)://", config.eval.extractor_url):
         raise ConfigError(f"eval.extractor_url {config.eval.extractor_url} is a path, and no pod has it")
-    tree = dump(config)
+    values = flatten(dump(config))
     for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
-        _check_reachable(key, _value(tree, key))
+        _check_reachable(key, values[key])
     for key in ("data.cache_dir", "eval.cache_dir"):
-        folder = _value(tree, key) if config.eval or key.startswith("data") else None
+        folder = values.get(key)  # there is no eval.cache_dir without eval
         if folder and not posixpath.normpath(folder).startswith(f"{SCRATCH}/"):
             raise ConfigError(f"{key} {folder}: a pod can write below {SCRATCH} only")
+
+
+def _check_secrets(tree: Object) -> None:
+    """Raises ConfigError for a password or a signed link in an URL: everybody in the namespace reads ConfigMaps."""
+    for key, value in flatten(tree).items():
+        if key not in ("$schema", "description") and public(value) != value:
+            raise ConfigError(f"{key} {public(value)}: may hold a secret, which everybody could read in a ConfigMap")
 
 
 def _check_store(key: str, url: str) -> None:
@@ -322,14 +332,6 @@ def _check_reachable(key: str, url: str | None) -> None:
         raise ConfigError(f"{key} {url}: needs http:// or https://")
     if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
         raise ConfigError(f"{key} {url}: in a pod that address is the pod itself")
-    if url and public(url) != url:
-        raise ConfigError(f"{key} {public(url)}: may hold a secret, which everybody could read in a ConfigMap")
-
-
-def _value(tree: Any, path: str) -> Any:
-    for key in path.split("."):
-        tree = tree[key]
-    return tree
 
 
 def _text(tree: Any) -> str:

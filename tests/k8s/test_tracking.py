@@ -22,6 +22,7 @@ import pytest
 
 from data_pipelines.s3_server import S3Server
 from data_pipelines.store import open_store
+from tests.k8s.expand import substitute
 from tests.k8s.render import K8S, Object, render
 from tests.processes import ROOT, free_port, wait_for
 from warm_dist import owned
@@ -69,12 +70,7 @@ def container(pod: Object, name: str, values: dict[tuple[str, str], dict[str, st
             ((kind, reference),) = entry["valueFrom"].items()
             environment[entry["name"]] = values[kind.removesuffix("KeyRef"), reference["name"]][reference["key"]]
     words = [*spec["command"], *spec.get("args", [])]
-    return Container([expand(word, environment) for word in words], environment)
-
-
-def expand(word: str, environment: dict[str, str]) -> str:
-    """$(NAME), as a kubelet does it; an unknown name stays as it is."""
-    return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), word)
+    return Container([substitute(word, environment) for word in words], environment)
 
 
 def uri_of_the_readme() -> str:

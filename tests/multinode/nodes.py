@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from tests.processes import ROOT
 
 MASTER, PORT = "10.77.0.1", 29500
@@ -48,6 +50,12 @@ def missing() -> str:
         return f"NO NETWORK NAMESPACES: {done.stderr.strip()} (needs root)"
     subprocess.run(["ip", "netns", "del", name], check=True)
     return ""
+
+
+def need() -> None:
+    """A loud skip where there can be no namespaces, in CI a failure."""
+    if reason := missing():
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
 
 
 class Cluster:

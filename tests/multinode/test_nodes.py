@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.multinode.nodes import MASTER, PORT, Cluster, missing
+from tests.multinode.nodes import MASTER, PORT, Cluster, need
 from tests.processes import MARK, ROOT, end_marked, marked, wait_for
 from tests.test_train import environment, launcher, losses, outcome, train
 from warm_dist import errors
@@ -124,8 +124,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if missing():
-        pytest.skip(missing())
+    need()
     with Cluster(3, tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 

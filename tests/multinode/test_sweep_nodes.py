@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.multinode.nodes import Cluster, missing
+from tests.multinode.nodes import Cluster, need
 from tests.processes import MARK, end_marked, marked, wait_for
 from tests.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_named, write_sweep
 from tests.test_train import environment
@@ -130,8 +130,7 @@ def hosts(run: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    if missing():
-        pytest.skip(missing())
+    need()
     folder = tmp_path_factory.mktemp("ray")
     scratch = Path(tempfile.mkdtemp(prefix="wdray"))  # short: Ray's sockets lie there, of 107 bytes at most
     try:
