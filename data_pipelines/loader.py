@@ -25,8 +25,8 @@ from data_pipelines.manifest import Manifest, read_manifest
 from data_pipelines.payload import decode
 from data_pipelines.store import Store, open_store, split_url
 from warm_dist.config import Config
+from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError
-from warm_dist.types import Batch
 
 _RAMP = 4  # blocks grow by this factor, so that the first batch waits for little
 # A request costs about as long as this many bytes take, so smaller gaps are read and thrown away.

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.store import Store, open_store, split_url
+from warm_dist.data import LOW_MODES, DataInfo
 from warm_dist.errors import DataError
-from warm_dist.types import LOW_MODES, DataInfo
 
 NAME = "manifest.parquet"
 VERSION = 2

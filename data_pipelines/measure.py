@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
-from warm_dist.types import LOW_MODES, DataInfo
+from warm_dist.data import LOW_MODES, DataInfo
 
 BATCH_BYTES = 16 << 20  # of float64 pixels
 

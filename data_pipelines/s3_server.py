@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from data_pipelines.s3_store import S3Store
-from warm_dist import owned
+from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError
 
 HOST = "127.0.0.1"
@@ -60,16 +60,16 @@ class S3Server:
                     )
                 self.endpoint_url = f"http://{HOST}:{port}"
                 process = self._start(weed, port)
-                stack.callback(owned.stop, process, STOP_S)
+                stack.callback(supervisor.stop, process, STOP_S)
                 lock.seek(0)
                 lock.truncate()
-                lock.write(owned.identity(process.pid))
+                lock.write(supervisor.identity(process.pid))
                 lock.flush()
                 try:
                     self._wait_until_ready(process, access, secret)
                     break
                 except UnreachableError:
-                    owned.stop(process, STOP_S)
+                    supervisor.stop(process, STOP_S)
                     if self._port or attempt == 2:
                         raise
             self._stack = stack.pop_all()
@@ -93,8 +93,8 @@ class S3Server:
             raise OutputError(f"{self.directory}: another S3 server is running on this folder; stop it first") from None
         lock.seek(0)
         former = lock.read()
-        deadline = time.monotonic() + 2 * owned.GRACE_S
-        while owned.alive(former):  # its owner was killed a moment ago and its supervisor is just ending it
+        deadline = time.monotonic() + 2 * supervisor.GRACE_S
+        while supervisor.alive(former):  # its owner was killed a moment ago and its supervisor is just ending it
             if time.monotonic() > deadline:
                 lock.close()
                 raise OutputError(f"{self.directory}: a former S3 server (process {former.split(':')[0]}) does not end")
@@ -144,7 +144,7 @@ class S3Server:
         command = [str(weed), "mini", *(f"-{name}={value}" for name, value in flags.items())]
         # the AWS variables, if set, would become a second identity
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return owned.start(command, {**environment, "GOMEMLIMIT": "256MiB"}, self.directory / "s3.log")
+        return supervisor.start(command, {**environment, "GOMEMLIMIT": "256MiB"}, self.directory / "s3.log")
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], access: str, secret: str) -> None:
         """Until a write to the bucket succeeds: the S3 port answers before the volumes behind it do."""

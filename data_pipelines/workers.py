@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TypeVar
 
 from data_pipelines.store import Store, open_store
-from warm_dist import owned
+from warm_dist import supervisor
 from warm_dist.errors import ConfigError, Stopped
 
 Task = TypeVar("Task")
@@ -56,7 +56,7 @@ def shared_store(url: str, endpoint_url: str | None) -> Store:
 
 
 def _begin(owner: int) -> None:
-    owned.end_with_parent(signal.SIGKILL)
+    supervisor.end_with_parent(signal.SIGKILL)
     if os.getppid() != owner:  # it was gone before the kernel was asked
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides

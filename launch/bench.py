@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, DataError, WarmDistError
 
 if TYPE_CHECKING:
@@ -213,13 +213,13 @@ class DataBench:
             job = job | {"contender": contender, "folder": name, "out": str(out), "aws": str(python.parent / "aws")}
             description.write_text(json.dumps(job))
             script = ROOT / "launch" / "peers" / ("ours.py" if contender == OURS else "data.py")
-            process = owned.start([str(python), str(script), str(description)], self._environment(folder), log)
+            process = supervisor.start([str(python), str(script), str(description)], self._environment(folder), log)
             try:
                 code = process.wait(JOB_S)
             except subprocess.TimeoutExpired:
                 code = -1
             finally:
-                owned.stop(process)
+                supervisor.stop(process)
             if code != 0 or not out.exists():
                 how = f"took more than {JOB_S} s" if code == -1 else f"ended with code {code}"
                 tail = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-8:])
@@ -291,12 +291,12 @@ def data(args: argparse.Namespace) -> int:
 
 def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
-    from warm_dist import scaling as model
+    from warm_dist import scaling
     from warm_dist.config_file import load_config
     from warm_dist.flops import size_of
 
     config = load_config(args.config, args.set)
-    print(model.table(config, size_of(config)))
+    print(scaling.table(config, size_of(config)))
     return errors.EXIT_OK
 
 

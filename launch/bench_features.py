@@ -180,8 +180,8 @@ def features(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from launch.peers.clean_fid import CleanFid
-    from warm_dist.downloads import file_sha256
     from warm_dist.extractors import make_extractor
+    from warm_dist.files import file_sha256
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="warm-dist-bench-") as name:

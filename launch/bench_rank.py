@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warm_dist.errors import WarmDistError
-from warm_dist.metrics import read_json
+from warm_dist.files import read_json
 
 if TYPE_CHECKING:
     from warm_dist.config import Config
+    from warm_dist.data import Batch, DataInfo
     from warm_dist.distributed import World
     from warm_dist.trainer import Trainer
-    from warm_dist.types import Batch, DataInfo
 
 MIRROR_S = 120.0  # the longest to wait for the mirror to find its server, or to send the last line
 
@@ -123,8 +123,8 @@ def made_up(config: Config) -> DataInfo:
     """Facts of a data set with a natural spectrum that nobody packed."""
     import numpy as np
 
+    from warm_dist.data import LOW_MODES, DataInfo
     from warm_dist.spectrum import fallback_spectrum
-    from warm_dist.types import LOW_MODES, DataInfo
 
     size, channels = config.data.resolution, config.data.channels
     low = LOW_MODES**2 * channels
@@ -138,8 +138,8 @@ def _images(config: Config, world: World) -> Iterator[Batch]:
     """This rank's batches: the same pictures over and over, at new positions."""
     import numpy as np
 
+    from warm_dist.data import Batch
     from warm_dist.rng import generator
-    from warm_dist.types import Batch
 
     share, nimg = config.train.batch_size // world.size, 0
     shape = (share, config.data.channels, config.data.resolution, config.data.resolution)

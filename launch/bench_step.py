@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.bench import ROOT, Spread
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, WarmDistError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class StepBench:
         common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = [
-            owned.start(
+            supervisor.start(
                 [sys.executable, str(ROOT / "launch" / "bench_rank.py"), json.dumps(job)],
                 {**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number)},
                 folder / f"rank_{number}.log",
@@ -99,7 +99,7 @@ class StepBench:
                 time.sleep(0.05)
         finally:
             for process in processes:
-                owned.stop(process)
+                supervisor.stop(process)
         if not Path(job["out"]).exists():
             tail = "\n  ".join((folder / "rank_0.log").read_text(errors="replace").strip().splitlines()[-8:])
             raise WarmDistError(f"{kind} on {size} ranks measured nothing; its output ends:\n  {tail}")

@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def _open_results(out: Path) -> dict[str, Any]:
-    from warm_dist.metrics import make_folder, read_json
+    from warm_dist.files import make_folder, read_json
 
     make_folder(out)
     kept = read_json(out / "results.json")
@@ -113,7 +113,7 @@ class Network:
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
         from warm_dist.config import EvalConfig
         from warm_dist.distributed import on_main
-        from warm_dist.downloads import file_sha256
+        from warm_dist.files import file_sha256
         from warm_dist.generate import load_weights
 
         self.weights, self.args, self.world = weights, args, world
@@ -178,7 +178,7 @@ class Network:
 
     def _keep(self, results: dict[str, Any]) -> None:
         from warm_dist.distributed import on_main
-        from warm_dist.metrics import write_json
+        from warm_dist.files import write_json
 
         on_main(self.world, lambda: write_json(self.args.out / "results.json", results))
 
@@ -196,7 +196,7 @@ def _recipe(model: Model) -> str:
 
 def _log(network: Network, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
-    from warm_dist.metrics import read_json
+    from warm_dist.files import read_json
     from warm_dist.mlflow_client import log_finished
 
     tracking = network.config.tracking

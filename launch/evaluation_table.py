@@ -16,7 +16,7 @@ MEASURES = ("frechet", "spread", "kid", "precision", "recall", "floor")
 def write(lines: list[Line], out: Path) -> None:
     """OUT/table.csv and, with two cells or more, OUT/surface.png. Raises OutputError."""
     from warm_dist import surface
-    from warm_dist.figures import replace_file
+    from warm_dist.files import replace_file
 
     def fill(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:

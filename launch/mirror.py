@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.config import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
-from warm_dist.metrics import read_json, read_metrics
+from warm_dist.files import read_json
+from warm_dist.metrics import read_metrics
 from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.tracking import Mirror, SendModel
 
@@ -41,7 +42,12 @@ def start_mirror(run: Path) -> subprocess.Popen[bytes]:
     with (run / "mirror.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(run), "--follow"],
-            env={**CLIENT_ENV, **os.environ, owned.OWNER: owned.identity(os.getpid()), "OMP_NUM_THREADS": "1"},
+            env={
+                **CLIENT_ENV,
+                **os.environ,
+                supervisor.OWNER: supervisor.identity(os.getpid()),
+                "OMP_NUM_THREADS": "1",
+            },
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -58,7 +64,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.follow:
         os.nice(10)  # training first
-    mirror_run(args.run, args.url, args.register, os.environ.get(owned.OWNER) if args.follow else None, args.follow)
+    mirror_run(
+        args.run, args.url, args.register, os.environ.get(supervisor.OWNER) if args.follow else None, args.follow
+    )
     return errors.EXIT_OK
 
 
@@ -152,7 +160,7 @@ def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str
         status = {0: "FINISHED", 75: "KILLED"}.get(exit_file["code"], "FAILED")
         tags = {"exit.code": str(exit_file["code"]), "exit.reason": str(exit_file["reason"])}
         return status, tags, (run / "exit.json").stat().st_mtime
-    gone = not owned.alive(owner) if owner else _abandoned(run)
+    gone = not supervisor.alive(owner) if owner else _abandoned(run)
     if gone and _attempt(run) == attempt:
         return "KILLED", {"exit.reason": "the process ended without an exit.json"}, time.time()
     return None
@@ -161,7 +169,7 @@ def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str
 def _ended(run: Path, owner: str | None) -> bool:
     exit_file = read_json(run / "exit.json")
     return bool(exit_file and exit_file.get("attempt", 0) >= _attempt(run)) or (
-        owner is not None and not owned.alive(owner)
+        owner is not None and not supervisor.alive(owner)
     )
 
 
@@ -204,7 +212,7 @@ def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if time.monotonic() > deadline and not (owner and owned.alive(owner)):
+                if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
                     raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
                 time.sleep(POLL_S / 4)
         yield

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.services import Services, free_port, pack_openmoji, services
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.config import Config
 from warm_dist.config_file import dump, load_config
 from warm_dist.errors import ConfigError, Stopped
-from warm_dist.metrics import read_json, read_metrics
+from warm_dist.files import read_json
+from warm_dist.metrics import read_metrics
 
 LAUNCH = Path(__file__).resolve().parent
 SAVE_S = 120.0  # how long a run that was told to stop may take to save
@@ -99,13 +100,13 @@ class Quickstart:
         print(f"quickstart: {' '.join(command)}", flush=True)
         exit_file = self.output / "exit.json"
         before = _modified(exit_file)
-        process = owned.start([*PATIENT, *command], self._environment())
+        process = supervisor.start([*PATIENT, *command], self._environment())
         try:
             code = process.wait()
         except KeyboardInterrupt:
             code = self._stop(process)
         finally:
-            owned.stop(process)
+            supervisor.stop(process)
         end = read_json(exit_file) if _modified(exit_file) != before else None
         code = end["code"] if end else code or errors.EXIT_UNEXPECTED
         if code:
@@ -136,7 +137,7 @@ class Quickstart:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(5)
-        return owned.stop(process)
+        return supervisor.stop(process)
 
     def _catch_up(self, servers: Services) -> None:
         """What the run's own mirror has not sent yet, while the server is still there."""

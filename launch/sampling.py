@@ -7,8 +7,8 @@ from pathlib import Path
 
 from warm_dist.config import Config, SamplerConfig, check_sampling
 from warm_dist.config_file import dump, override, validate
+from warm_dist.data import DataInfo
 from warm_dist.errors import ConfigError
-from warm_dist.types import DataInfo
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_pipelines.manifest import read_manifest
 from data_pipelines.s3_server import S3Server
-from warm_dist import owned, trial
+from warm_dist import supervisor
 from warm_dist.config import Config
 from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError
 
@@ -46,8 +46,8 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
         port = free_port() if ui_port is None else _checked(ui_port)
         s3 = stack.enter_context(S3Server(root / "s3", BUCKET))
         url, log = f"http://{HOST}:{port}", root / "mlflow.log"
-        process = owned.start(_command(root, port), _environment(s3), log)
-        stack.callback(owned.stop, process)
+        process = supervisor.start(_command(root, port), _environment(s3), log)
+        stack.callback(supervisor.stop, process)
         _wait_until_healthy(url, process, log)
         yield Services(s3, url, process)
 
@@ -68,7 +68,7 @@ def pack_openmoji(config: Config, servers: Services) -> None:
 
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
-    return trial.free_port(HOST)
+    return supervisor.free_port(HOST)
 
 
 def _command(root: Path, port: int) -> list[str]:

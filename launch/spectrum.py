@@ -31,7 +31,7 @@ def main() -> int:
 
     from data_pipelines.manifest import read_manifest
     from warm_dist.analysis import suggested_bnr, suggested_path
-    from warm_dist.metrics import make_folder, write_json
+    from warm_dist.files import make_folder, write_json
     from warm_dist.spectrum_figure import spectrum_figure
 
     info = read_manifest(args.manifest, args.endpoint_url).info

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines.store import open_store
 from launch.services import claimed
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.errors import AccessError, OutputError, Stopped
 from warm_dist.space import Trial, trials
 from warm_dist.sweep_config import SweepConfig, load_sweep, parameters
@@ -34,7 +34,7 @@ def main() -> int:
     if args.retry_failed and not args.resume:
         parser.error("--retry-failed goes with --resume")
     if not (args.dry_run or args.driver):  # the driver under a supervisor: Ray's helpers may outlive it by a minute
-        return owned.run([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--driver"])
+        return supervisor.run([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--driver"])
     try:
         return drive(args)
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ class Session:
     def run(self, resume: bool, retry_failed: bool) -> int:
         """Train what has not ended, and report; the exit code. Raises Stopped after the report so far, when interrupted."""
         from launch.sweep_report import Report
-        from warm_dist import sweep as tune
+        from warm_dist import sweep
 
         record = self.ledger.claim(self.every, resume)
         if resume and not record["trials"]:
@@ -92,7 +92,7 @@ class Session:
         stopped = None
         if pending:
             try:
-                tune.run(self.sweep, pending, place, self.ledger, open_store, say)
+                sweep.run(self.sweep, pending, place, self.ledger, open_store, say)
             except (Stopped, AccessError, OutputError) as error:  # after some work: here is what came of it
                 stopped = error
         code = report.write(whole=stopped is None)

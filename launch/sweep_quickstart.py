@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from launch.services import Services, pack_openmoji, services
-from warm_dist import errors, owned
+from warm_dist import errors, supervisor
 from warm_dist.config_file import validate
 from warm_dist.errors import Stopped
 from warm_dist.sweep_config import load_sweep
@@ -48,7 +48,7 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
     command += [part for setting in [*settings, *overrides] for part in ("--set", setting)]
     command += ["--resume"] if (output / "sweep.json").exists() else []
     print(f"sweep: {' '.join(command)}", flush=True)
-    process = owned.start(command)
+    process = supervisor.start(command)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
             print("sweep: does not stop, and is ended", file=sys.stderr, flush=True)
         raise
     finally:
-        owned.stop(process)
+        supervisor.stop(process)
     if code == errors.EXIT_OK:
         port = "" if output.parent == Path("runs") else f" (python launch/ui.py --root {output.parent})"
         print(f"MLflow   make ui{port}; pictures   {output / 'results'}", flush=True)

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from warm_dist import errors, owned, sweep_figures, sweep_results
+from warm_dist import errors, supervisor, sweep_figures, sweep_results
 from warm_dist.config_file import dump
 from warm_dist.errors import OutputError, UnreachableError
+from warm_dist.files import make_folder, write_json
 from warm_dist.ledger import Ledger
-from warm_dist.metrics import make_folder, write_json
 from warm_dist.space import Trial, constant_bnr
 from warm_dist.sweep_config import SurfaceConfig, SweepConfig, parameters
 from warm_dist.sweep_results import Outcome
@@ -107,11 +107,11 @@ class Report:
         data = self.trials[best.name].config.data  # the addresses of today, not those that the weights remember
         command += ["--manifest", data.manifest, *(["--endpoint-url", data.endpoint_url] if data.endpoint_url else [])]
         self.say(f"surface: {best.name} over NFE x BNR")
-        process = owned.start(command)
+        process = supervisor.start(command)
         try:
             code = process.wait()
         finally:
-            owned.stop(process)
+            supervisor.stop(process)
         if code:
             self.code = code
             self.say(f"surface: launch/evaluate.py has ended with code {code}; --resume tries again")

@@ -61,7 +61,7 @@ class Attempt:
             self.world = distributed.init(parallel.timeout_s)
         except errors.UnreachableError as error:
             if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
-                errors.tell(error)  # rank 0 tells its own machine only
+                errors.print_error(error)  # rank 0 tells its own machine only
             raise
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
@@ -105,7 +105,7 @@ class Attempt:
 
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
         """A broken collective is usually a peer's end: the peer has written why, or its silence tells who it was."""
-        from warm_dist.metrics import read_json
+        from warm_dist.files import read_json
 
         def told() -> errors.PeerError | None:
             end = read_json(self.path / "exit.json")
@@ -116,7 +116,7 @@ class Attempt:
         message = self.heartbeat.diagnose(error, lambda: told() is not None)
         found = told() or errors.UnreachableError(message)
         if self.world.rank and self.heartbeat.speaks():
-            errors.tell(found)  # rank 0, which tells people everything else, is not there to do so
+            errors.print_error(found)  # rank 0, which tells people everything else, is not there to do so
         return found
 
     def _train(self) -> None:

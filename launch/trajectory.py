@@ -90,8 +90,8 @@ def _forward(
     import torch
 
     from warm_dist import rng
+    from warm_dist.data import centre, to_uint8
     from warm_dist.figures import save_table
-    from warm_dist.generate import centre, to_uint8
     from warm_dist.process import corrupt, level_at
     from warm_dist.sampler import schedule
     from warm_dist.spectrum import blur
@@ -116,8 +116,9 @@ def _sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, ti
     import numpy as np
     import torch
 
+    from warm_dist.data import to_uint8
     from warm_dist.figures import save_table
-    from warm_dist.generate import generate, load_guide, sample_labels, to_uint8
+    from warm_dist.generate import generate, load_guide, sample_labels
     from warm_dist.process import ORIGIN, Point
 
     seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
@@ -155,7 +156,7 @@ def _shown(x: Tensor, sigma: float, model: Model) -> NDArray[Any]:
     """Noise of σ 80 is scaled down to the data's own contrast; images keep theirs."""
     import torch
 
-    from warm_dist.generate import to_uint8
+    from warm_dist.data import to_uint8
 
     scale = model.info.sigma_data / math.hypot(model.info.sigma_data, sigma)
     return to_uint8(x * scale, torch.tensor(model.info.channel_mean)).numpy()

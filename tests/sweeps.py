@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.processes import MARK, ROOT, end_marked, marked
-from warm_dist.metrics import read_json, read_metrics
+from warm_dist.files import read_json
+from warm_dist.metrics import read_metrics
 
 TOTAL, EVERY = 1600, 400
 SMALL = {
@@ -107,7 +108,7 @@ class Command:
             for pid in self.alive()
             if f"trials/{name}/trial.json" in _words(pid)
             and "launch.train" in _words(pid)
-            and "warm_dist.owned" not in _words(pid)
+            and "warm_dist.supervisor" not in _words(pid)
         ]
 
     def kill(self, name: str) -> bool:

@@ -7,8 +7,8 @@ import torch
 
 from warm_dist.augment import Draw, draw, low_pass, warp
 from warm_dist.config_file import load_config
+from warm_dist.data import Batch, DataInfo
 from warm_dist.preparation import prepare
-from warm_dist.types import Batch, DataInfo
 
 ROOT = Path(__file__).parents[1]
 

@@ -38,5 +38,7 @@ def test_every_error_travels_between_ranks():
 
 
 def test_what_is_told_has_no_secrets(capsys):
-    errors.tell(errors.UnreachableError("https://key:hunter2@s3.example/x?X-Amz-Signature=hunter2 does not answer"))
+    errors.print_error(
+        errors.UnreachableError("https://key:hunter2@s3.example/x?X-Amz-Signature=hunter2 does not answer")
+    )
     assert capsys.readouterr().err == "UnreachableError: https://s3.example/x does not answer\n"

@@ -17,8 +17,8 @@ from data_pipelines.s3_store import S3Store
 from data_pipelines.store import Store, open_store
 from tests.faulty_proxy import FAULTS, FaultyProxy, share
 from tests.test_loader import equal, joined, loader, take
+from warm_dist.data import Batch
 from warm_dist.errors import DataError
-from warm_dist.types import Batch
 
 if TYPE_CHECKING:
     from conftest import Packed

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.processes import ROOT, free_port
-from warm_dist import distributed, owned
+from warm_dist import distributed, supervisor
 from warm_dist.distributed import StopSignal, World
 from warm_dist.errors import DataError, Stopped, UnreachableError
 from warm_dist.heartbeat import Heartbeat, deepspeed_runner
@@ -216,5 +216,5 @@ def test_the_deepspeed_command_is_watched_and_nothing_else(tmp_path):
         command = [sys.executable, str(path), str(launch), "deepspeed.launcher.launch", "-c", rank]
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         said = process.stdout.readline().strip()
-        assert said == (owned.identity(process.pid) if watched else "")
+        assert said == (supervisor.identity(process.pid) if watched else "")
         process.communicate("\n", timeout=20)

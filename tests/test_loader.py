@@ -26,8 +26,8 @@ from data_pipelines.pack import pack
 from data_pipelines.sources import Sample, Source, open_source
 from data_pipelines.store import FileStore, Store, open_store
 from warm_dist.config_file import validate
+from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError
-from warm_dist.types import Batch
 
 if TYPE_CHECKING:
     from conftest import Packed

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from launch import services as servers
+from launch import services
 from launch.services import Services, services
 from tests.processes import ROOT
 from tests.test_train import config_file, environment  # noqa: F401  # a fixture
-from warm_dist import owned
-from warm_dist.metrics import read_json, read_metrics
+from warm_dist import supervisor
+from warm_dist.files import read_json
+from warm_dist.metrics import read_metrics
 from warm_dist.mlflow_client import CLIENT_ENV
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def running(tmp_path: Path) -> Iterator[Services]:
 def again(running: Services, log: Path) -> Popen[bytes]:
     """The same server, on the same port and database."""
     root, port = log.parent, int(running.mlflow_url.rpartition(":")[2])
-    process = owned.start(servers._command(root, port), servers._environment(running.s3), log)
-    servers._wait_until_healthy(running.mlflow_url, process, log)
+    process = supervisor.start(services._command(root, port), services._environment(running.s3), log)
+    services._wait_until_healthy(running.mlflow_url, process, log)
     return process
 
 
@@ -123,7 +124,7 @@ def test_a_server_that_dies_comes_back_and_hangs(
     finally:
         train.kill()
         if server is not None:
-            owned.stop(server)
+            supervisor.stop(server)
 
 
 def check(run: Path, url: str, phases: dict[str, tuple[float, float]], queued: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from warm_dist import owned
+from warm_dist import supervisor
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
@@ -50,7 +50,7 @@ MEMBERS = ("command", "same-group", "own-session")
 def family(folder: Path) -> dict[str, str]:
     """Identities by name, once all have written their pids."""
     assert wait_until(lambda: all((folder / name).exists() and (folder / name).read_text() for name in MEMBERS))
-    return {name: owned.identity(int((folder / name).read_text())) for name in MEMBERS}
+    return {name: supervisor.identity(int((folder / name).read_text())) for name in MEMBERS}
 
 
 @pytest.mark.slow
@@ -58,21 +58,21 @@ def test_kill_9_of_the_owner_ends_the_command_and_its_grandchildren(tmp_path: Pa
     owner = subprocess.Popen([sys.executable, "-c", OWNER, FAMILY, str(tmp_path)])
     try:
         members = family(tmp_path)
-        assert all(owned.alive(member) for member in members.values())
+        assert all(supervisor.alive(member) for member in members.values())
     finally:
         owner.kill()
         owner.wait()
-    assert wait_until(lambda: not any(owned.alive(member) for member in members.values())), members
+    assert wait_until(lambda: not any(supervisor.alive(member) for member in members.values())), members
 
 
 @pytest.mark.slow
 def test_kill_9_of_the_supervisor_ends_the_command(tmp_path: Path) -> None:
-    process = owned.start([sys.executable, "-c", FAMILY, str(tmp_path)])
+    process = supervisor.start([sys.executable, "-c", FAMILY, str(tmp_path)])
     members = family(tmp_path)
     process.kill()
     process.wait()
     try:
-        assert wait_until(lambda: not owned.alive(members["command"]))
+        assert wait_until(lambda: not supervisor.alive(members["command"]))
     finally:  # a documented limit: the command's own children are nobody's then
         for name in ("same-group", "own-session"):
             os.kill(int((tmp_path / name).read_text()), signal.SIGKILL)
@@ -82,18 +82,18 @@ def test_kill_9_of_the_supervisor_ends_the_command(tmp_path: Path) -> None:
 def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     code = f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(600)"
-    process = owned.start([sys.executable, "-c", code])
+    process = supervisor.start([sys.executable, "-c", code])
     assert wait_until(ready.exists)
-    assert owned.stop(process, timeout_s=0.3) == 128 + signal.SIGKILL
+    assert supervisor.stop(process, timeout_s=0.3) == 128 + signal.SIGKILL
 
 
 def test_exit_code_output_and_environment_pass_through(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = "import os, sys; print(os.environ['COLOUR']); sys.exit(7)"
-    process = owned.start([sys.executable, "-c", code], env={**os.environ, "COLOUR": "blue"}, log=log)
+    process = supervisor.start([sys.executable, "-c", code], env={**os.environ, "COLOUR": "blue"}, log=log)
     assert process.wait(20) == 7
     assert log.read_text() == "blue\n"
-    assert owned.stop(process) == 7  # stopping what has ended is harmless
+    assert supervisor.stop(process) == 7  # stopping what has ended is harmless
 
 
 def test_sigterm_is_forwarded_and_the_command_may_end_as_it_likes(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_sigterm_is_forwarded_and_the_command_may_end_as_it_likes(tmp_path: Path
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75));"
         f"open({str(ready)!r}, 'w'); time.sleep(600)"
     )
-    process = owned.start([sys.executable, "-c", code])
+    process = supervisor.start([sys.executable, "-c", code])
     assert wait_until(ready.exists)
-    assert owned.stop(process) == 75
+    assert supervisor.stop(process) == 75
 
 
 def test_a_supervisor_that_was_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
@@ -121,11 +121,11 @@ signal.sigtimedwait = odd
 sys.argv[1:] = ["--", sys.executable, "-c", "import time; open({str(tmp_path / "ready")!r}, 'w'); time.sleep(3); raise SystemExit(5)"]
 sys.exit(owned.main())
 """
-    environment = {**os.environ, owned.OWNER: owned.identity(os.getpid())}
+    environment = {**os.environ, supervisor.OWNER: supervisor.identity(os.getpid())}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     assert wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(2 * owned.WATCH_S)  # past the timeout: this is what is tested
+    time.sleep(2 * supervisor.WATCH_S)  # past the timeout: this is what is tested
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == 5, "the command's own code: it was not ended"
@@ -133,24 +133,24 @@ sys.exit(owned.main())
 
 def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert owned.start(["no-such-command-here"], log=log).wait(20) == 127
+    assert supervisor.start(["no-such-command-here"], log=log).wait(20) == 127
     assert "no-such-command-here: cannot be run" in log.read_text()
 
 
 def test_a_reused_pid_does_not_pass_for_the_owner() -> None:
-    pid, start = owned.identity(os.getpid()).split(":")
-    assert owned.alive(f"{pid}:{start}")
-    assert not owned.alive(f"{pid}:{int(start) + 1}")
-    command = [sys.executable, "-m", "warm_dist.owned", "--", sys.executable, "-c", "raise SystemExit(9)"]
-    assert subprocess.run(command, env={**os.environ, owned.OWNER: f"{pid}:{int(start) + 1}"}).returncode == 1
+    pid, start = supervisor.identity(os.getpid()).split(":")
+    assert supervisor.alive(f"{pid}:{start}")
+    assert not supervisor.alive(f"{pid}:{int(start) + 1}")
+    command = [sys.executable, "-m", "warm_dist.supervisor", "--", sys.executable, "-c", "raise SystemExit(9)"]
+    assert subprocess.run(command, env={**os.environ, supervisor.OWNER: f"{pid}:{int(start) + 1}"}).returncode == 1
 
 
 def test_a_zombie_is_not_alive() -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     who = f"{process.pid}:"
-    assert wait_until(lambda: not owned.identity(process.pid))
+    assert wait_until(lambda: not supervisor.identity(process.pid))
     process.wait()
-    assert not owned.alive(who)
+    assert not supervisor.alive(who)
 
 
 RUN = """
@@ -181,4 +181,4 @@ def test_the_code_of_what_is_run_comes_back_and_all_that_it_left_is_ended(tmp_pa
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {left!r}], start_new_session=True); sys.stdin.read(); import pathlib, time\nwhile not (pathlib.Path({str(mark)!r}).exists() and pathlib.Path({str(mark)!r}).read_text()): time.sleep(0.02)\nsys.exit(5)"
     script = f"import sys; from warm_dist import owned; sys.exit(owned.run([sys.executable, '-c', {code!r}]))"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 5
-    assert owned.identity(int(mark.read_text())) == ""
+    assert supervisor.identity(int(mark.read_text())) == ""

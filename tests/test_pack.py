@@ -25,9 +25,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from data_pipelines import index
-from data_pipelines import pack as pack_module
-from data_pipelines import verify as verify_module
+from data_pipelines import index, pack, verify
 from data_pipelines.index import index_shard
 from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifest
 from data_pipelines.pack import BAD, Packing, pack
@@ -362,7 +360,7 @@ def test_verify_lists_every_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / manifest.shards[2].name).unlink()
     monkeypatch.setattr(sys, "argv", ["verify", f"{tmp_path}/{NAME}"])
     with pytest.raises(DataError, match="3 damages") as caught:
-        verify_module.main()
+        verify.main()
     assert f"image '{manifest.key[9]}' in shard {path.name}: crc32 differs" in str(caught.value)
     assert f"shard {path.name}: sha256 differs" in str(caught.value)
     assert f"{manifest.shards[2].name}: does not exist" in str(caught.value)
@@ -414,12 +412,12 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "DataError: 1 of 2 images do not decode" in done.stderr
     assert not (tmp_path / "out" / NAME).exists()
     monkeypatch.setattr(sys, "argv", ["pack", *arguments, "--max-bad", "0.5", "--workers", "1"])
-    assert pack_module.main() == 0
+    assert pack.main() == 0
     assert "1 images 4x4x3, 0 classes, 1 shards" in capsys.readouterr().out
     for argument in ("0/2", "3/2", "1", "a/b"):
         monkeypatch.setattr(sys, "argv", ["pack", *arguments, "--part", argument])
         with pytest.raises(SystemExit) as caught:
-            pack_module.main()
+            pack.main()
         assert caught.value.code == ConfigError.exit_code
 
 

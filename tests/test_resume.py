@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import loader as loader_module
+from data_pipelines import loader
 from data_pipelines.lanes import Order, rank_positions
 from data_pipelines.loader import Loader, open_loader
 from data_pipelines.manifest import NAME, Manifest, Shard, write_manifest
@@ -33,7 +33,7 @@ from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined
 from warm_dist.config_file import load_config
-from warm_dist.types import LOW_MODES, Batch, DataInfo
+from warm_dist.data import LOW_MODES, Batch, DataInfo
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -227,9 +227,7 @@ def test_a_run_on_imagenet_resumes_within_two_seconds(s3: S3Server, monkeypatch:
     manifest = simulated(store)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda shard: store.write(shard.name, b"0"), manifest.shards))
-    monkeypatch.setattr(
-        loader_module, "open_store", lambda url, endpoint: Simulated("warm-dist", "simulated", endpoint)
-    )
+    monkeypatch.setattr(loader, "open_store", lambda url, endpoint: Simulated("warm-dist", "simulated", endpoint))
     config = load_config(
         str(ROOT / "configs" / "imagenet64.json"),
         [f"data.manifest=s3://warm-dist/simulated/{NAME}", f"data.endpoint_url={s3.endpoint_url}"],

@@ -17,7 +17,6 @@ from data_pipelines import s3_server
 from data_pipelines.s3_server import S3Server
 from data_pipelines.s3_store import S3Store
 from data_pipelines.store import open_store
-from warm_dist import owned
 from warm_dist.errors import OutputError, PortError, UnreachableError
 
 
@@ -37,14 +36,14 @@ def test_data_and_credentials_survive_a_restart_and_the_server_does_not_survive_
         url = owner.stdout.readline().strip()
         assert url
         supervisor = (tmp_path / "s3.lock").read_text()
-        assert owned.alive(supervisor)
+        assert supervisor.alive(supervisor)
         with pytest.raises(OutputError, match="another S3 server is running on this folder"):
             S3Server(tmp_path, "bucket").__enter__()
         keys = s3_server.S3Server(tmp_path, "bucket")._credentials()
         S3Store("bucket", "", url, keys).write("a", b"kept")
         owner.send_signal(signal.SIGKILL)
     with S3Server(tmp_path, "bucket") as server:  # waits for the orphan's end by itself
-        assert not owned.alive(supervisor)
+        assert not supervisor.alive(supervisor)
         assert (server.env["AWS_ACCESS_KEY_ID"], server.env["AWS_SECRET_ACCESS_KEY"]) == keys
         assert connect(server).read("a") == b"kept"
     with pytest.raises(UnreachableError):

@@ -9,6 +9,7 @@ import torch
 from tests.gaussian import gaussian_denoise, pooled_error, propagate, std_at
 from warm_dist.bnr import Cold, ConstantBNR, PowerBNR, TableBNR
 from warm_dist.config import SamplerConfig
+from warm_dist.data import DataInfo
 from warm_dist.errors import DataError
 from warm_dist.process import ORIGIN, Point, cold_points, points, raised
 from warm_dist.sampler import (
@@ -28,7 +29,7 @@ from warm_dist.sampler import (
     start,
 )
 from warm_dist.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct
-from warm_dist.types import DataInfo, Heads
+from warm_dist.types import Heads
 
 HALF = ConstantBNR(bnr=0.5)
 DDIM, POSTERIOR = partial(ancestral, eta=0.0), partial(ancestral, eta=1.0)

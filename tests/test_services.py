@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import quickstart, services, ui
-from warm_dist import owned
+from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, PortError
 from warm_dist.metrics import MetricsLog
 
@@ -31,7 +31,7 @@ def start_ui(root: Path) -> subprocess.Popen[str]:
 def descendants(pid: int) -> set[int]:
     """The process and all below it."""
     family, grown = {pid}, True
-    parents = {int(p.name): owned._children(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    parents = {int(p.name): supervisor._children(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
     while grown:
         more = {child for parent in family for child in parents.get(parent, [])} - family
         family, grown = family | more, bool(more)
@@ -58,10 +58,10 @@ def listening(pids: set[int]) -> set[str]:
 
 def ends_cleanly(process: subprocess.Popen[str], number: signal.Signals) -> bool:
     """The exit code is 0 and no process of its tree is left."""
-    family = [owned.identity(pid) for pid in descendants(process.pid) - {process.pid}]
+    family = [supervisor.identity(pid) for pid in descendants(process.pid) - {process.pid}]
     process.send_signal(number)
     process.communicate(timeout=30)
-    return process.returncode == 0 and not [who for who in family if owned.alive(who)]
+    return process.returncode == 0 and not [who for who in family if supervisor.alive(who)]
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import s3_store
-from data_pipelines import store as store_module
+from data_pipelines import s3_store, store
 from data_pipelines.s3_server import S3Server
 from data_pipelines.s3_store import S3Store
 from data_pipelines.store import Store, open_store, split_url
@@ -57,7 +56,7 @@ def test_upload_and_download_of_a_file_in_several_parts(
     data = os.urandom(9 << 20)  # boto3 sends 8 MiB a part
     (tmp_path / "local").write_bytes(data)
     store.upload("big.bin", tmp_path / "local")
-    monkeypatch.setattr(store_module, "PIECE_BYTES", 2_000_000)
+    monkeypatch.setattr(store, "PIECE_BYTES", 2_000_000)
     store.download("big.bin", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
 

@@ -17,7 +17,7 @@ import pytest
 from tests.processes import ROOT, wait_for
 from tests.sweeps import EVERY, TOTAL, Command, evaluations, pack_digits, states, trial_named, write_sweep
 from warm_dist import errors
-from warm_dist.metrics import read_json
+from warm_dist.files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 

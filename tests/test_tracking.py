@@ -23,18 +23,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import evaluate
-from launch import mirror as command
+from launch import evaluate, mirror
 from launch.mirror import start_mirror
 from launch.services import Services, free_port, services
-from warm_dist import owned
-from warm_dist.errors import ConfigError, OutputError, UnreachableError, public
+from warm_dist import supervisor
+from warm_dist.errors import ConfigError, OutputError, UnreachableError, redact
 from warm_dist.figures import save_grid
-from warm_dist.metrics import MetricsLog, read_json, write_json
+from warm_dist.files import read_json, write_json
+from warm_dist.metrics import MetricsLog
 from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent
 from warm_dist.tracking import Mirror
 
-MIRROR = str(Path(command.__file__))
+MIRROR = str(Path(mirror.__file__))
 STEPS = list(range(32, 32 * 41, 32))
 
 
@@ -243,8 +243,8 @@ def test_the_end_of_the_owner_ends_the_mirror(running: Services, client: Any, ru
     )
     owner = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert owner.returncode == 0, owner.stderr
-    mirror = owned.identity(int(owner.stdout))
-    wait_until(lambda: not owned.alive(mirror))
+    mirror = supervisor.identity(int(owner.stdout))
+    wait_until(lambda: not supervisor.alive(mirror))
     assert history(client, run) == [(n, 1 / n) for n in STEPS]
     assert found(client, run).info.status == "KILLED"
 
@@ -270,9 +270,9 @@ def test_outages_and_lost_replies(running: Services, client: Any, run: Path, mon
     proxy.close()
     log(run, STEPS[30:])
     end(run, 0)
-    monkeypatch.setattr(command, "LAST_TRIES", 1)
+    monkeypatch.setattr(mirror, "LAST_TRIES", 1)
     with pytest.raises(UnreachableError, match=r"python launch/mirror\.py"):
-        command._finish(Mirror(run, proxy.url, run.parent.name), 1, None)
+        mirror._finish(Mirror(run, proxy.url, run.parent.name), 1, None)
     assert catch_up(run, running.mlflow_url).returncode == 0
     assert history(client, run) == [(n, 1 / n) for n in STEPS]
     assert found(client, run).info.status == "FINISHED"
@@ -313,20 +313,20 @@ def test_a_server_that_stays_away_costs_one_sentence(run: Path) -> None:
 
 
 def test_how_a_run_has_ended(run: Path) -> None:
-    me, nobody = owned.identity(os.getpid()), "999999999:1"
-    assert command._end(run, 1, me) is None
-    assert not command._ended(run, me)
-    assert command._ended(run, nobody)
-    assert (command._end(run, 1, nobody) or [None])[0] == "KILLED"
-    assert command._end(run, 0, nobody) is None, "a later attempt is under way"
+    me, nobody = supervisor.identity(os.getpid()), "999999999:1"
+    assert mirror._end(run, 1, me) is None
+    assert not mirror._ended(run, me)
+    assert mirror._ended(run, nobody)
+    assert (mirror._end(run, 1, nobody) or [None])[0] == "KILLED"
+    assert mirror._end(run, 0, nobody) is None, "a later attempt is under way"
     for code, status in ((0, "FINISHED"), (75, "KILLED"), (1, "FAILED"), (11, "FAILED")):
         end(run, code)
-        found_end = command._end(run, 1, None)
+        found_end = mirror._end(run, 1, None)
         assert found_end is not None
         assert found_end[:2] == (status, {"exit.code": str(code), "exit.reason": f"code {code}"})
     make_run(run, "", attempt=2)
-    assert command._end(run, 2, me) is None, "the exit of the attempt before says nothing"
-    assert not command._ended(run, me)
+    assert mirror._end(run, 2, me) is None, "the exit of the attempt before says nothing"
+    assert not mirror._ended(run, me)
 
 
 def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
@@ -352,22 +352,22 @@ def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
 
 
 def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "LOCK_S", 0.0)
+    monkeypatch.setattr(mirror, "LOCK_S", 0.0)
     for _ in range(2):  # the second time shows that the lock was given back
-        with command._only_mirror(run), pytest.raises(OutputError, match="another mirror"), command._only_mirror(run):
+        with mirror._only_mirror(run), pytest.raises(OutputError, match="another mirror"), mirror._only_mirror(run):
             pass
 
 
 def test_the_next_attempts_mirror_waits_for_the_one_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "LOCK_S", 0.0)
-    monkeypatch.setattr(command, "POLL_S", 0.1)
+    monkeypatch.setattr(mirror, "LOCK_S", 0.0)
+    monkeypatch.setattr(mirror, "POLL_S", 0.1)
     got: list[str] = []
 
     def wait() -> None:
-        with command._only_mirror(run, owned.identity(os.getpid())):
+        with mirror._only_mirror(run, supervisor.identity(os.getpid())):
             got.append("lock")
 
-    with command._only_mirror(run):
+    with mirror._only_mirror(run):
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(0.5)
@@ -380,7 +380,7 @@ def test_the_next_attempts_mirror_waits_for_the_one_before(run: Path, monkeypatc
 def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log(run, STEPS)
     tries: list[int] = []
-    monkeypatch.setattr(command, "LAST_TRIES", 50)
+    monkeypatch.setattr(mirror, "LAST_TRIES", 50)
 
     class Away(Mirror):
         def sync(self, running: bool) -> int:
@@ -389,26 +389,26 @@ def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.Monk
             raise UnreachableError("away")
 
     with pytest.raises(UnreachableError, match="away"):
-        command._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
+        mirror._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
     assert len(tries) == 1
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mirror.py", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        command.main()
+        mirror.main()
     make_run(tmp_path, None)
     with pytest.raises(ConfigError, match="name a server with --url"):
-        command.main()
+        mirror.main()
     make_run(tmp_path, "sqlite:///mlflow.db")
     with pytest.raises(ConfigError, match="tracking section"):
-        command.main()
+        mirror.main()
 
 
 def test_public_takes_secrets_out_of_urls_only() -> None:
-    assert public("see https://u:p@ss@host/x") == "see https://host/x"
+    assert redact("see https://u:p@ss@host/x") == "see https://host/x"
     tree = {"a": ["http://u:p@h:1/x?sig=1#f", 3, None], "b": "see https://h/x?k=1 and s3://b/k, 5 @ 3? yes #1"}
-    assert public(tree) == {"a": ["http://h:1/x", 3, None], "b": "see https://h/x and s3://b/k, 5 @ 3? yes #1"}
+    assert redact(tree) == {"a": ["http://h:1/x", 3, None], "b": "see https://h/x and s3://b/k, 5 @ 3? yes #1"}
 
 
 def test_importing_the_mirror_is_cheap() -> None:
@@ -608,17 +608,17 @@ def test_another_metrics_file_of_the_same_run_is_sent_whole(running: Services, c
 
 
 def test_a_run_that_was_cut_off_is_killed_once_nobody_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command._end(run, 1, None) is None, "nothing says that it ever began"
+    assert mirror._end(run, 1, None) is None, "nothing says that it ever began"
     (run / "heartbeat").mkdir()
     (run / "heartbeat" / "rank_0.json").write_text("{}")
     lock = (run / ".lock").open("a+")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    monkeypatch.setattr(command, "SILENCE_S", -1.0)
-    assert command._end(run, 1, None) is None, "somebody holds the lock"
+    monkeypatch.setattr(mirror, "SILENCE_S", -1.0)
+    assert mirror._end(run, 1, None) is None, "somebody holds the lock"
     lock.close()
-    assert (command._end(run, 1, None) or [None])[0] == "KILLED"
-    monkeypatch.setattr(command, "SILENCE_S", 60.0)
-    assert command._end(run, 1, None) is None, "its heart beats, on a machine whose locks we do not see"
+    assert (mirror._end(run, 1, None) or [None])[0] == "KILLED"
+    monkeypatch.setattr(mirror, "SILENCE_S", 60.0)
+    assert mirror._end(run, 1, None) is None, "its heart beats, on a machine whose locks we do not see"
 
 
 def test_a_full_disk_does_not_hide_the_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,9 +629,9 @@ def test_a_full_disk_does_not_hide_the_end(run: Path, monkeypatch: pytest.Monkey
 
     log(run, STEPS[:3])
     monkeypatch.setattr(figures, "loss_curve", full)
-    assert command._curves(run) == []
+    assert mirror._curves(run) == []
     monkeypatch.undo()
-    assert command._curves(run) == [run / "curves.png"]
+    assert mirror._curves(run) == [run / "curves.png"]
 
 
 @pytest.mark.slow

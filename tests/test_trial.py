@@ -16,7 +16,7 @@ from tests.processes import wait_for
 from tests.sweeps import EVERY, TOTAL, pack_digits, write_sweep
 from warm_dist import errors
 from warm_dist.config_file import validate
-from warm_dist.metrics import read_json
+from warm_dist.files import read_json
 from warm_dist.space import Trial, trials
 from warm_dist.sweep_config import SweepConfig, TrialConfig, load_sweep
 from warm_dist.trial import Place, TrialRun, command, environment, make_place, run_config
@@ -186,13 +186,12 @@ def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
 
 
 def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, manifest, monkeypatch):
-    from warm_dist import run_folder
-    from warm_dist import trial as module
+    from warm_dist import run_folder, trial
     from warm_dist.errors import UnreachableError
 
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
     run = TrialRun(trial, make_place(sweep, "f00d", None), ONE, "one", open_store)
-    monkeypatch.setattr(module, "FREE_S", 0.5)
+    monkeypatch.setattr(trial, "FREE_S", 0.5)
     _, lock = run_folder.claim(run.run)
     with lock, pytest.raises(UnreachableError, match="another process still trains in it"):
         run.start()
@@ -208,7 +207,7 @@ def children_of(run: TrialRun) -> list[int]:
                 words = (entry / "cmdline").read_text().split("\0")
             except OSError:
                 continue
-            if "launch.train" in words and str(run.run / "trial.json") in words and "warm_dist.owned" not in words:
+            if "launch.train" in words and str(run.run / "trial.json") in words and "warm_dist.supervisor" not in words:
                 found.append(int(entry.name))
     return found
 

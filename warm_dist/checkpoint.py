@@ -22,7 +22,7 @@ from torch import Tensor
 from warm_dist.ema import EMA
 from warm_dist.engine import STATE, Engine
 from warm_dist.errors import CheckpointError, DataError, OutputError
-from warm_dist.metrics import write_json
+from warm_dist.files import write_json
 from warm_dist.types import Store
 
 FORMAT = 2

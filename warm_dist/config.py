@@ -11,16 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from warm_dist.bnr import (
-    AnyBNR,
-    Cold,
-    LogUniformBNR,
-    NonNegative,
-    PathBNR,
-    PositiveFloat,
-    Section,
-    UniformBNR,
-)
+from warm_dist.bnr import AnyBNR, Cold, LogUniformBNR, NonNegative, PathBNR, PositiveFloat, Section, UniformBNR
 from warm_dist.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]

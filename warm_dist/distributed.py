@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from warm_dist import owned
+from warm_dist import supervisor
 from warm_dist.errors import PortError, UnreachableError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -313,7 +313,7 @@ class StopSignal:
         A rank whose launcher was killed with -9 gets SIGTERM too: it saves and ends instead of training on alone.
         """
         if "LOCAL_RANK" in os.environ:  # a launcher started us, not a shell that may close
-            owned.end_with_parent(signal.SIGTERM)
+            supervisor.end_with_parent(signal.SIGTERM)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         return self

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import tempfile
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
+from warm_dist.files import _BLOCK_BYTES, file_sha256
 from warm_dist.types import Store
 
-_BLOCK_BYTES = 1 << 20
 _SILENCE_S = 60  # after which a web server is given up
 
 
@@ -57,15 +54,6 @@ def fetch(
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); XDG_CACHE_HOME names another place") from None
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check(path: Path, sha256: str, source: str, key: str) -> None:

@@ -99,21 +99,21 @@ class PeerError(WarmDistError):
         return PeerError, (str(self), self.exit_code, self.resumable)  # it travels between ranks
 
 
-def public(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """The same tree or text without what may be secret in an URL: user, password, query (signed links), fragment."""
     if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
+        return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
+        return [redact(inner) for inner in value]
     if isinstance(value, str):
         return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", re.sub(r"(\w://)[^/\s?#]*@", r"\1", value))
     return value
 
 
-def tell(error: WarmDistError) -> None:
+def print_error(error: WarmDistError) -> None:
     """The one line on stderr; a peer's error carries its own kind's name."""
     prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
-    print(f"{prefix}{public(str(error))}", file=sys.stderr, flush=True)
+    print(f"{prefix}{redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:
@@ -125,7 +125,7 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
         sys.exit(main() or EXIT_OK)
     except WarmDistError as error:
         if not quiet:
-            tell(error)
+            print_error(error)
         _leave(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -17,6 +17,7 @@ from torch import Tensor
 from warm_dist import fid, reference
 from warm_dist.bnr import describe
 from warm_dist.config import Config, EvalConfig, SamplerConfig
+from warm_dist.data import DataInfo
 from warm_dist.distributed import StopSignal, World, any_rank, collect, on_main
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.extractors import make_extractor
@@ -26,7 +27,7 @@ from warm_dist.generate import Model, build_network, describe_sampling, generate
 from warm_dist.reference import Reference, ReferenceSpec
 from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.sampler import nfe
-from warm_dist.types import DataInfo, OpenStore
+from warm_dist.types import OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""

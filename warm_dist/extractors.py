@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from warm_dist import lite0
-from warm_dist.downloads import fetch, file_sha256
+from warm_dist.downloads import fetch
 from warm_dist.errors import ConfigError, DataError
+from warm_dist.files import file_sha256
 from warm_dist.types import Store
 
 Images = NDArray[np.uint8] | Tensor

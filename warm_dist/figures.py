@@ -1,10 +1,8 @@
-"""Pictures: the sample grid and the curves of a run."""
+"""Image grids and tables of images as PNG files."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from warm_dist.errors import OutputError
+from warm_dist.files import replace_file
 
 _GAP_PX = 2
+
+
 _GAP_COLOUR = 208  # light grey: visible beside images on white and on black
+
+
 _GRID_PX = 512
-_HEADS = {
-    "loss": ("both heads", "black"),
-    "loss_blurry": ("blurry head", "tab:blue"),
-    "loss_residual": ("residual head", "tab:orange"),
-}
 
 
 def save_grid(images: NDArray[np.uint8], path: Path, columns: int, scale: int | None = None) -> None:
@@ -74,6 +71,13 @@ def save_table(
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
+_HEADS = {
+    "loss": ("both heads", "black"),
+    "loss_blurry": ("blurry head", "tab:blue"),
+    "loss_residual": ("residual head", "tab:orange"),
+}
+
+
 def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the losses of both heads and the Fréchet distance (second axis, with its floor) over nimg, as a PNG.
 
@@ -112,17 +116,3 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _series(lines: Sequence[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:
     return [(line["nimg"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there as a whole. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone after success; without a folder there is nothing to remove
-            temporary.unlink()

@@ -17,23 +17,14 @@ from warm_dist import checkpoint, per_frequency, rng
 from warm_dist.bnr import Cold, describe, exact
 from warm_dist.config import Config, SamplerConfig, check_sampling
 from warm_dist.config_file import parse_json, validate
-from warm_dist.downloads import file_sha256
-from warm_dist.errors import CheckpointError, NumericsError, public
+from warm_dist.data import DataInfo, to_uint8
+from warm_dist.errors import CheckpointError, NumericsError, redact
+from warm_dist.files import file_sha256
 from warm_dist.guidance import guided
 from warm_dist.networks import UNet, build
 from warm_dist.precond import data_spectrum, heads
 from warm_dist.sampler import Denoise, cold_start, sampler_of, schedule, start
-from warm_dist.types import DataInfo, Heads, Level
-
-
-def centre(images: Tensor, channel_mean: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 → float32 in [-1, 1] less the data set's channel means (C,)."""
-    return images.float() / 127.5 - 1 - channel_mean[:, None, None].float()
-
-
-def to_uint8(x: Tensor, channel_mean: Tensor) -> Tensor:
-    """The inverse of `centre`, rounded and clipped to 0 … 255."""
-    return ((x + channel_mean[:, None, None].to(x)) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+from warm_dist.types import Heads, Level
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -183,7 +174,7 @@ def export_weights(parts: list[checkpoint.Part], path: Path) -> None:
     with torch.device("meta"):
         network = build(config)
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    header = {key: json.dumps(public(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
+    header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
     checkpoint.export(parts, shapes, path, header)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from warm_dist import distributed, owned
+from warm_dist import distributed, supervisor
 from warm_dist.distributed import StopSignal, World
 from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 
@@ -155,7 +155,7 @@ class Heartbeat:
     def _reason_to_stop(self) -> str | None:
         if self.preemption_file is not None and os.path.exists(self.preemption_file):
             return f"parallel.preemption_file {self.preemption_file} (remove it before the next start)"
-        if self._runner and not owned.alive(self._runner):
+        if self._runner and not supervisor.alive(self._runner):
             return f"the end of the deepspeed command (pid {self._runner.partition(':')[0]})"
         return None
 
@@ -284,7 +284,7 @@ def deepspeed_runner() -> str:
         return ""
     runner = _parent(launch)
     names = {Path(word).name for word in _command(runner)}
-    return owned.identity(runner) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
+    return supervisor.identity(runner) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
 
 
 def _parent(pid: int) -> int:

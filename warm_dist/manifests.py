@@ -18,7 +18,7 @@ from warm_dist import plan
 from warm_dist.bnr import exact
 from warm_dist.config import Config
 from warm_dist.config_file import assign, dump, flatten, validate_as
-from warm_dist.errors import ConfigError, public
+from warm_dist.errors import ConfigError, redact
 from warm_dist.space import trials
 from warm_dist.sweep_config import SweepConfig
 
@@ -318,8 +318,8 @@ def _check_visible(config: Config) -> None:
 def _check_secrets(tree: Object) -> None:
     """Raises ConfigError for a password or a signed link in an URL: everybody in the namespace reads ConfigMaps."""
     for key, value in flatten(tree).items():
-        if key not in ("$schema", "description") and public(value) != value:
-            raise ConfigError(f"{key} {public(value)}: may hold a secret, which everybody could read in a ConfigMap")
+        if key not in ("$schema", "description") and redact(value) != value:
+            raise ConfigError(f"{key} {redact(value)}: may hold a secret, which everybody could read in a ConfigMap")
 
 
 def _check_store(key: str, url: str) -> None:

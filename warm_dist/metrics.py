@@ -80,29 +80,3 @@ def parse_records(text: str) -> list[dict[str, Any]]:
 def last_attempt(path: Path) -> int:
     """The highest attempt that a metrics.jsonl tells of, 0 for none."""
     return max((record["attempt"] for record in read_metrics(path)), default=0)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder unless it exists. Raises OutputError: better now than after hours of work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Replace a file as a whole: it is never seen half-written. Raises OutputError if the folder refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def read_json(path: Path) -> Any:
-    """The file's content, or None when it does not exist or holds no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None

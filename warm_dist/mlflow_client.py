@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.config_file import flatten
-from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, public
+from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
 
 # MLflow's own retries block for four minutes and may make a run twice; whoever calls us tries again, after looking.
 # A minute lets a server through that needs half of one for each answer.
@@ -42,7 +42,7 @@ def reaching(url: str) -> Iterator[None]:
     what it meets in answers that are no MLflow's.
     """
     if not re.match("https?://", url):
-        raise ConfigError(f"{public(url)}: MLflow is reached by way of a server, http://… or https://…")
+        raise ConfigError(f"{redact(url)}: MLflow is reached by way of a server, http://… or https://…")
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
     try:
         yield
@@ -50,8 +50,8 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-        reason = re.sub(r"\?\S+", "", public(reason))[:MAX_REASON]  # it may quote the address without its host
-        raise UnreachableError(f"MLflow at {public(url)}: {reason}") from None
+        reason = re.sub(r"\?\S+", "", redact(reason))[:MAX_REASON]  # it may quote the address without its host
+        raise UnreachableError(f"MLflow at {redact(url)}: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ def log_finished(
         run = find_or_make(client, experiment, identity, run_name, tags)
         run_id, now = str(run.info.run_id), time.time()
         held = history(client, run)
-        texts = {key: str(public(value))[:MAX_VALUE] for key, value in params.items()}
+        texts = {key: str(redact(value))[:MAX_VALUE] for key, value in params.items()}
         log_batches(
             client,
             run_id,
@@ -179,7 +179,7 @@ def open_parent(url: str, experiment: str, run_name: str, identity: str, params:
     with reaching(url):
         client = client_of(url)
         run = find_or_make(client, experiment, identity, run_name)
-        texts = {key: str(public(value))[:MAX_VALUE] for key, value in params.items()}
+        texts = {key: str(redact(value))[:MAX_VALUE] for key, value in params.items()}
         new = {key: text for key, text in texts.items() if key not in run.data.params}
         log_batches(client, run.info.run_id, params=new)
         return str(run.info.run_id)
@@ -193,7 +193,7 @@ def history(client: Any, run: Any) -> set[Point]:
 
 def as_texts(tree: dict[str, Any]) -> dict[str, str]:
     """A tree as MLflow takes parameters and tags: dotted keys, texts of bounded length, nothing secret."""
-    return {key: str(public(value))[:MAX_VALUE] for key, value in flatten(tree).items()}
+    return {key: str(redact(value))[:MAX_VALUE] for key, value in flatten(tree).items()}
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -10,9 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from warm_dist.data import DataInfo
 from warm_dist.process import expand
 from warm_dist.spectrum import blur, eigenvalues, exact_float32, fallback_spectrum, unblurred
-from warm_dist.types import DataInfo, Heads, Level
+from warm_dist.types import Heads, Level
 
 Condition = tuple[Tensor | None, ...]
 """(class labels or None,) or (class labels or None, labels of the augmentation)."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from warm_dist import augment, rng
 from warm_dist.config import Config
-from warm_dist.generate import centre
+from warm_dist.data import Batch, DataInfo, centre
 from warm_dist.precond import Condition
 from warm_dist.process import training_level
-from warm_dist.types import Batch, DataInfo, Level
+from warm_dist.types import Level
 
 
 class Prepared(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from warm_dist import report_charts, report_facts
-from warm_dist.figures import replace_file
+from warm_dist.files import replace_file
 from warm_dist.report_charts import Look, Series
 from warm_dist.report_facts import Result, Run
 

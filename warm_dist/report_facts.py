@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from warm_dist.bnr import AnyBNR, describe
 from warm_dist.config_file import flatten
-from warm_dist.errors import ConfigError, public
-from warm_dist.metrics import read_json, read_metrics
+from warm_dist.errors import ConfigError, redact
+from warm_dist.files import read_json
+from warm_dist.metrics import read_metrics
 
 BEST, NEAR = "best", "within spread"
 
@@ -103,7 +104,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    config = public(read_json(folder / "config.json"))
+    config = redact(read_json(folder / "config.json"))
     if not isinstance(config, dict):
         raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the folder that a run left")
     end = read_json(folder / "exit.json")
@@ -111,9 +112,9 @@ def _read(folder: Path, name: str) -> Run:
         name,
         folder,
         config,
-        _tree(public(read_json(folder / "run.json"))),
-        public(end) if isinstance(end, dict) else None,
-        [public(line) for line in _lines(folder / "metrics.jsonl")],
+        _tree(redact(read_json(folder / "run.json"))),
+        redact(end) if isinstance(end, dict) else None,
+        [redact(line) for line in _lines(folder / "metrics.jsonl")],
     )
 
 
@@ -139,7 +140,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
     """The results of DIR/results.json; a network of one of the runs bears that run's name. Raises ConfigError."""
-    tree = public(read_json(folder / "results.json"))
+    tree = redact(read_json(folder / "results.json"))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{folder}: not an evaluation, it has no readable results.json; give launch/evaluate.py's --out"

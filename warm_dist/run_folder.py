@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from warm_dist.config import Config
 from warm_dist.config_file import dump
-from warm_dist.errors import OutputError, WarmDistError, public
-from warm_dist.metrics import read_json, write_json
+from warm_dist.errors import OutputError, WarmDistError, redact
+from warm_dist.files import read_json, write_json
 
 
 def claim(run: Path) -> tuple[int, TextIO]:
@@ -70,7 +70,7 @@ def end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None
     code = 0 if error is None else error.exit_code if isinstance(error, WarmDistError) else 1
     tree = {
         "code": code,
-        "reason": "finished" if error is None else public(f"{type(error).__name__}: {error}"),
+        "reason": "finished" if error is None else redact(f"{type(error).__name__}: {error}"),
         "nimg": nimg,
         "resumable": isinstance(error, WarmDistError) and error.resumable,
         "attempt": attempt,

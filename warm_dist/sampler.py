@@ -17,10 +17,11 @@ from torch import Tensor
 
 from warm_dist.bnr import Cold, Path, as_path
 from warm_dist.config import Config, SamplerConfig
+from warm_dist.data import LOW_MODES, DataInfo
 from warm_dist.errors import DataError
 from warm_dist.process import Point, cold_points, level_at, points, raised, transition
 from warm_dist.spectrum import blur, dct, eigenvalues, idct, unblurred
-from warm_dist.types import LOW_MODES, DataInfo, Heads, Level
+from warm_dist.types import Heads, Level
 
 Denoise = Callable[[Tensor, Level], Heads]
 Noise = Callable[[int], Tensor]

@@ -11,7 +11,7 @@ import numpy as np
 from warm_dist import analysis
 from warm_dist.analysis import SIGMAS, Array
 from warm_dist.bnr import ConstantBNR, TableBNR
-from warm_dist.figures import replace_file
+from warm_dist.files import replace_file
 from warm_dist.spectrum import fallback_spectrum
 
 _SNR_SIGMAS = (0.05, 0.5, 5.0)

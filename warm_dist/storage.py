@@ -33,7 +33,8 @@ from warm_dist.checkpoint import (
 from warm_dist.config import CheckpointConfig
 from warm_dist.distributed import World, gather, on_main
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
-from warm_dist.metrics import last_attempt, make_folder, write_json
+from warm_dist.files import make_folder, write_json
+from warm_dist.metrics import last_attempt
 from warm_dist.types import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 

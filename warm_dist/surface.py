@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_dist.figures import replace_file
+from warm_dist.files import replace_file
 
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of each decade
 Line = dict[str, Any]

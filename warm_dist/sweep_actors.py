@@ -14,10 +14,11 @@ from ray import tune
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from warm_dist import owned
+from warm_dist import supervisor
 from warm_dist.space import Trial
+from warm_dist.supervisor import free_port
 from warm_dist.sweep_config import TrialConfig
-from warm_dist.trial import END_S, End, Place, TrialRun, free_port, start_node
+from warm_dist.trial import END_S, End, Place, TrialRun, start_node
 from warm_dist.types import OpenStore
 
 POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen
@@ -114,7 +115,7 @@ class NodeActor:
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL after 10 s."""
-        owned.stop(self.process, END_S)
+        supervisor.stop(self.process, END_S)
 
 
 def _peer(resources: TrialConfig, rank: int) -> Any:

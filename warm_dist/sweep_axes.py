@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from warm_dist import sweep_results as results
+from warm_dist import sweep_results
 from warm_dist.sweep_results import short
 
 GAP = 0.045  # of an axis, between two labels at least
@@ -72,7 +72,7 @@ def coordinate(name: str, values: Sequence[Any], log: bool = False) -> Coordinat
         places = log_places(ids) if log else {value: value for value in ids}
         labels = ticks(places, log, GAP * extent(places))
     else:  # numbers by size, then the rest by their text
-        ids, names = [*map(results.frozen, values)], [*map(short, values)]
+        ids, names = [*map(sweep_results.frozen, values)], [*map(short, values)]
         kinds = set(zip(numbers, ids, names, strict=True))
         order = sorted(kinds, key=lambda kind: (not kind[0], kind[1][1] if kind[0] else 0, kind[2]))
         places = {one: float(k) for k, (_, one, _) in enumerate(order)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import ConfigError
-from warm_dist.figures import replace_file
+from warm_dist.files import replace_file
 
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
 SEED, BNR = "train.seed", "process.bnr"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import mlflow_client
-from warm_dist.errors import OutputError, UnreachableError, public
-from warm_dist.metrics import parse_line, read_json, write_json
+from warm_dist.errors import OutputError, UnreachableError, redact
+from warm_dist.files import read_json, write_json
+from warm_dist.metrics import parse_line
 from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, reaching
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
@@ -105,7 +106,7 @@ class Mirror:
         """The config and new sample grids. An artifact store that fails delays them, and no value."""
         with reaching(self.url):
             if self._grids is None:
-                text = json.dumps(public(read_json(self.run / "config.json") or {}), indent=2)
+                text = json.dumps(redact(read_json(self.run / "config.json") or {}), indent=2)
                 self._client.log_text(self._run_id, text + "\n", "config.json")
                 self._grids = self._list_grids()
             for path in sorted((self.run / "samples").glob("*.png")):
@@ -149,7 +150,7 @@ class Mirror:
 
     def _describe(self, known: dict[str, str]) -> None:
         """Parameters and tags. MLflow never changes a parameter: a later attempt's value is a tag."""
-        config = public(read_json(self.run / "config.json") or {})
+        config = redact(read_json(self.run / "config.json") or {})
         # "$schema" is an editor's affair, and a name that MLflow refuses
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
         params |= _axis(config)

@@ -14,6 +14,7 @@ from warm_dist import checkpoint, per_frequency, rng
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS, Saved
 from warm_dist.config import Config
 from warm_dist.config_file import dump
+from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed import StopSignal, World, gather
 from warm_dist.ema import averages, kind_of
 from warm_dist.engine import build_engine, micro_batches
@@ -27,7 +28,7 @@ from warm_dist.precond import data_spectrum
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import Prepared, prepare
 from warm_dist.storage import Storage
-from warm_dist.types import Batch, DataInfo, Level, Loss
+from warm_dist.types import Level, Loss
 from warm_dist.window import Window, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]

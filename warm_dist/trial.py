@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,20 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_dist import errors, owned, run_folder
+from warm_dist import errors, run_folder, supervisor
 from warm_dist.config_file import dump
 from warm_dist.errors import Stopped, UnreachableError, WarmDistError
-from warm_dist.metrics import make_folder, read_json, read_metrics, write_json
+from warm_dist.files import make_folder, read_json, write_json
+from warm_dist.metrics import read_metrics
 from warm_dist.space import Trial
+from warm_dist.supervisor import free_port
 from warm_dist.sweep_config import SweepConfig, TrialConfig
 from warm_dist.types import OpenStore, Store
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not
+
+
 FREE_S = 20.0  # what a killed sweep's processes may take to be gone from a run's folder
+
+
 PATIENCE_S, RETRY_S = 600.0, 5.0  # with an output on S3 that does not answer
+
+
 LOOPBACK = "127.0.0.1"
+
+
 # Tried again it would fail again: the config, the data, a damaged checkpoint, non-finite numbers, the number of processes.
 _FINAL_CODES = {2, 3, 4, 5, 9}
+
+
 _PUBLISHED = ("config.json", "run.json", "metrics.jsonl", "mirror.json", "exit.json", "trial.log", "samples/*.png",
               "weights/*.safetensors")  # fmt: skip
 
@@ -107,13 +118,6 @@ def environment(resources: TrialConfig) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}, **ours}
 
 
-def free_port(address: str) -> int:
-    """A port of this machine that nobody listens on, for the rendezvous of a trial's ranks."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
 def start_node(config: dict[str, Any], place: Place, resources: TrialConfig, rank: int, address: str, port: int) -> Any:
     """Start one machine's share of a trial, supervised: it ends when this process does. Raises OutputError."""
     run = Path(config["output"])
@@ -122,7 +126,7 @@ def start_node(config: dict[str, Any], place: Place, resources: TrialConfig, ran
     write_json(path, config)
     cwd = place.cwd if Path(place.cwd).is_dir() else None
     log = run / (f"trial_{rank}.log" if rank else "trial.log")
-    return owned.start(command(path, resources, rank, address, port), environment(resources), log, cwd)
+    return supervisor.start(command(path, resources, rank, address, port), environment(resources), log, cwd)
 
 
 def patiently(action: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
@@ -263,7 +267,7 @@ class TrialRun:
     def close(self) -> None:
         """End the process and all that it started: SIGTERM, so that it may save, and SIGKILL after 10 s."""
         if self._process is not None:
-            owned.stop(self._process, END_S)
+            supervisor.stop(self._process, END_S)
             self._tell_end()
         with suppress(UnreachableError):  # then it stays on this machine
             self.publish()

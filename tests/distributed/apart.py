@@ -14,12 +14,12 @@ import torch
 from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
 from warm_dist import checkpoint, distributed
+from warm_dist.data import Batch
 from warm_dist.distributed import World
 from warm_dist.errors import ConfigError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
-from warm_dist.types import Batch
 
 
 def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:

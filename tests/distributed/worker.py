@@ -20,6 +20,7 @@ from data_pipelines.store import open_store
 from warm_dist import distributed, rng
 from warm_dist.config import Config
 from warm_dist.config_file import validate
+from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed import World
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import build_engine
@@ -29,7 +30,6 @@ from warm_dist.networks import build
 from warm_dist.preparation import prepare
 from warm_dist.storage import Storage
 from warm_dist.trainer import Trainer
-from warm_dist.types import Batch, DataInfo
 
 BATCH = 16
 HALF, REST = 30, 20  # runs are saved after so many steps, and others take them up for so many

@@ -24,7 +24,8 @@ from tests.k8s.kubelet import Container, Kubelet
 from tests.k8s.render import Object, render
 from tests.multinode.nodes import Cluster, need
 from tests.processes import ROOT, wait_for
-from warm_dist.metrics import parse_line, read_json
+from warm_dist.files import read_json
+from warm_dist.metrics import parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BATCH, TOTAL, DRAINED_AT, STOPPED_AT = 16, 640, 160, 320

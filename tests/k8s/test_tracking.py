@@ -25,7 +25,7 @@ from data_pipelines.store import open_store
 from tests.k8s.expand import substitute
 from tests.k8s.render import K8S, Object, render
 from tests.processes import ROOT, free_port, wait_for
-from warm_dist import owned
+from warm_dist import supervisor
 
 ARTIFACTS = "s3://warm-dist/mlflow"
 HOSTS = ("mlflow", "mlflow.warm-dist", "mlflow.warm-dist.svc", "mlflow.warm-dist.svc.cluster.local")
@@ -43,7 +43,7 @@ class Container(NamedTuple):
         return self._replace(argv=[places.get(word, word) for word in self.argv])
 
     def start(self, log: Path) -> subprocess.Popen[bytes]:
-        return owned.start(self.argv, self.environment, log, str(ROOT))
+        return supervisor.start(self.argv, self.environment, log, str(ROOT))
 
 
 def manifest(kind: str, name: str) -> Object:
@@ -100,14 +100,14 @@ class Database:
     def running(self) -> Iterator[None]:
         options = ["-D", str(self.folder / "data"), "-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-F"]
         command = [*self.become, str(self.binaries / "postgres"), *options]
-        process = owned.start(
+        process = supervisor.start(
             command, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}, self.folder.parent / "postgres.log"
         )
         try:
             wait_for("PostgreSQL", lambda: self.ready("postgres"), 60)
             yield
         finally:
-            owned.stop(process)
+            supervisor.stop(process)
 
     def ready(self, name: str = "mlflow") -> bool:
         """What the StatefulSet's probes say."""
@@ -180,7 +180,7 @@ def tracking(s3: S3Server) -> Iterator[Tracking]:
         upgrade = container(manifest("Job", "mlflow-database")["spec"]["template"]["spec"], "upgrade", values, folder)
 
         waiting = schema.start(folder / "schema.log")
-        stack.callback(owned.stop, waiting)
+        stack.callback(supervisor.stop, waiting)
         said = (folder / "schema.log").read_text
         wait_for("waiting without a database", lambda: "does not exist" in said() or waiting.poll() is not None)
         database.create()
@@ -193,7 +193,7 @@ def tracking(s3: S3Server) -> Iterator[Tracking]:
         for log in (folder / "mlflow0.log", folder / "mlflow1.log"):
             port = free_port()
             process = server.at(port).start(log)
-            stack.callback(owned.stop, process)
+            stack.callback(supervisor.stop, process)
             replicas[f"http://127.0.0.1:{port}"] = process, log
         for url, (process, log) in replicas.items():
             wait_for(
@@ -208,7 +208,7 @@ def run(job: Container, log: Path) -> int:
     try:
         return process.wait(120)
     finally:
-        owned.stop(process)
+        supervisor.stop(process)
 
 
 def status(url: str, path: str, host: str | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive their owner: a tiny supervisor, `python -m warm_dist.owned -- CMD...` (Linux).
+"""Child processes that cannot outlive their owner: a tiny supervisor, `python -m warm_dist.supervisor -- CMD...` (Linux).
 
 The owner's pid and start time travel in the environment. The supervisor runs CMD in a process group of its own and
 ends it, with everything that CMD started, as soon as the owner is gone, whatever ended the owner (kill -9 included).
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OWNER = "WARM_DIST_OWNER"  # "pid:start time in clock ticks since boot"
+
+
 WATCH_S = 0.2  # how soon the end of the owner is noticed
+
+
 GRACE_S = 5.0  # between SIGTERM and SIGKILL once the owner is gone
+
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
@@ -38,7 +47,7 @@ def start(
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(log.open("ab")) if log else None
         return subprocess.Popen(
-            [sys.executable, "-m", "warm_dist.owned", "--", *command],
+            [sys.executable, "-m", "warm_dist.supervisor", "--", *command],
             env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -187,7 +196,7 @@ def main() -> int:
     """The supervisor's command line."""
     owner = os.environ.get(OWNER, "")
     if len(sys.argv) < 3 or sys.argv[1] != "--" or not owner:
-        print(f"usage: {OWNER}=PID:START python -m warm_dist.owned -- CMD...", file=sys.stderr)
+        print(f"usage: {OWNER}=PID:START python -m warm_dist.supervisor -- CMD...", file=sys.stderr)
         return 2
     if not alive(owner):
         return 1
@@ -196,3 +205,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def free_port(address: str) -> int:
+    """A port of this machine that nobody listens on, for the rendezvous of a trial's ranks."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
