@@ -13,7 +13,6 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from warm_dist.errors import WorldSizeError
 from warm_dist.rng import generator
 
 _CACHED_EPOCHS = 2  # a batch may span two
@@ -89,12 +88,3 @@ def rank_positions(nimg: int, batch_size: int, num_lanes: int, rank: int, world:
     positions = np.arange(nimg, nimg + batch_size, dtype=np.int64)
     mine = (positions % num_lanes) // (num_lanes // world) == rank
     return np.compress(mine, positions)
-
-
-def check_world(batch_size: int, num_lanes: int, world: int) -> None:
-    """Raises WorldSizeError unless batch_size % num_lanes = 0 and num_lanes % world = 0; it lists the legal world sizes."""
-    if batch_size % num_lanes:
-        raise WorldSizeError(f"train.batch_size {batch_size} is not a multiple of data.num_lanes {num_lanes}")
-    if world < 1 or num_lanes % world:
-        legal = ", ".join(str(size) for size in range(1, num_lanes + 1) if num_lanes % size == 0)
-        raise WorldSizeError(f"{world} processes cannot share data.num_lanes {num_lanes} evenly; possible are {legal}")

@@ -292,7 +292,7 @@ def data(args: argparse.Namespace) -> int:
 def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
     from warm_dist import scaling
-    from warm_dist.config_file import load_config
+    from warm_dist.config.load import load_config
     from warm_dist.flops import size_of
 
     config = load_config(args.config, args.set)

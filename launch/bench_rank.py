@@ -14,7 +14,7 @@ from warm_dist.errors import WarmDistError
 from warm_dist.files import read_json
 
 if TYPE_CHECKING:
-    from warm_dist.config import Config
+    from warm_dist.config.run import Config
     from warm_dist.data import Batch, DataInfo
     from warm_dist.distributed import World
     from warm_dist.trainer import Trainer
@@ -49,7 +49,7 @@ class Side:
 def rank(job: dict[str, Any]) -> None:
     """Train as the job says; rank 0 writes what a step took after the first line, which warms up, to job["out"]."""
     from warm_dist import distributed, run_folder
-    from warm_dist.config_file import load_config
+    from warm_dist.config.load import load_config
     from warm_dist.metrics import MetricsLog, read_metrics
     from warm_dist.trainer import Trainer
     from warm_dist.window import PLACES

@@ -22,7 +22,7 @@ from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, WarmDistError
 
 if TYPE_CHECKING:
-    from warm_dist.config import Config
+    from warm_dist.config.run import Config
 
 SIDE_TARGET = 0.02  # of the step's processor time, for EMAs, metrics and their mirror together
 SPEEDUP_TARGET = 0.9  # of `ranks` times one rank's images a second
@@ -32,7 +32,7 @@ ALONE = ("bare", "one", "mirror")  # one rank: only the network; with EMAs and m
 
 def settings(args: argparse.Namespace, size: int, folder: Path, mlflow_url: str | None) -> Config:
     """The config to measure: the file's network, precision and stage; `--images` a rank and step; three EMAs."""
-    from warm_dist.config_file import load_config
+    from warm_dist.config.load import load_config
 
     batch, every = args.images * size, args.images * size * args.log_steps
     changes: dict[str, Any] = {
@@ -75,7 +75,7 @@ class StepBench:
 
     def _run(self, kind: str, size: int, folder: Path) -> dict[str, float]:
         from launch.services import free_port
-        from warm_dist.config_file import dump
+        from warm_dist.config.load import dump
 
         folder.mkdir(parents=True)
         config = settings(self.args, size, folder, self.mlflow_url if kind == "mirror" else None)
@@ -141,7 +141,7 @@ class StepBench:
 
         Expected: one rank's step, longer where ranks share a core, and the bytes of its stage at an all-reduce's speed.
         """
-        from warm_dist.config_file import load_config
+        from warm_dist.config.load import load_config
         from warm_dist.scaling import sent_bytes
 
         pairs = list(zip(self.runs[f"{size} ranks"], self.runs["one"], strict=True))

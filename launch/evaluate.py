@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch import evaluation_table, sampling
 from warm_dist import errors
+from warm_dist.config.identity import recipe
 from warm_dist.errors import ConfigError, DataError, NumericsError, UnreachableError
 
 if TYPE_CHECKING:
-    from warm_dist.config import Config, SamplerConfig
+    from warm_dist.config.run import Config, SamplerConfig
     from warm_dist.distributed import StopSignal, World
     from warm_dist.evaluation import Evaluator
-    from warm_dist.generate import Model
 
 
 PATIENCE_S = 3600  # of a rank with a batch less, or whose file is cached: a batch of a large network takes minutes
@@ -111,7 +111,7 @@ class Network:
     """One weights file, and the samplers to measure it with. Raises CheckpointError, and ConfigError for a sampler."""
 
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
-        from warm_dist.config import EvalConfig
+        from warm_dist.config.run import EvalConfig
         from warm_dist.distributed import on_main
         from warm_dist.files import file_sha256
         from warm_dist.generate import load_weights
@@ -119,7 +119,7 @@ class Network:
         self.weights, self.args, self.world = weights, args, world
         self.path: Path = on_main(world, lambda: sampling.weights_path(weights))
         model = load_weights(self.path)  # not kept: there may be many
-        self.recipe, self.digest = _recipe(model), file_sha256(self.path)
+        self.recipe, self.digest = recipe(model), file_sha256(self.path)
         config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
         changes = {"batch_size": args.batch_size} if args.batch_size else {}
@@ -181,17 +181,6 @@ class Network:
         from warm_dist.files import write_json
 
         on_main(self.world, lambda: write_json(self.args.out / "results.json", results))
-
-
-def _recipe(model: Model) -> str:
-    """A hash of what made the weights but chance (train.seed): data, process, network, training, precision."""
-    from warm_dist.config_file import dump
-
-    tree = dump(model.config)
-    made_by = {key: tree[key] for key in ("process", "network", "train")}
-    del made_by["train"]["seed"]
-    text = json.dumps([made_by, tree["parallel"]["precision"], model.info.fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _log(network: Network, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines import pack
 from warm_dist import errors, manifests
-from warm_dist.config_file import load_config, read_tree
+from warm_dist.config.load import load_config, read_tree
 from warm_dist.errors import ConfigError
 from warm_dist.manifests import Job, Size
 
@@ -67,7 +67,7 @@ def _render(args: argparse.Namespace) -> Job:
         return manifests.without_trainer(job, runtime) if args.jobset else job
     if args.jobset:
         raise ConfigError("--jobset is for a training; a sweep is a RayJob")
-    from warm_dist.sweep_config import load_sweep
+    from warm_dist.config.sweep import load_sweep
 
     settings, base = load_sweep(args.config, args.set)
     return manifests.sweep(settings, base, name, size, _template("tuning/rayjob.yaml"), args.image)

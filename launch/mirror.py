@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import errors, supervisor
-from warm_dist.config import TrackingConfig
+from warm_dist.config.run import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.files import read_json
 from warm_dist.metrics import read_metrics

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.train import parse
 from warm_dist import errors, run_folder
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
 
 # What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
 STOPPED_S, FINISHED_S = 45.0, 600.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from warm_dist.config import Config, SamplerConfig, check_sampling
-from warm_dist.config_file import dump, override, validate
+from warm_dist.config.load import dump, override, validate
+from warm_dist.config.run import Config, SamplerConfig, check_sampling
 from warm_dist.data import DataInfo
 from warm_dist.errors import ConfigError
 
@@ -61,7 +61,7 @@ def _num_steps(method: str, nfe: int, spend_less: bool) -> int:
 
 def training_note(config: Config, sampler: SamplerConfig) -> str | None:
     """A warning when a network that was trained along one path is sampled along another."""
-    from warm_dist.bnr import LogUniformBNR, UniformBNR, describe
+    from warm_dist.config.bnr import LogUniformBNR, UniformBNR, describe
 
     trained = config.process.bnr
     if sampler.bnr is None or sampler.bnr == trained:

@@ -52,7 +52,7 @@ def main() -> int:
 def _numbers(info: Any, bnrs: list[float], path: Any, bnr: float) -> dict[str, Any]:
     """Everything drawn, ready for JSON."""
     from warm_dist.analysis import SIGMAS, alphas, radial, shares, snr
-    from warm_dist.bnr import ConstantBNR
+    from warm_dist.config.bnr import ConstantBNR
 
     rings = radial(info.power_spectrum)
     compared = []

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from launch.services import Services, pack_openmoji, services
 from warm_dist import errors, supervisor
-from warm_dist.config_file import validate
+from warm_dist.config.load import validate
+from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
-from warm_dist.sweep_config import load_sweep
 
 LAUNCH = Path(__file__).resolve().parent
 STOP_S = 60.0  # the trials end, and the table so far is made

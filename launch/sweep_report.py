@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from warm_dist import errors, supervisor, sweep_figures, sweep_results
-from warm_dist.config_file import dump
+from warm_dist.config.load import dump
+from warm_dist.config.sweep import SurfaceConfig, SweepConfig, parameters
 from warm_dist.errors import OutputError, UnreachableError
 from warm_dist.files import make_folder, write_json
 from warm_dist.ledger import Ledger
 from warm_dist.space import Trial, constant_bnr
-from warm_dist.sweep_config import SurfaceConfig, SweepConfig, parameters
 from warm_dist.sweep_results import Outcome
 from warm_dist.trial import Place
 

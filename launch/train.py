@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import errors
-from warm_dist.config import Config
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
+from warm_dist.config.run import Config
 
 STOP_UPLOAD_S = 15  # what an ending run spends on sending its last checkpoint: launchers kill after 30 s
 
@@ -38,11 +38,12 @@ def main() -> int:
     config = load_config(args.config, args.set)
     size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     from warm_dist import plan
+    from warm_dist.config.batch import check_world_size
 
     if args.dry_run:
         print(plan.dry_run(config, size))
     else:
-        plan.check_world_size(config, size)
+        check_world_size(config, size)
         Attempt(config).run()
     return errors.EXIT_OK
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from warm_dist.config import SamplerConfig
+    from warm_dist.config.run import SamplerConfig
     from warm_dist.generate import Model
     from warm_dist.process import Point
 
@@ -48,7 +48,7 @@ def main() -> int:
         raise ConfigError("--bnr must be finite and not negative")
 
     from data_pipelines.loader import open_loader
-    from warm_dist.bnr import describe
+    from warm_dist.config.bnr import describe
     from warm_dist.distributed import set_threads
     from warm_dist.generate import load_weights
 

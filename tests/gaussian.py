@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from warm_dist.bnr import Path, as_path
+from warm_dist.config.bnr import Path, as_path
 from warm_dist.process import Point, points
 from warm_dist.sampler import Sampler, edm_grid
 from warm_dist.spectrum import dct, eigenvalues, fallback_spectrum, idct

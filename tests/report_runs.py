@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.processes import ROOT
 from warm_dist import report
-from warm_dist.config_file import dump, load_config
+from warm_dist.config.load import dump, load_config
 from warm_dist.figures import save_grid
 
 EVIL = '<img src=x onerror="document.title=1">'

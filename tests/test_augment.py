@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from warm_dist.augment import Draw, draw, low_pass, warp
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
 from warm_dist.data import Batch, DataInfo
 from warm_dist.preparation import prepare
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from warm_dist.bnr import ConstantBNR, PowerBNR, TableBNR, as_path, describe, exact
+from warm_dist.config.bnr import ConstantBNR, PowerBNR, TableBNR, as_path, describe
+from warm_dist.config.values import exact
 
 SIGMA = torch.tensor([0.0, 0.002, 0.3, 1.0, 4.0, 80.0], dtype=torch.float64)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
-from warm_dist.config import json_schema
-from warm_dist.config_file import dump, flatten, known_keys, load_config, validate
+from warm_dist.config.load import dump, flatten, known_keys, load_config, validate
+from warm_dist.config.run import json_schema
 from warm_dist.errors import ConfigError
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if not path.name.startswith(("schema", "sweep_")))
@@ -48,7 +48,7 @@ def test_published_hyper_parameters(name, batch, lr, total, half_life, dropout, 
 
 def test_the_schema_file_is_the_models():
     kept = json.loads((ROOT / "configs" / "schema.json").read_text())
-    assert kept == json_schema(), "run: python -m warm_dist.config > configs/schema.json"
+    assert kept == json_schema(), "run: python -m warm_dist.config.run > configs/schema.json"
 
 
 def test_misspelt_keys_are_named_with_the_nearest_one():

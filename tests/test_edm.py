@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from warm_dist.bnr import ConstantBNR
-from warm_dist.config import ProcessConfig
+from warm_dist.config.bnr import ConstantBNR
+from warm_dist.config.run import ProcessConfig
 from warm_dist.loss import loss
 from warm_dist.precond import heads
 from warm_dist.process import level_at, points, raised, training_level

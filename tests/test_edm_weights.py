@@ -13,8 +13,8 @@ from torch.nn.functional import (
 )
 
 from tests.processes import ROOT
-from warm_dist.config import NetworkConfig
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
+from warm_dist.config.run import NetworkConfig
 from warm_dist.edm_weights import edm_names, load_edm
 from warm_dist.errors import CheckpointError
 from warm_dist.networks import NUM_AUGMENT, UNet, num_parameters

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.processes import ROOT
 from warm_dist.blocks import Attention, xavier_init
-from warm_dist.config import Config
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
+from warm_dist.config.run import Config
 from warm_dist.flops import flops_per_image, known_peak, peak_flops
 from warm_dist.networks import build
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.distributed.worker import config, info
-from warm_dist.config import SamplerConfig
-from warm_dist.config_file import dump
+from warm_dist.config.load import dump
+from warm_dist.config.run import SamplerConfig
 from warm_dist.data import centre, to_uint8
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
 from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels

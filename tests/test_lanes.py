@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from data_pipelines import lanes
-from data_pipelines.lanes import Order, check_world, rank_positions
+from data_pipelines.lanes import Order, rank_positions
 from warm_dist import rng
+from warm_dist.config.batch import check_world
 from warm_dist.errors import WorldSizeError
 
 

@@ -25,7 +25,7 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.pack import pack
 from data_pipelines.sources import Sample, Source, open_source
 from data_pipelines.store import FileStore, Store, open_store
-from warm_dist.config_file import validate
+from warm_dist.config.load import validate
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError
 

@@ -19,7 +19,7 @@ from tests.distributed.worker import config, info
 from tests.test_tracking import end, found, log, make_run
 from warm_dist import logged_model
 from warm_dist.checkpoint import CHECKPOINTS
-from warm_dist.config_file import dump
+from warm_dist.config.load import dump
 from warm_dist.distributed import World
 from warm_dist.errors import UnreachableError
 from warm_dist.generate import build_network, export_weights, generate, load_weights, sample_labels

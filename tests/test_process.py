@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from warm_dist.bnr import Cold, ConstantBNR, LogUniformBNR, PowerBNR, UniformBNR
-from warm_dist.config import ProcessConfig
+from warm_dist.config.bnr import Cold, ConstantBNR, LogUniformBNR, PowerBNR, UniformBNR
+from warm_dist.config.run import ProcessConfig
 from warm_dist.process import Point, cold_points, corrupt, level_at, points, raised, training_level, transition
 from warm_dist.spectrum import blur, dct, eigenvalues, idct
 from warm_dist.types import Level

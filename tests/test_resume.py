@@ -32,7 +32,7 @@ from data_pipelines.store import FileStore, Stat, Store
 from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
 from warm_dist.data import LOW_MODES, Batch, DataInfo
 
 if TYPE_CHECKING:

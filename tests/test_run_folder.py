@@ -6,7 +6,8 @@ import pytest
 
 from tests.processes import ROOT
 from warm_dist import plan, run_folder
-from warm_dist.config_file import load_config
+from warm_dist.config.batch import batch_equation, check_world_size
+from warm_dist.config.load import load_config
 from warm_dist.errors import ConfigError, DataError, OutputError, Stopped, WorldSizeError
 
 QUICKSTART = load_config(ROOT / "configs" / "quickstart.json")
@@ -47,12 +48,12 @@ def test_a_new_claim_forgets_the_last_end(tmp_path):
 
 
 def test_batch_arithmetic():
-    assert plan.batch_equation(QUICKSTART, 2).startswith("batch 32 = 2 ranks x 16 images x 1 accumulations")
+    assert batch_equation(QUICKSTART, 2).startswith("batch 32 = 2 ranks x 16 images x 1 accumulations")
     with pytest.raises(WorldSizeError, match="legal world sizes: 1, 2, 4, 8, 16, 32"):
-        plan.check_world_size(QUICKSTART, 3)
+        check_world_size(QUICKSTART, 3)
     odd = load_config(ROOT / "configs" / "quickstart.json", ["train.micro_batch_size=5"])
     with pytest.raises(ConfigError, match="micro_batch_size 5"):
-        plan.check_world_size(odd, 1)
+        check_world_size(odd, 1)
 
 
 def test_memory_is_the_zero_papers():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.gaussian import gaussian_denoise, pooled_error, propagate, std_at
-from warm_dist.bnr import Cold, ConstantBNR, PowerBNR, TableBNR
-from warm_dist.config import SamplerConfig
+from warm_dist.config.bnr import Cold, ConstantBNR, PowerBNR, TableBNR
+from warm_dist.config.run import SamplerConfig
 from warm_dist.data import DataInfo
 from warm_dist.errors import DataError
 from warm_dist.process import ORIGIN, Point, cold_points, points, raised

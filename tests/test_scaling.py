@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from tests.processes import ROOT
-from warm_dist.config import Config
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
+from warm_dist.config.run import Config
 from warm_dist.flops import Size, flops_per_image, size_of
 from warm_dist.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, memory_bytes, messages, sent_bytes, step
 

@@ -17,7 +17,7 @@ from data_pipelines.store import FileStore, open_store
 from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist import checkpoint, storage
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS
-from warm_dist.config import CheckpointConfig
+from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed import StopSignal, World
 from warm_dist.errors import (
     AccessError,

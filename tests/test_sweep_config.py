@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.processes import ROOT
+from warm_dist.config.sweep import json_schema, load_sweep
 from warm_dist.errors import ConfigError
 from warm_dist.space import trials
-from warm_dist.sweep_config import json_schema, load_sweep
 
 SWEEPS = sorted(path for path in (ROOT / "configs").glob("sweep_*.json") if path.name != "sweep_schema.json")
 
@@ -50,7 +50,7 @@ def test_the_paper_s_table_3_is_the_bnr_sweep():
 
 def test_the_schema_is_the_generated_one():
     kept = json.loads((ROOT / "configs" / "sweep_schema.json").read_text())
-    assert kept == json_schema(), "run: python -m warm_dist.sweep_config > configs/sweep_schema.json"
+    assert kept == json_schema(), "run: python -m warm_dist.config.sweep > configs/sweep_schema.json"
 
 
 def test_overrides_go_to_the_sweep_or_to_its_trials(tmp_path):

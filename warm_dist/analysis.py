@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from warm_dist.bnr import Path, TableBNR
+from warm_dist.config.bnr import Path, TableBNR
 from warm_dist.spectrum import eigenvalues, fallback_spectrum
 
 Array = NDArray[np.float64]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warm_dist.config import TrainConfig
+from warm_dist.config.run import TrainConfig
 from warm_dist.distributed import World
 from warm_dist.engine import Fragment
 

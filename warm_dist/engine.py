@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from warm_dist.blocks import Block
-from warm_dist.config import Config
+from warm_dist.config.batch import micro_batches
+from warm_dist.config.run import Config
 from warm_dist.distributed import World
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
@@ -69,13 +70,6 @@ def build_engine(module: nn.Module, config: Config, world: World) -> Engine:
     if config.engine == "local":
         return LocalEngine(module, config, world)
     return DeepSpeedEngine(module, config, world)
-
-
-def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
-    """(images per rank and backward, number of accumulations): batch_size = ranks × micro-batch × accumulations."""
-    per_rank = config.train.batch_size // world_size
-    micro = config.train.micro_batch_size or per_rank
-    return micro, per_rank // micro
 
 
 def _adam(parameters: Any, config: Config) -> torch.optim.Adam:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from warm_dist import fid, reference
-from warm_dist.bnr import describe
-from warm_dist.config import Config, EvalConfig, SamplerConfig
+from warm_dist.config.bnr import describe
+from warm_dist.config.run import Config, EvalConfig, SamplerConfig
 from warm_dist.data import DataInfo
 from warm_dist.distributed import StopSignal, World, any_rank, collect, on_main
 from warm_dist.errors import ConfigError, Stopped

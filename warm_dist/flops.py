@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from warm_dist.blocks import Block
-from warm_dist.config import Config
+from warm_dist.config.run import Config
 from warm_dist.networks import NUM_AUGMENT, build, num_parameters
 
 # (part of the device's name, dense bf16, dense TF32), operations a second without sparsity; the first match counts.

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from warm_dist import checkpoint, per_frequency, rng
-from warm_dist.bnr import Cold, describe, exact
-from warm_dist.config import Config, SamplerConfig, check_sampling
-from warm_dist.config_file import parse_json, validate
+from warm_dist.config.bnr import Cold, describe
+from warm_dist.config.load import parse_json, validate
+from warm_dist.config.run import Config, SamplerConfig, check_sampling
+from warm_dist.config.values import exact
 from warm_dist.data import DataInfo, to_uint8
 from warm_dist.errors import CheckpointError, NumericsError, redact
 from warm_dist.files import file_sha256

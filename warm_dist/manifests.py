@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
-from warm_dist import plan
-from warm_dist.bnr import exact
-from warm_dist.config import Config
-from warm_dist.config_file import assign, dump, flatten, validate_as
+from warm_dist.config.batch import batch_equation, check_world_size
+from warm_dist.config.load import assign, dump, flatten, validate_as
+from warm_dist.config.run import Config
+from warm_dist.config.sweep import SweepConfig
+from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError, redact
 from warm_dist.space import trials
-from warm_dist.sweep_config import SweepConfig
 
 Object = dict[str, Any]
 
@@ -106,7 +106,7 @@ def training(config: Config, name: str, size: Size, template: Object, runtime: O
     """
     check_name(name)
     config = in_pods(config, name)
-    plan.check_world_size(config, size.world)
+    check_world_size(config, size.world)
     settings = _config_map(name, template, {"train.json": _text(dump(config))})
     job = _named(template, name)
     trainer = job["spec"]["trainer"]
@@ -122,7 +122,7 @@ def training(config: Config, name: str, size: Size, template: Object, runtime: O
         _set_image(_pod_of(own["spec"]), image)
         job["spec"]["runtimeRef"]["name"] = name
         objects = [settings, own, job]
-    return Job(objects, f"{size} = {size.world} processes; {plan.batch_equation(config, size.world)}")
+    return Job(objects, f"{size} = {size.world} processes; {batch_equation(config, size.world)}")
 
 
 def without_trainer(job: Job, runtime: Object) -> Job:

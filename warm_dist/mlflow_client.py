@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warm_dist.config_file import flatten
+from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
 
 # MLflow's own retries block for four minutes and may make a run twice; whoever calls us tries again, after looking.

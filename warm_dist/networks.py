@@ -24,7 +24,7 @@ from warm_dist.blocks import (
     positional,
     xavier_init,
 )
-from warm_dist.config import Config, NetworkConfig
+from warm_dist.config.run import Config, NetworkConfig
 
 NUM_AUGMENT = 9
 """Labels of EDM's augmentation pipe, see `augment`."""

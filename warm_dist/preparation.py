@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from warm_dist import augment, rng
-from warm_dist.config import Config
+from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo, centre
 from warm_dist.precond import Condition
 from warm_dist.process import training_level

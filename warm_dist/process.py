@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warm_dist.bnr import Cold, LogUniformBNR, Path, UniformBNR, as_path
-from warm_dist.config import ProcessConfig
+from warm_dist.config.bnr import Cold, LogUniformBNR, Path, UniformBNR, as_path
+from warm_dist.config.run import ProcessConfig
 from warm_dist.spectrum import blur, dct, eigenvalues, idct
 from warm_dist.types import Level
 

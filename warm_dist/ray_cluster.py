@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from warm_dist.bnr import exact
+from warm_dist.config.sweep import SweepConfig
+from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError, UnreachableError
-from warm_dist.sweep_config import SweepConfig
 
 _ENVIRONMENT = {  # read when ray is imported
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from warm_dist.bnr import AnyBNR, describe
-from warm_dist.config_file import flatten
+from warm_dist.config.bnr import AnyBNR, describe
+from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, redact
 from warm_dist.files import read_json
 from warm_dist.metrics import read_metrics

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, TextIO
 
-from warm_dist.config import Config
-from warm_dist.config_file import dump
+from warm_dist.config.load import dump
+from warm_dist.config.run import Config
 from warm_dist.errors import OutputError, WarmDistError, redact
 from warm_dist.files import read_json, write_json
 

@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from warm_dist.bnr import Cold, Path, as_path
-from warm_dist.config import Config, SamplerConfig
+from warm_dist.config.bnr import Cold, Path, as_path
+from warm_dist.config.run import Config, SamplerConfig
 from warm_dist.data import LOW_MODES, DataInfo
 from warm_dist.errors import DataError
 from warm_dist.process import Point, cold_points, level_at, points, raised, transition

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from warm_dist.config import Config
+from warm_dist.config.run import Config
 from warm_dist.flops import Size
 
 SIZES = (1, 8, 64, 256, 1024)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -11,22 +10,26 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from warm_dist.bnr import exact
-from warm_dist.config import Config
-from warm_dist.config_file import assign, dump, flatten, known_keys, validate
+from warm_dist.config.identity import INCIDENTAL, digest
+from warm_dist.config.load import assign, flatten, known_keys, validate
+from warm_dist.config.run import Config
+from warm_dist.config.sweep import SEED, Axis, SweepConfig
+from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
-from warm_dist.sweep_config import SEED, Axis, SweepConfig
 
 Values = dict[str, Any]
 """The searched keys, by dotted path, in the sweep's order, with a trial's values."""
 
+
 _OWN = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
+
+
 _MEASURE = "eval", "data.manifest", "data.resolution", "data.channels"
+
+
 _SECTIONS = {key.rpartition(".")[0] for key in known_keys()} - {""}
-# What does not make another network, so may be another at the next start: addresses, folders, and how reading is done.
-_INCIDENTAL = ("$schema", "description", "output", "tracking", "checkpoint", "data.endpoint_url", "data.cache_dir",
-               "data.cache_bytes", "data.reader_threads", "data.buffer_bytes", "eval.cache_dir", "parallel.timeout_s",
-               "parallel.preemption_file", "parallel.peak_flops")  # fmt: skip
+
+
 _NAME_LENGTH = 80
 
 
@@ -104,7 +107,7 @@ def _check_keys(sweep: SweepConfig) -> None:
             raise ConfigError(
                 f"space: {key!r} cannot be searched; the sweep sets it itself, or it makes no other network"
             )
-        if key in _INCIDENTAL:
+        if key in INCIDENTAL:
             raise ConfigError(f"space: {key!r} cannot be searched: nothing of the network changes with it")
         inner = [other for other in sweep.space if other.startswith(f"{key}.")]
         if inner:
@@ -120,7 +123,7 @@ def _example(section: str) -> str:
 
 
 def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) -> Trial:
-    from warm_dist.plan import check_world_size
+    from warm_dist.config.batch import check_world_size
 
     tree = json.loads(json.dumps(base))
     where = f"trial {short(values)}" if values else "the base config"
@@ -141,18 +144,6 @@ def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) 
     check_world_size(config, sweep.trial.processes)
     label = short({**values, SEED: seed})[:_NAME_LENGTH].rstrip(",")
     return Trial(f"{label}-{digest(config)}", values, seed, config)
-
-
-def digest(config: Config) -> str:
-    """8 hex digits of what makes the network and its distance."""
-    tree = dump(config)
-    for key in _INCIDENTAL:
-        *parents, leaf = key.split(".")
-        inner = tree
-        for parent in parents:
-            inner = inner[parent]
-        inner.pop(leaf, None)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def short(values: Values) -> str:

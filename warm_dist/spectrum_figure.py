@@ -10,7 +10,7 @@ import numpy as np
 
 from warm_dist import analysis
 from warm_dist.analysis import SIGMAS, Array
-from warm_dist.bnr import ConstantBNR, TableBNR
+from warm_dist.config.bnr import ConstantBNR, TableBNR
 from warm_dist.files import replace_file
 from warm_dist.spectrum import fallback_spectrum
 

@@ -30,7 +30,7 @@ from warm_dist.checkpoint import (
     opened,
     write_rank,
 )
-from warm_dist.config import CheckpointConfig
+from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed import World, gather, on_main
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from warm_dist.config.sweep import SweepConfig
 from warm_dist.errors import Stopped, WarmDistError
 from warm_dist.ledger import RECORD, Ended, Ledger
 from warm_dist.ray_cluster import check_resources, connected
 from warm_dist.space import Trial
-from warm_dist.sweep_config import SweepConfig
 from warm_dist.trial import Place, patiently
 from warm_dist.types import OpenStore
 

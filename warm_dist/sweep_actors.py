@@ -15,9 +15,9 @@ from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from warm_dist import supervisor
+from warm_dist.config.sweep import TrialConfig
 from warm_dist.space import Trial
 from warm_dist.supervisor import free_port
-from warm_dist.sweep_config import TrialConfig
 from warm_dist.trial import END_S, End, Place, TrialRun, start_node
 from warm_dist.types import OpenStore
 

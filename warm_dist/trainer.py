@@ -12,12 +12,14 @@ from torch import Tensor
 
 from warm_dist import checkpoint, per_frequency, rng
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS, Saved
-from warm_dist.config import Config
-from warm_dist.config_file import dump
+from warm_dist.config.batch import micro_batches
+from warm_dist.config.identity import RESUMED, value_at
+from warm_dist.config.load import dump
+from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed import StopSignal, World, gather
 from warm_dist.ema import averages, kind_of
-from warm_dist.engine import build_engine, micro_batches
+from warm_dist.engine import build_engine
 from warm_dist.errors import CheckpointError, Stopped
 from warm_dist.finite import FiniteGuard, Trace
 from warm_dist.generate import build_network
@@ -33,9 +35,6 @@ from warm_dist.window import Window, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 """EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
-
-# of the config, what a checkpoint must have been made with: the state would mean something else
-SAME = ("network", "process", "data.num_lanes", "data.chunk", "data.window", "train.seed")
 
 
 def learning_rate(config: Config, nimg: int) -> float:
@@ -110,8 +109,8 @@ class Trainer:
                 "point data.manifest at the former, or output at a new folder"
             )
         theirs, ours = meta["config"], dump(self.config)
-        for name in SAME:
-            a, b = (_value(tree, name) for tree in (theirs, ours))
+        for name in RESUMED:
+            a, b = (value_at(tree, name) for tree in (theirs, ours))
             if a != b:
                 raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
         if new := set(self.config.train.ema_lengths) - set(theirs["train"].get("ema_lengths", ())):
@@ -307,9 +306,3 @@ class Trainer:
         evaluated.add(self.nimg)
         if self.log is not None:
             self.log.write(self.nimg, "eval", **values)
-
-
-def _value(tree: dict[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        tree = tree[key]
-    return tree

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import errors, run_folder, supervisor
-from warm_dist.config_file import dump
+from warm_dist.config.load import dump
+from warm_dist.config.sweep import SweepConfig, TrialConfig
 from warm_dist.errors import Stopped, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, read_json, write_json
 from warm_dist.metrics import read_metrics
 from warm_dist.space import Trial
 from warm_dist.supervisor import free_port
-from warm_dist.sweep_config import SweepConfig, TrialConfig
 from warm_dist.types import OpenStore, Store
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warm_dist.config import Config
+from warm_dist.config.run import Config
 from warm_dist.distributed import World, gather
 from warm_dist.flops import flops_per_image, peak_flops
 from warm_dist.stopwatch import Stopwatch

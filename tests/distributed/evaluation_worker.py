@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipelines.store import open_store
 from tests.distributed.worker import config, info
 from warm_dist import distributed, evaluation, rng
-from warm_dist.config import Config
+from warm_dist.config.run import Config
 from warm_dist.distributed import StopSignal, World
 from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
 from warm_dist.evaluation import Evaluator

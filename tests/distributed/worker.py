@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from data_pipelines.store import open_store
 from warm_dist import distributed, rng
-from warm_dist.config import Config
-from warm_dist.config_file import validate
+from warm_dist.config.load import validate
+from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed import World
 from warm_dist.ema import EMA, half_life

@@ -194,10 +194,10 @@ def files(objects: list[Object], run: Run, path: str) -> Iterator[Path]:
 
 
 def _load(objects: list[Object], run: Run, args: argparse.Namespace) -> None:
-    from warm_dist import plan
-    from warm_dist.config_file import load_config
+    from warm_dist.config.batch import check_world_size
+    from warm_dist.config.load import load_config
+    from warm_dist.config.sweep import load_sweep
     from warm_dist.space import trials
-    from warm_dist.sweep_config import load_sweep
 
     with files(objects, run, args.config) as path:
         if run.module == "launch.sweep":
@@ -205,7 +205,7 @@ def _load(objects: list[Object], run: Run, args: argparse.Namespace) -> None:
         else:
             config = load_config(path, args.set)
             if run.module == "launch.train":  # validate: just what it does
-                plan.check_world_size(config, args.world_size or int(variables(run.container).get("WORLD_SIZE", "1")))
+                check_world_size(config, args.world_size or int(variables(run.container).get("WORLD_SIZE", "1")))
 
 
 def configs_load(objects: list[Object], pods: list[Object]) -> list[str]:
@@ -245,7 +245,7 @@ def where(objects: list[Object], pods: list[Object]) -> list[str]:
 
 def config_of(objects: list[Object], run: Run) -> Any:
     """The training config of a run of launch.train or launch.node; None if it cannot be read, which configs_load tells."""
-    from warm_dist.config_file import load_config
+    from warm_dist.config.load import load_config
 
     try:
         args = parse(run.module, run.arguments)
@@ -257,7 +257,7 @@ def config_of(objects: list[Object], run: Run) -> Any:
 
 def trial_of(objects: list[Object], run: Run) -> Any:
     """What the sweep of a run of launch.sweep gives each trial; None if it cannot be read, which configs_load tells."""
-    from warm_dist.sweep_config import load_sweep
+    from warm_dist.config.sweep import load_sweep
 
     try:
         args = parse(run.module, run.arguments)

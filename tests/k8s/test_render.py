@@ -17,11 +17,11 @@ from tests.k8s.expand import expand, jobset_of
 from tests.k8s.render import K8S, Object, parse
 from tests.processes import ROOT
 from warm_dist import manifests
-from warm_dist.config_file import load_config
+from warm_dist.config.load import load_config
+from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
 from warm_dist.manifests import Size
 from warm_dist.space import trials
-from warm_dist.sweep_config import load_sweep
 
 IMAGENET = ["render", "--config", "configs/imagenet64.json", "--nodes", "4", "--gpus", "8"]
 STORED = ["--set", "checkpoint.url=s3://bucket/runs/imagenet64"]

@@ -11,7 +11,7 @@ from tests.k8s.objects import containers, distinct, find, name_of, of_kind, owne
 from tests.k8s.programs import Run, commands, config_of, parse, runs, trial_of, variables
 from tests.k8s.render import Object
 from tests.k8s.trainer import RESERVED
-from warm_dist import plan
+from warm_dist.config.batch import check_world_size
 from warm_dist.errors import WarmDistError
 
 GPU = "nvidia.com/gpu"
@@ -125,7 +125,7 @@ def world_size(objects: list[Object], pods: list[Object]) -> list[str]:
         config = config_of(objects, training.node)
         try:
             if config is not None:
-                plan.check_world_size(config, nodes * each)
+                check_world_size(config, nodes * each)
         except WarmDistError as error:
             messages.append(f"{training.name}: {error}")
     return messages

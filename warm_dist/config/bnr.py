@@ -9,19 +9,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-if TYPE_CHECKING:  # the config must load without torch
+from warm_dist.config.values import NonNegative, PositiveFloat, Section, exact
+
+if TYPE_CHECKING:
     from torch import Tensor
-
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """One object of the config: unknown, missing and mistyped keys are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class Path(Protocol):
@@ -152,12 +145,26 @@ def _kind(value: Any) -> str:
 
 
 Number = Annotated[NonNegative, Tag("number")]
+
+
 Power = Annotated[PowerBNR, Tag("power")]
+
+
 Table = Annotated[TableBNR, Tag("table")]
+
+
 Uniform = Annotated[UniformBNR, Tag("uniform")]
+
+
 LogUniform = Annotated[LogUniformBNR, Tag("log_uniform")]
+
+
 PathBNR = Annotated[Number | Power | Table, Discriminator(_kind)]
+
+
 AnyBNR = Annotated[Number | Power | Table | Uniform | LogUniform | Annotated[Cold, Tag("cold")], Discriminator(_kind)]
+
+
 KINDS = ("number", "power", "table", "uniform", "log_uniform", "cold")
 """What an error's location may name besides keys."""
 
@@ -165,12 +172,6 @@ KINDS = ("number", "power", "table", "uniform", "log_uniform", "cold")
 def as_path(value: float | PowerBNR | TableBNR) -> Path:
     """A config's number or path as a path."""
     return value if isinstance(value, PowerBNR | TableBNR) else ConstantBNR(bnr=value)
-
-
-def exact(value: float) -> str:
-    """Short, and never the text of another number: `0.5`, `0.12345671`."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
 
 
 def describe(value: float | Section | None) -> str:

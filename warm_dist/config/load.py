@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from warm_dist.bnr import KINDS
-from warm_dist.config import Config
+from warm_dist.config.bnr import KINDS
+from warm_dist.config.run import Config
 from warm_dist.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from warm_dist.bnr import AnyBNR, Cold, LogUniformBNR, NonNegative, PathBNR, PositiveFloat, Section, UniformBNR
+from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
+from warm_dist.config.values import Fraction, NonNegative, Positive, PositiveFloat, Section
 from warm_dist.errors import ConfigError
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Section):
@@ -126,6 +124,8 @@ class CheckpointConfig(Section):
 
 
 Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+
+
 Grid = Annotated[
     Annotated[Literal["edm", "log_linear"], Tag("grid name")] | Annotated[Levels, Tag("grid list")],
     Discriminator(lambda value: "grid list" if isinstance(value, list | tuple) else "grid name"),
@@ -310,5 +310,5 @@ def json_schema() -> dict[str, Any]:
     return Config.model_json_schema(by_alias=True)
 
 
-if __name__ == "__main__":  # python -m warm_dist.config > configs/schema.json
+if __name__ == "__main__":  # python -m warm_dist.config.run > configs/schema.json
     print(json.dumps(json_schema(), indent=2))

@@ -8,15 +8,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from warm_dist.bnr import NonNegative, Section
-from warm_dist.config import Positive
-from warm_dist.config_file import assign, dump, flatten, parse_setting, read_tree, validate_as
+from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
+from warm_dist.config.values import NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # nearer to 1 there would be thousands of rungs
+
+
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
+
+
 Seed = Annotated[int, Field(ge=0)]
+
+
 SEED = "train.seed"
 
 
@@ -162,5 +169,5 @@ def json_schema() -> dict[str, Any]:
     return SweepConfig.model_json_schema(by_alias=True)
 
 
-if __name__ == "__main__":  # python -m warm_dist.sweep_config > configs/sweep_schema.json
+if __name__ == "__main__":  # python -m warm_dist.config.sweep > configs/sweep_schema.json
     print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""What describes a run or a sweep: strict models, loading, overrides, batch arithmetic."""
