@@ -16,7 +16,7 @@ from warm_dist.files import read_json
 if TYPE_CHECKING:
     from warm_dist.config.run import Config
     from warm_dist.data import Batch, DataInfo
-    from warm_dist.distributed import World
+    from warm_dist.distributed.world import World
     from warm_dist.trainer import Trainer
 
 MIRROR_S = 120.0  # the longest to wait for the mirror to find its server, or to send the last line
@@ -48,15 +48,18 @@ class Side:
 
 def rank(job: dict[str, Any]) -> None:
     """Train as the job says; rank 0 writes what a step took after the first line, which warms up, to job["out"]."""
-    from warm_dist import distributed, run_folder
+    from warm_dist import run_folder
     from warm_dist.config.load import load_config
+    from warm_dist.distributed.collectives import barrier
+    from warm_dist.distributed.stop import StopSignal
+    from warm_dist.distributed.world import join, shutdown
     from warm_dist.metrics import MetricsLog, read_metrics
     from warm_dist.trainer import Trainer
     from warm_dist.window import PLACES
 
     config = load_config(job["config"])
     run = Path(config.output)
-    world = distributed.init(config.parallel.timeout_s)
+    world = join(config.parallel.timeout_s)
     trainer = Trainer(config, world, made_up(config), lambda text: None)
     log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
     side = Side()
@@ -89,8 +92,8 @@ def rank(job: dict[str, Any]) -> None:
         return result
 
     trainer.window.flush = marked  # type: ignore[assignment, method-assign]
-    distributed.barrier(world, "start")
-    trainer.fit(_images(config, world), log, distributed.StopSignal(), None, set())
+    barrier(world, "start")
+    trainer.fit(_images(config, world), log, StopSignal(), None, set())
     if mirror is not None:
         _wait(lambda: _sent(run) == (run / "metrics.jsonl").stat().st_size, "the mirror to send the last line")
         marks[-1]["mirror_s"] = _cpu_s(mirror.pid)
@@ -105,7 +108,7 @@ def rank(job: dict[str, Any]) -> None:
         found |= {"parameters": parameters, "flops": trainer.window.flops, "bandwidth": speed}
         found |= {"mirror_start_s": marks[0]["mirror_s"], "images_per_s": config.train.batch_size / found["wall_s"]}
         Path(job["out"]).write_text(json.dumps(found))
-    distributed.shutdown()
+    shutdown()
 
 
 def strip(trainer: Trainer) -> None:

@@ -24,7 +24,8 @@ from warm_dist.errors import ConfigError, DataError, NumericsError, UnreachableE
 
 if TYPE_CHECKING:
     from warm_dist.config.run import Config, SamplerConfig
-    from warm_dist.distributed import StopSignal, World
+    from warm_dist.distributed.stop import StopSignal
+    from warm_dist.distributed.world import World
     from warm_dist.evaluation import Evaluator
 
 
@@ -77,19 +78,21 @@ def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list
 
 def main() -> int:
     args = parse()
-    from warm_dist import distributed
+    from warm_dist.distributed.collectives import on_main
+    from warm_dist.distributed.stop import StopSignal
+    from warm_dist.distributed.world import join, set_threads, shutdown
 
-    stop = distributed.StopSignal().install()
-    distributed.set_threads()
-    world = distributed.init(PATIENCE_S)
-    results = distributed.on_main(world, lambda: _open_results(args.out))
+    stop = StopSignal().install()
+    set_threads()
+    world = join(PATIENCE_S)
+    results = on_main(world, lambda: _open_results(args.out))
     networks = [Network(weights, args, world) for weights in args.weights]  # all are legal before any is sampled
     found: list[list[dict[str, Any]]] = []
     for network in networks:
         found.append(network.measure(stop, results))
         lines = [line for part in found for line in part]
-        distributed.on_main(world, lambda lines=lines: evaluation_table.write(lines, args.out))  # type: ignore[misc]
-    distributed.shutdown()
+        on_main(world, lambda lines=lines: evaluation_table.write(lines, args.out))  # type: ignore[misc]
+    shutdown()
     if world.is_main:  # alone, since a server may take its time
         print(evaluation_table.text(lines))
         for network, part in zip(networks, found, strict=True):
@@ -112,7 +115,7 @@ class Network:
 
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
         from warm_dist.config.run import EvalConfig
-        from warm_dist.distributed import on_main
+        from warm_dist.distributed.collectives import on_main
         from warm_dist.files import file_sha256
         from warm_dist.generate import load_weights
 
@@ -177,7 +180,7 @@ class Network:
         line["grid"] = str(picture.relative_to(self.args.out))
 
     def _keep(self, results: dict[str, Any]) -> None:
-        from warm_dist.distributed import on_main
+        from warm_dist.distributed.collectives import on_main
         from warm_dist.files import write_json
 
         on_main(self.world, lambda: write_json(self.args.out / "results.json", results))

@@ -52,14 +52,15 @@ class Attempt:
     """One attempt at a run: joins the processes, wires data to trainer, and leaves exit.json at every end but kill -9."""
 
     def __init__(self, config: Config) -> None:
-        from warm_dist import distributed
-        from warm_dist.heartbeat import Heartbeat
+        from warm_dist.distributed.heartbeat import Heartbeat
+        from warm_dist.distributed.stop import StopSignal
+        from warm_dist.distributed.world import join, set_threads
 
         self.config, self.path, parallel = config, Path(config.output), config.parallel
-        self.stop = distributed.StopSignal().install()
-        distributed.set_threads()
+        self.stop = StopSignal().install()
+        set_threads()
         try:
-            self.world = distributed.init(parallel.timeout_s)
+            self.world = join(parallel.timeout_s)
         except errors.UnreachableError as error:
             if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
                 errors.print_error(error)  # rank 0 tells its own machine only
@@ -74,19 +75,21 @@ class Attempt:
                 print(text, flush=True)
 
     def run(self) -> None:
-        from warm_dist import distributed, run_folder
+        from warm_dist import run_folder
+        from warm_dist.distributed.collectives import PeerLost, is_peer_loss, on_main
+        from warm_dist.distributed.world import shutdown
 
         failure: BaseException | None = None
         try:
-            self.number = distributed.on_main(self.world, self._claim, "claim")
+            self.number = on_main(self.world, self._claim, "claim")
             with self.heartbeat:
                 try:
                     self._train()
                 except errors.Stopped:  # on every rank, after the save
                     reason = self.stop.reason(self.world)
                     raise errors.Stopped(f"{reason} at nimg {self.nimg}; run the same command again to go on") from None
-                except (RuntimeError, distributed.PeerLost) as error:
-                    if self.world.size == 1 or not distributed.is_peer_loss(error):
+                except (RuntimeError, PeerLost) as error:
+                    if self.world.size == 1 or not is_peer_loss(error):
                         raise  # our own fault (a bug, no memory left) keeps its traceback and is not called resumable
                     raise self._peer_error(error) from error
         except BaseException as error:
@@ -96,7 +99,7 @@ class Attempt:
             if self.number and (failure is not None or self.world.is_main):
                 run_folder.end(self.path, self.number, self.nimg, failure)
             if failure is None:
-                distributed.shutdown()
+                shutdown()
 
     def _claim(self) -> int:
         from warm_dist import run_folder
@@ -123,7 +126,7 @@ class Attempt:
     def _train(self) -> None:
         from data_pipelines.loader import open_loader
         from data_pipelines.store import open_store
-        from warm_dist import distributed
+        from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation import Evaluator
         from warm_dist.metrics import MetricsLog, read_metrics
         from warm_dist.prometheus import Exporter
@@ -155,7 +158,7 @@ class Attempt:
                 if config.eval:
                     evaluator = Evaluator(config, world, info, loader.read, self.path, self.say, open_store)
                 done = {r["nimg"] for r in read_metrics(self.path / "metrics.jsonl") if r["kind"] == "eval"}
-                done = distributed.on_main(world, lambda: done)
+                done = on_main(world, lambda: done)
                 trainer.fit(loader.batches(trainer.nimg), log, self.stop, evaluator, done)
                 late_s = float(config.parallel.timeout_s)
             finally:

@@ -49,7 +49,7 @@ def main() -> int:
 
     from data_pipelines.loader import open_loader
     from warm_dist.config.bnr import describe
-    from warm_dist.distributed import set_threads
+    from warm_dist.distributed.world import set_threads
     from warm_dist.generate import load_weights
 
     set_threads()

@@ -12,7 +12,7 @@ from tests.distributed.worker import config, info
 from warm_dist import checkpoint
 from warm_dist.checkpoint import CHECKPOINTS, Saved
 from warm_dist.config.load import dump
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import LocalEngine
 from warm_dist.errors import CheckpointError

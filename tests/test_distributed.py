@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from warm_dist.distributed import is_peer_loss
+from warm_dist.distributed.collectives import is_peer_loss
 from warm_dist.errors import DataError, UnreachableError
 
 

@@ -15,7 +15,8 @@ from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info
 from tests.processes import ROOT
 from warm_dist.checkpoint import SNAPSHOTS, complete
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.ema import EMA, exponent_of, half_life, kind_of, power
 from warm_dist.engine import Fragment
 from warm_dist.errors import CheckpointError, ConfigError

@@ -19,7 +19,8 @@ from safetensors.numpy import save
 from data_pipelines.store import FileStore, open_store
 from tests.distributed.worker import config, info
 from warm_dist import fid, reference
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.errors import AccessError, DataError, NumericsError, OutputError, Stopped
 from warm_dist.evaluation import Evaluator
 from warm_dist.extractors import Pixels, features

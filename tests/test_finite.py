@@ -10,7 +10,8 @@ import torch
 
 from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.worker import batches, config, info, start, steps
-from warm_dist import distributed
+from warm_dist.distributed.world import join, shutdown
 from warm_dist.engine import STATE
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import prepare
@@ -23,8 +23,8 @@ pytestmark = [
 
 @pytest.fixture
 def world():
-    yield distributed.init(60)
-    distributed.shutdown()
+    yield join(60)
+    shutdown()
 
 
 @pytest.mark.parametrize(

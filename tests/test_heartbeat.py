@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tests.processes import ROOT, free_port
-from warm_dist import distributed, supervisor
-from warm_dist.distributed import StopSignal, World
+from warm_dist import supervisor
+from warm_dist.distributed.heartbeat import Heartbeat, deepspeed_runner
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World, _store, _who_stayed_away, beat_key, interface_to
 from warm_dist.errors import DataError, Stopped, UnreachableError
-from warm_dist.heartbeat import Heartbeat, deepspeed_runner
 
 TIMEOUT_S = 2.0  # beats every 0.2 s, silent after 0.6 s
 ERROR = RuntimeError("[gloo] Timed out waiting 2000ms")
@@ -47,9 +48,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    held = [distributed._store(0, 3, timedelta(seconds=5))]
+    held = [_store(0, 3, timedelta(seconds=5))]
     for rank in range(3):
-        held[0].set(distributed.beat_key(rank), json.dumps({"host": f"node{rank}"}))
+        held[0].set(beat_key(rank), json.dumps({"host": f"node{rank}"}))
     yield held
     held.clear()
 
@@ -110,7 +111,7 @@ def test_a_preemption_file_asks_to_stop_and_is_named(tmp_path):
 def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_path):
     word = {"host": "node2", "place": "backward", "nimg": 4096, "held_s": 0.1, "end": None}
     with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path) as second:
-        store[0].set(distributed.beat_key(2), json.dumps(word))  # its last
+        store[0].set(beat_key(2), json.dumps(word))  # its last
         for beat in (first, second):
             beat.at("flags", 4112)
         wait_for(heard(first, 2, "backward"))
@@ -128,11 +129,11 @@ def test_a_rank_that_says_nothing_is_named_with_its_host_and_place(store, tmp_pa
 def test_the_longest_silence_grows_and_is_not_that_of_a_rank_that_ended(store, tmp_path):
     word = {"host": "node2", "place": "backward", "nimg": 4096, "held_s": 0.1, "end": None}
     with heartbeat(0, tmp_path) as first, heartbeat(1, tmp_path):
-        store[0].set(distributed.beat_key(2), json.dumps(word))  # its last
+        store[0].set(beat_key(2), json.dumps(word))  # its last
         wait_for(heard(first, 2, "backward"))
         early = first.silence_s()
         wait_for(lambda: first.silence_s() > early + 2 * first.silent_s)
-        store[0].set(distributed.beat_key(2), json.dumps({**word, "end": {"code": 3}}))
+        store[0].set(beat_key(2), json.dumps({**word, "end": {"code": 3}}))
         wait_for(lambda: first.silence_s() < first.silent_s)
     assert heartbeat(0, tmp_path, 1).silence_s() == 0.0
 
@@ -157,7 +158,7 @@ def test_nobody_is_blamed_when_all_wait_at_one_place(store, tmp_path):
 
 def test_a_lost_store_is_rank_0s_machine_and_another_rank_speaks(store, tmp_path):
     with heartbeat(1, tmp_path) as second, heartbeat(2, tmp_path) as third:
-        store[0].set(distributed.beat_key(0), json.dumps({"host": "node0", "place": "data", "nimg": 64, "held_s": 0.0}))
+        store[0].set(beat_key(0), json.dumps({"host": "node0", "place": "data", "nimg": 64, "held_s": 0.0}))
         wait_for(lambda: heard(second, 0, "data")() and heard(second, 2, "start")() and heard(third, 1, "start")())
         store.clear()
         message = second.diagnose(ERROR)
@@ -193,20 +194,20 @@ def test_a_rank_that_blames_another_is_not_blamed(store, tmp_path):
 
 
 def test_a_join_that_lacks_a_rank_names_it(store):
-    message = distributed._who_stayed_away(store[0], 5)
+    message = _who_stayed_away(store[0], 5)
     assert message == "ranks 3, 4 did not come, only 0 (host node0), 1 (host node1), 2 (host node2)"
 
 
 def test_the_interface_is_found_by_the_route():
-    assert distributed.interface_to("localhost") == "lo"
-    assert distributed.interface_to("127.0.0.5") == "lo"
-    assert distributed.interface_to("no.such.host.invalid") is None
+    assert interface_to("localhost") == "lo"
+    assert interface_to("127.0.0.5") == "lo"
+    assert interface_to("no.such.host.invalid") is None
 
 
 def test_the_deepspeed_command_is_watched_and_nothing_else(tmp_path):
     """Three generations with the command lines of deepspeed, its launch.py and a rank."""
     assert deepspeed_runner() == ""
-    rank = "from warm_dist.heartbeat import deepspeed_runner as r; print(r(), flush=True); input()"
+    rank = "from warm_dist.distributed.heartbeat import deepspeed_runner as r; print(r(), flush=True); input()"
     parent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
     launch = tmp_path / "launch.py"
     launch.write_text(parent)

@@ -20,7 +20,7 @@ from tests.test_tracking import end, found, log, make_run
 from warm_dist import logged_model
 from warm_dist.checkpoint import CHECKPOINTS
 from warm_dist.config.load import dump
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
 from warm_dist.generate import build_network, export_weights, generate, load_weights, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV

@@ -18,7 +18,8 @@ from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist import checkpoint, storage
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS
 from warm_dist.config.run import CheckpointConfig
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.errors import (
     AccessError,
     BucketError,

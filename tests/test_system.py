@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.worker import config
 from warm_dist import system, window
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 from warm_dist.system import Meter
 from warm_dist.window import Window
 

@@ -13,7 +13,8 @@ import torch
 from launch.services import free_port
 from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist import window
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.errors import PortError
 from warm_dist.flops import flops_per_image
 from warm_dist.metrics import MetricsLog, read_metrics

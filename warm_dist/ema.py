@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warm_dist.config.run import TrainConfig
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 from warm_dist.engine import Fragment
 
 Decay = Callable[[int, int], float]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from warm_dist.blocks import Block
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 

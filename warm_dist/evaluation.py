@@ -18,7 +18,9 @@ from warm_dist import fid, reference
 from warm_dist.config.bnr import describe
 from warm_dist.config.run import Config, EvalConfig, SamplerConfig
 from warm_dist.data import DataInfo
-from warm_dist.distributed import StopSignal, World, any_rank, collect, on_main
+from warm_dist.distributed.collectives import any_rank, collect, on_main
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.extractors import make_extractor
 from warm_dist.feature_stream import FeatureStream, Rows, batches_of, each_batch

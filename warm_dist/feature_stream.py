@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from warm_dist.distributed import World, add_up, collect, gather
+from warm_dist.distributed.collectives import add_up, collect, gather
+from warm_dist.distributed.world import World
 from warm_dist.errors import WarmDistError
 from warm_dist.extractors import Extractor, features
 from warm_dist.fid import Moments

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warm_dist.distributed import Flags, World, gather
+from warm_dist.distributed.collectives import Flags, gather
+from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from warm_dist.distributed import use_device
+from warm_dist.distributed.world import use_device
 
 T = TypeVar("T")
 

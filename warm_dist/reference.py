@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from warm_dist import fid, rng
-from warm_dist.distributed import World
+from warm_dist.distributed.world import World
 from warm_dist.errors import WarmDistError
 from warm_dist.extractors import Extractor
 from warm_dist.feature_stream import FeatureStream, Rows, each_batch

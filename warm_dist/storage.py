@@ -31,7 +31,8 @@ from warm_dist.checkpoint import (
     write_rank,
 )
 from warm_dist.config.run import CheckpointConfig
-from warm_dist.distributed import World, gather, on_main
+from warm_dist.distributed.collectives import gather, on_main
+from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json
 from warm_dist.metrics import last_attempt

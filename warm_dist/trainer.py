@@ -17,13 +17,15 @@ from warm_dist.config.identity import RESUMED, value_at
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
-from warm_dist.distributed import StopSignal, World, gather
+from warm_dist.distributed.collectives import gather
+from warm_dist.distributed.heartbeat import Heartbeat
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
 from warm_dist.ema import averages, kind_of
 from warm_dist.engine import build_engine
 from warm_dist.errors import CheckpointError, Stopped
 from warm_dist.finite import FiniteGuard, Trace
 from warm_dist.generate import build_network
-from warm_dist.heartbeat import Heartbeat
 from warm_dist.loss import loss
 from warm_dist.metrics import MetricsLog
 from warm_dist.precond import data_spectrum

@@ -13,9 +13,11 @@ import torch
 
 from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
-from warm_dist import checkpoint, distributed
+from warm_dist import checkpoint
 from warm_dist.data import Batch
-from warm_dist.distributed import World
+from warm_dist.distributed.collectives import gather
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import ConfigError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
@@ -38,13 +40,13 @@ def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
     trainer.restore()
     begin = trainer.nimg
     log = MetricsLog(output / "metrics.jsonl", 1) if world.is_main else None
-    trainer.fit(batches(world, trainer.nimg), log, distributed.StopSignal(), None, set())
+    trainer.fit(batches(world, trainer.nimg), log, StopSignal(), None, set())
     late = [upload.error for upload in storage.close(20)]
     records = read_metrics(output / "metrics.jsonl") if world.is_main else []
     return {
         "begin": begin,
         "shared": storage.shared,
-        "late": distributed.gather(world, late),
+        "late": gather(world, late),
         "losses": [r["loss"] for r in records if r["kind"] == "train"],
         "digest": state_digest(world, trainer),
     }
@@ -60,14 +62,14 @@ def slow(world: World, root: Path) -> list[str]:
             time.sleep(0.3 * world.rank)
             yield batch
 
-    Trainer(settings, world, info(), said.append).fit(late(), None, distributed.StopSignal(), None, set())
+    Trainer(settings, world, info(), said.append).fit(late(), None, StopSignal(), None, set())
     return said
 
 
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
-    world = distributed.init(60)
+    world = join(60)
     results: dict[str, Any] = {}
     try:
         Storage(root / f"alone{world.rank}", world, open_store, config(root).checkpoint, print)
@@ -82,7 +84,7 @@ def main() -> None:
         results["names"] = checkpoint.complete(store, checkpoint.CHECKPOINTS)
         results["snapshots"] = checkpoint.complete(store, checkpoint.SNAPSHOTS)
         (root / "results.json").write_text(json.dumps(results))
-    distributed.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from data_pipelines.store import open_store
 from tests.distributed.worker import config, info
-from warm_dist import distributed, evaluation, rng
+from warm_dist import evaluation, rng
 from warm_dist.config.run import Config
-from warm_dist.distributed import StopSignal, World
+from warm_dist.distributed.collectives import gather
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
 from warm_dist.evaluation import Evaluator
 from warm_dist.generate import build_network, sample_labels
@@ -55,7 +57,7 @@ def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[st
     found.network.load_state_dict(build_network(found.config).state_dict())
     values = found.block(found.config.sampler, 1, StopSignal(), "test", here / "run" / "grid.png")
     evaluation.generate = generate
-    whole = {number: one for part in distributed.gather(world, made) for number, one in part.items()}
+    whole = {number: one for part in gather(world, made) for number, one in part.items()}
     if world.is_main:
         numbers = sorted(whole)
         assert numbers == list(range(NUM_IMAGES, 2 * NUM_IMAGES)), "block 1, each once"
@@ -116,13 +118,13 @@ def ends_together(world: World, folder: Path) -> list[str]:
 
 def main() -> None:
     folder, label, *sizes = sys.argv[1:]
-    world = distributed.init(60)
+    world = join(60)
     root = Path(folder)
     out: dict[str, Any] = {size: measured(world, root, label, int(size)) for size in sizes}
-    out["ends"] = distributed.gather(world, ends_together(world, root / f"{label}-ends"))
+    out["ends"] = gather(world, ends_together(world, root / f"{label}-ends"))
     if world.is_main:
         (root / f"{label}.json").write_text(json.dumps(out))
-    distributed.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

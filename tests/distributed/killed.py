@@ -24,7 +24,9 @@ from data_pipelines.s3_store import S3Store
 from data_pipelines.store import open_store
 from launch.services import free_port
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
-from warm_dist import checkpoint, distributed, storage
+from warm_dist import checkpoint, storage
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import join
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.trainer import Trainer
 
@@ -103,7 +105,7 @@ def attempt(phase: str, folder: Path, number: int, rank: int, port: int, killer_
     """One rank of one attempt."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    world = distributed.init(30)
+    world = join(30)
     changes: dict[str, Any] = {
         "engine": "local",
         "train__total_nimg": BATCH * STEPS,
@@ -143,7 +145,7 @@ def attempt(phase: str, folder: Path, number: int, rank: int, port: int, killer_
 
     trainer.save, trainer.step = counted_save, noted  # type: ignore[method-assign]
     log = MetricsLog(folder / "metrics.jsonl", number) if world.is_main else None
-    trainer.fit(batches(world, trainer.nimg), log, distributed.StopSignal(), None, set())
+    trainer.fit(batches(world, trainer.nimg), log, StopSignal(), None, set())
     late = place.close(20)
     assert not late, late[0].error
     digest = state_digest(world, trainer)

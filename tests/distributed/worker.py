@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 
 from data_pipelines.store import open_store
-from warm_dist import distributed, rng
+from warm_dist import rng
 from warm_dist.config.load import validate
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
-from warm_dist.distributed import World
+from warm_dist.distributed.collectives import any_rank, barrier, gather, on_main
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
@@ -96,7 +98,7 @@ def train(world: World, settings: Config, until: int | None = None) -> tuple[Tra
     trainer = Trainer(settings, world, info(), lambda text: None, storage)
     trainer.restore()
     log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
-    stop = distributed.StopSignal()
+    stop = StopSignal()
     if until is not None:
         step = trainer.step
 
@@ -247,7 +249,7 @@ def elastic(world: World, root: Path, stage: str, saved_by: str, *names: str) ->
         target = root / f"elastic-{stage}-{saved_by}-{name}-{world.size}"
         if world.is_main:
             shutil.copytree(root / f"zero{stage}-{saved_by}", target)
-        distributed.barrier(world, "copy")
+        barrier(world, "copy")
         trainer = start(world, config(target, **cases(world.size)[name]))
         found, before = bits(world, trainer), weights(world, trainer)
         losses, _ = steps(world, trainer, 1)
@@ -288,7 +290,7 @@ def non_finite(world: World, root: Path) -> dict[str, Any]:
     }.items():
         settings = config(root / f"nan-{name}-{world.size}", **changes)
         trainer = Trainer(settings, world, info(), lambda text: None)
-        stop = distributed.StopSignal()
+        stop = StopSignal()
         prepared, step = [], trainer.step
 
         def poisoned(data: Any, step: Any = step, trainer: Trainer = trainer, prepared: list[Any] = prepared) -> Any:
@@ -318,15 +320,15 @@ def collectives(world: World, root: Path) -> dict[str, Any]:
         raise OutputError("rank 0 says no")
 
     try:
-        distributed.on_main(world, fail)
+        on_main(world, fail)
         caught = "nothing"
     except OutputError as error:
         caught = str(error)
     return {
-        "on_main": distributed.on_main(world, lambda: "from 0"),
-        "caught": distributed.gather(world, caught),
-        "any": distributed.any_rank(world, world.rank == world.size - 1),
-        "none": distributed.any_rank(world, False),
+        "on_main": on_main(world, lambda: "from 0"),
+        "caught": gather(world, caught),
+        "any": any_rank(world, world.rank == world.size - 1),
+        "none": any_rank(world, False),
     }
 
 
@@ -355,7 +357,7 @@ def ema_whole(world: World, root: Path) -> float:
 def main() -> None:
     root, label, *names = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
-    world = distributed.init(120)
+    world = join(120)
     known = {f.__name__: f for f in (engines, compiled, elastic, interrupted, non_finite, collectives, ema_whole)}
     results = {}
     for name in names:
@@ -363,7 +365,7 @@ def main() -> None:
         results[name] = known[case](world, root, *arguments)
     if world.is_main:
         (root / f"{label}.json").write_text(json.dumps(results))
-    distributed.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

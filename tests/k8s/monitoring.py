@@ -63,7 +63,7 @@ def exported() -> set[str]:
         kinds = [call.args[1].value] if isinstance(call.args[1], ast.Constant) else ["upload", "snapshot_upload"]
         for kind in set(kinds) - {"event"}:  # which has texts, no numbers
             names |= {f"warm_dist_{kind}_{word.arg}" for word in call.keywords if word.arg} | {f"warm_dist_{kind}_nimg"}
-    for path in ("launch/train.py", "warm_dist/trainer.py", "warm_dist/heartbeat.py"):
+    for path in ("launch/train.py", "warm_dist/trainer.py", "warm_dist/distributed/heartbeat.py"):
         for call in _calls(path, "follow"):
             if isinstance(call.args[0], ast.Constant):
                 names.add(f"warm_dist_{call.args[0].value}")

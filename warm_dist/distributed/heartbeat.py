@@ -16,14 +16,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from warm_dist import distributed, supervisor
-from warm_dist.distributed import StopSignal, World
+from warm_dist import supervisor
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World, beat_key, connect, master_address
 from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 
 PLACES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
 """Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
+
+
 NEWS_RANKS = 64
 """All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
+
+
 _PLURAL = {"is": "are", "has been": "have been"}
 
 
@@ -163,13 +168,13 @@ class Heartbeat:
 
     def _talk(self) -> None:
         every, count = max(1, self.world.size // NEWS_RANKS), 0
-        keys = [distributed.beat_key(rank) for rank in range(self.world.size)]
+        keys = [beat_key(rank) for rank in range(self.world.size)]
         store = None
         while True:
             last = self._closing.is_set()
             try:
                 if store is None:
-                    store = distributed.connect(timedelta(seconds=self.silent_s))
+                    store = connect(timedelta(seconds=self.silent_s))
                 place, nimg, entered = self._now
                 word = {"host": self.host, "place": place, "nimg": nimg, "held_s": time.monotonic() - entered}
                 store.set(
@@ -246,7 +251,7 @@ class Heartbeat:
             return ""
         first = self.beats[0]
         return (
-            f"rank 0 (host {first.host}) or the link to it is gone: {distributed.master()} has not answered for "
+            f"rank 0 (host {first.host}) or the link to it is gone: {master_address()} has not answered for "
             f"{time.monotonic() - self._answered:.0f} s, rank 0 was last at {first.where}"
         )
 

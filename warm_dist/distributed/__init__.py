@@ -1,0 +1,1 @@
+"""Ranks: joining, collectives that name a lost peer, stop signals, heartbeats."""
