@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from data_pipelines.manifest import Manifest, Shard, write_manifest
 from data_pipelines.measure import BATCH_BYTES, Measure
 from data_pipelines.payload import decode
-from data_pipelines.store import open_store
 from data_pipelines.tars import samples
 from data_pipelines.workers import in_processes, shared_store
 from warm_dist.errors import DataError, run
+from warm_dist.store.open import open_store
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ import numpy as np
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 from numpy.typing import NDArray
 
-from data_pipelines.cache import CachedStore
 from data_pipelines.lanes import Order, rank_positions
 from data_pipelines.manifest import Manifest, read_manifest
 from data_pipelines.payload import decode
-from data_pipelines.store import Store, open_store, split_url
 from warm_dist.config.batch import check_world
 from warm_dist.config.run import Config
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError
+from warm_dist.store.base import Store, split_url
+from warm_dist.store.cache import CachedStore
+from warm_dist.store.open import open_store
 
 _RAMP = 4  # blocks grow by this factor, so that the first batch waits for little
 # A request costs about as long as this many bytes take, so smaller gaps are read and thrown away.

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.store import Store, open_store, split_url
 from warm_dist.data import LOW_MODES, DataInfo
 from warm_dist.errors import DataError
+from warm_dist.store.base import Store, split_url
+from warm_dist.store.open import open_store
 
 NAME = "manifest.parquet"
 VERSION = 2

@@ -28,10 +28,11 @@ from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifes
 from data_pipelines.parts import Part
 from data_pipelines.payload import PAYLOADS, encode
 from data_pipelines.sources import BadImage, Item, Sample, Source, open_source
-from data_pipelines.store import Store, open_store
 from data_pipelines.transform import RESIZE
 from data_pipelines.workers import in_processes, shared_store
 from warm_dist.errors import ConfigError, DataError, OutputError, run
+from warm_dist.store.base import Store
+from warm_dist.store.open import open_store
 
 BAD = "bad_images.json"
 OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # the names that shards get here: number and content

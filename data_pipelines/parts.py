@@ -20,8 +20,8 @@ from data_pipelines.index import Indexed
 from data_pipelines.manifest import Shard
 from data_pipelines.measure import Measure
 from data_pipelines.sources import BadImage
-from data_pipelines.store import Store
 from warm_dist.errors import DataError
+from warm_dist.store.base import Store
 
 FOLDER = "parts"
 EMPTY = "empty"  # in the place of the shard's name where no image was good

@@ -18,9 +18,9 @@ import numpy as np
 from data_pipelines.index import sha256
 from data_pipelines.manifest import Manifest, Shard, read_manifest
 from data_pipelines.payload import decode
-from data_pipelines.store import split_url
 from data_pipelines.workers import in_processes, shared_store
 from warm_dist.errors import DataError, run
+from warm_dist.store.base import split_url
 
 
 class _Task(NamedTuple):

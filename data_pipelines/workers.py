@@ -12,9 +12,10 @@ from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
 
-from data_pipelines.store import Store, open_store
 from warm_dist import supervisor
 from warm_dist.errors import ConfigError, Stopped
+from warm_dist.store.base import Store
+from warm_dist.store.open import open_store
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from data_pipelines.s3_server import S3Server
+    from warm_dist.store.seaweedfs import S3Server
 
 SIZE, BATCH = 64, 256
 PAYLOADS = {"npy": "raw", "png": "PNG", "jpg": "JPEG"}
@@ -267,7 +267,7 @@ def data(args: argparse.Namespace) -> int:
         raise ConfigError(f"--images must be a multiple of {BATCH}, --shard-size and --rounds at least 1")
     from tqdm import tqdm
 
-    from data_pipelines.s3_server import S3Server
+    from warm_dist.store.seaweedfs import S3Server
 
     peers = args.peers_python if args.peers_python.exists() else None
     skipped = None if peers else f"peers are skipped: {args.peers_python} does not exist; `make peers` makes it"

@@ -28,9 +28,9 @@ def main() -> int:
 
     import numpy as np
 
-    from data_pipelines.store import open_store
     from warm_dist import checkpoint, generate, posthoc
     from warm_dist.ema import exponent_of, kind_of
+    from warm_dist.store.open import open_store
 
     store = open_store(args.run, args.endpoint_url)
     snapshots = [checkpoint.opened(store, name) for name in checkpoint.complete(store, checkpoint.SNAPSHOTS)]

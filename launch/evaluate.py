@@ -143,9 +143,9 @@ class Network:
     def measure(self, stop: StopSignal, results: dict[str, Any]) -> list[dict[str, Any]]:
         """The lines of all samplers. Rank 0 keeps each block as soon as it is there: first one of each, then the next."""
         from data_pipelines.loader import open_loader
-        from data_pipelines.store import open_store
         from warm_dist.evaluation import Evaluator
         from warm_dist.generate import load_weights
+        from warm_dist.store.open import open_store
 
         world, args, model = self.world, self.args, load_weights(self.path)
         with contextlib.closing(open_loader(self.config, 0, 1)) as loader:  # only looked up in

@@ -23,8 +23,8 @@ def main() -> int:
     if args.out is None and "://" in args.run:
         raise ConfigError("--out is needed: the run is not a folder here")
 
-    from data_pipelines.store import open_store
     from warm_dist import checkpoint, generate
+    from warm_dist.store.open import open_store
 
     store = open_store(args.run, args.endpoint_url)
     names = checkpoint.complete(store, checkpoint.CHECKPOINTS)

@@ -80,8 +80,8 @@ def weights_path(given: Path) -> Path:
     """
     if not (given / "COMPLETE").exists():
         return given / "weights" / "ema.safetensors" if given.is_dir() else given
-    from data_pipelines.store import open_store
     from warm_dist import checkpoint, generate
+    from warm_dist.store.open import open_store
 
     run = given.resolve().parent.parent
     path = run / "weights" / f"ema_{given.resolve().name}.safetensors"

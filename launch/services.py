@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.manifest import read_manifest
-from data_pipelines.s3_server import S3Server
 from warm_dist import supervisor
 from warm_dist.config.run import Config
 from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError
+from warm_dist.store.seaweedfs import S3Server
 
 HOST = "127.0.0.1"
 BUCKET = "warm-dist"

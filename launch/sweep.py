@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.store import open_store
 from launch.services import claimed
 from warm_dist import errors, supervisor
 from warm_dist.config.sweep import SweepConfig, load_sweep, parameters
 from warm_dist.errors import AccessError, OutputError, Stopped
 from warm_dist.space import Trial, trials
+from warm_dist.store.open import open_store
 from warm_dist.trial import Place, make_place
 
 

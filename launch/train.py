@@ -125,12 +125,12 @@ class Attempt:
 
     def _train(self) -> None:
         from data_pipelines.loader import open_loader
-        from data_pipelines.store import open_store
         from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation import Evaluator
         from warm_dist.metrics import MetricsLog, read_metrics
         from warm_dist.prometheus import Exporter
         from warm_dist.storage import Storage
+        from warm_dist.store.open import open_store
         from warm_dist.trainer import Trainer
 
         config, world, port = self.config, self.world, self.config.tracking.prometheus_port

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipelines.manifest import NAME, Manifest
-from data_pipelines.s3_server import S3Server
+from warm_dist.store.seaweedfs import S3Server
 
 # two workers on two cores: threads beyond these only wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")

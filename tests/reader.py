@@ -11,7 +11,8 @@ from contextlib import closing
 
 from data_pipelines.loader import Loader
 from data_pipelines.manifest import read_manifest
-from data_pipelines.store import open_store, split_url
+from warm_dist.store.base import split_url
+from warm_dist.store.open import open_store
 
 OPTIONS = {"batch_size": 32, "num_lanes": 8, "seed": 3, "chunk": 16, "window": 64, "buffer_bytes": 1 << 20}
 

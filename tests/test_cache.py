@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_pipelines.cache import PAGE_BYTES, CachedStore
 from data_pipelines.loader import open_loader
 from data_pipelines.pack import pack
-from data_pipelines.s3_store import S3Store
 from data_pipelines.sources import open_source
-from data_pipelines.store import FileStore, open_store
 from tests.processes import ROOT
 from tests.test_loader import config, equal, loader, take
 from warm_dist.errors import DataError, OutputError
+from warm_dist.store.cache import PAGE_BYTES, CachedStore
+from warm_dist.store.folder import FolderStore
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SIZE = 3 * PAGE_BYTES + PAGE_BYTES // 2
 
 
-class Counting(FileStore):
+class Counting(FolderStore):
     """Remembers its GETs."""
 
     def __init__(self, root: Path) -> None:
@@ -64,7 +65,7 @@ def base(tmp_path: Path) -> Counting:
     return store
 
 
-def cached(base: FileStore, limit_bytes: int = 1 << 30, folder: str = "cache") -> CachedStore:
+def cached(base: FolderStore, limit_bytes: int = 1 << 30, folder: str = "cache") -> CachedStore:
     store = CachedStore(base, base.root.parent / folder, limit_bytes)
     store.list()
     return store
@@ -217,7 +218,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Path]:
 
 def test_a_damaged_page_is_a_data_error_once_and_then_healed(local, tmp_path: Path) -> None:
     manifest, folder = local
-    store = CachedStore(FileStore(folder), tmp_path / "cache", 1 << 30)
+    store = CachedStore(FolderStore(folder), tmp_path / "cache", 1 << 30)
     row = 1100
     with closing(loader(manifest, store)) as reader:
         right = reader.read(np.arange(1000, 1200))

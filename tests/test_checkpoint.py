@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from data_pipelines.store import FileStore
 from tests.distributed.worker import config, info
 from warm_dist import checkpoint
 from warm_dist.checkpoint import CHECKPOINTS, Saved
@@ -18,6 +17,7 @@ from warm_dist.engine import LocalEngine
 from warm_dist.errors import CheckpointError
 from warm_dist.generate import build_network, export_weights, load_weights
 from warm_dist.storage import Storage
+from warm_dist.store.folder import FolderStore
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -41,7 +41,7 @@ def state(tmp_path: Path):
 
 def save(run: Path, state, nimg: int) -> Saved:
     settings, engine, ema = state
-    storage = Storage(run, ALONE, lambda url, endpoint: FileStore(Path(url)), settings.checkpoint, print)
+    storage = Storage(run, ALONE, lambda url, endpoint: FolderStore(Path(url)), settings.checkpoint, print)
     meta = {"num_steps": nimg // 8, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
     storage.save(CHECKPOINTS, nimg, checkpoint.tensors_of(engine, {"ema": ema}), meta)
     return storage.saved(nimg)
@@ -92,7 +92,7 @@ def test_parts_that_ranks_wrote_are_put_together_by_readers_of_another_number(tm
             if cut[rank] < cut[rank + 1]:
                 share[key.replace("@0", f"@{cut[rank]}")] = tensor[cut[rank] : cut[rank + 1]]
         lines.append(checkpoint.write_rank(tmp_path, rank, share))
-    saved = Saved(FileStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10})
+    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10})
     other = LocalEngine(build_network(settings), settings, ALONE)
     shadow = ema_of(other)
     checkpoint.load(saved, 1, other, {"ema": shadow})
@@ -106,7 +106,7 @@ def test_a_rank_reads_no_file_but_its_own_if_that_holds_everything(tmp_path, sta
     lines = [checkpoint.write_rank(tmp_path, rank, whole) for rank in range(2)]
     (tmp_path / "rank_0.safetensors").unlink()
     (tmp_path / "rank_0.done").unlink()
-    saved = Saved(FileStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1})
+    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1})
     checkpoint.load(saved, 1, engine, {"ema": ema})
     with pytest.raises(CheckpointError, match=r"rank_0\.done"):
         checkpoint.load(saved, 0, engine, {"ema": ema})

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from warm_dist.downloads import fetch
 from warm_dist.errors import AccessError, ConfigError, DataError, OutputError, UnreachableError
 from warm_dist.files import file_sha256
+from warm_dist.store.download import fetch
 
 CONTENT = bytes(range(256)) * 9000  # more than two blocks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info
 from tests.processes import ROOT
 from warm_dist.checkpoint import SNAPSHOTS, complete
@@ -23,6 +22,7 @@ from warm_dist.errors import CheckpointError, ConfigError
 from warm_dist.generate import load_weights
 from warm_dist.posthoc import combination, inner_products, mismatch
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from data_pipelines.store import FileStore, open_store
 from tests.distributed.worker import config, info
 from warm_dist import fid, reference
 from warm_dist.distributed.stop import StopSignal
@@ -27,6 +26,8 @@ from warm_dist.extractors import Pixels, features
 from warm_dist.feature_stream import FeatureStream, batches_of
 from warm_dist.generate import build_network
 from warm_dist.row_metrics import kid, precision_recall
+from warm_dist.store.folder import FolderStore
+from warm_dist.store.open import open_store
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 EVAL = {"eval_nimg": 80, "num_images": 20, "extractor": "pixels", "grid": 2, "batch_size": 8, "kid_images": 12}
@@ -147,17 +148,17 @@ def test_without_rows_there_is_no_kid(make: Make) -> None:
 
 
 def test_reference_statistics_lie_beside_the_manifest_or_else_in_the_run(make: Make, tmp_path: Path) -> None:
-    class ReadOnly(FileStore):
+    class ReadOnly(FolderStore):
         def write(self, path: str, data: bytes) -> None:
             raise AccessError(f"{path}: may not be written")
 
     beside, run = tmp_path / "data" / "reference", tmp_path / "run" / "reference"
-    evaluator = make(stores=lambda url, endpoint: (ReadOnly if "data" in url else FileStore)(Path(url)))
+    evaluator = make(stores=lambda url, endpoint: (ReadOnly if "data" in url else FolderStore)(Path(url)))
     weights = build_network(evaluator.config).state_dict()
     first = evaluator(weights, 80, StopSignal())
     assert not beside.exists()
     assert len(list(run.glob("*.safetensors"))) == 1
-    again = make(read=pytest.fail, stores=lambda url, endpoint: FileStore(Path(url)))
+    again = make(read=pytest.fail, stores=lambda url, endpoint: FolderStore(Path(url)))
     assert again(weights, 80, StopSignal())["floor"] == first["floor"], "found in the second place"
     (kept,) = run.glob("*.safetensors")
     kept.write_bytes(kept.read_bytes()[:-7])  # cut short: measured anew, now beside the manifest
@@ -166,12 +167,12 @@ def test_reference_statistics_lie_beside_the_manifest_or_else_in_the_run(make: M
 
 
 def test_runs_of_a_machine_measure_the_reference_once(make: Make, tmp_path: Path) -> None:
-    class ReadOnly(FileStore):
+    class ReadOnly(FolderStore):
         def write(self, path: str, data: bytes) -> None:
             raise AccessError(f"{path}: may not be written")
 
-    def stores(url: str, endpoint: str | None) -> FileStore:
-        return (ReadOnly if "data" in url else FileStore)(Path(url))
+    def stores(url: str, endpoint: str | None) -> FolderStore:
+        return (ReadOnly if "data" in url else FolderStore)(Path(url))
 
     read: list[int] = []
     begun, waiting = threading.Event(), threading.Event()
@@ -220,7 +221,7 @@ def test_a_machine_s_turn_is_not_waited_for_for_ever(tmp_path: Path) -> None:
 
 def test_a_damaged_reference_is_as_good_as_none(tmp_path: Path) -> None:
     """A bit of every byte, of its header as of its numbers; and whole files of another shape."""
-    store, stores = FileStore(tmp_path), [FileStore(tmp_path)]
+    store, stores = FolderStore(tmp_path), [FolderStore(tmp_path)]
     spec = reference.ReferenceSpec("pixels", "ab", "none", "cd", num_real=9, num_images=4, num_rows=3)
     rows = np.random.default_rng(0).random((9, 2), np.float32)
     known = reference.Reference(fid.Moments.of(rows), rows[:3], 1.5, 4)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from data_pipelines import s3_store
-from data_pipelines.s3_server import S3Server
-from data_pipelines.s3_store import S3Store
-from data_pipelines.store import Store, open_store
 from tests.faulty_proxy import FAULTS, FaultyProxy, share
 from tests.test_loader import equal, joined, loader, take
 from warm_dist.data import Batch
 from warm_dist.errors import DataError
+from warm_dist.store import s3
+from warm_dist.store.base import Store
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
+from warm_dist.store.seaweedfs import S3Server
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -38,8 +39,8 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rules with short waits."""
-    monkeypatch.setattr(s3_store, "READ_S", 0.2)
-    monkeypatch.setattr(s3_store, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(s3, "READ_S", 0.2)
+    monkeypatch.setattr(s3, "BACKOFF_S", 0.01)
 
 
 @pytest.fixture(scope="module")

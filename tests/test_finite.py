@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)

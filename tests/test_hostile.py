@@ -26,9 +26,9 @@ from data_pipelines.loader import Loader
 from data_pipelines.manifest import NAME, Manifest, read_manifest
 from data_pipelines.pack import pack
 from data_pipelines.sources import BadImage, Sample, Source, open_source
-from data_pipelines.store import FileStore
 from data_pipelines.verify import verify
 from warm_dist.errors import ConfigError, DataError
+from warm_dist.store.folder import FolderStore
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -189,7 +189,7 @@ def test_offsets_that_lie_inside_the_shard_are_found_by_the_crc(packed: tuple[Ma
 
 
 def reader(manifest: Manifest, folder: Path) -> Loader:
-    store = FileStore(folder)
+    store = FolderStore(folder)
     options = {"batch_size": 8, "num_lanes": 8, "seed": 0, "rank": 0, "world": 1, "chunk": 4, "window": 8}
     return Loader(manifest, store, **options, threads=1, buffer_bytes=1 << 20)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.store import open_store
 from tests.test_space import BASE, sweep
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.ledger import Ended, Ledger
 from warm_dist.space import trials
+from warm_dist.store.open import open_store
 
 
 def make(grid, **more):

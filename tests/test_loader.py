@@ -24,10 +24,12 @@ from data_pipelines.loader import Loader, open_loader
 from data_pipelines.manifest import Manifest
 from data_pipelines.pack import pack
 from data_pipelines.sources import Sample, Source, open_source
-from data_pipelines.store import FileStore, Store, open_store
 from warm_dist.config.load import validate
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError
+from warm_dist.store.base import Store
+from warm_dist.store.folder import FolderStore
+from warm_dist.store.open import open_store
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -90,7 +92,7 @@ def own(local: tuple[Manifest, Path], tmp_path: Path) -> tuple[Manifest, Path]:
 
 @pytest.fixture(scope="module")
 def reference(local: tuple[Manifest, Path]) -> list[Batch]:
-    return take(local[0], FileStore(local[1]), 0, 130, buffer_bytes=1)
+    return take(local[0], FolderStore(local[1]), 0, 130, buffer_bytes=1)
 
 
 def test_each_image_exactly_once_per_epoch_with_its_own_pixels_and_label(
@@ -121,7 +123,9 @@ def test_batches_depend_neither_on_world_nor_threads_nor_memory(
     local: tuple[Manifest, Path], reference: list[Batch], world: int, threads: int, buffer_bytes: int
 ) -> None:
     ranks = [
-        take(local[0], FileStore(local[1]), 0, 130, rank=rank, world=world, threads=threads, buffer_bytes=buffer_bytes)
+        take(
+            local[0], FolderStore(local[1]), 0, 130, rank=rank, world=world, threads=threads, buffer_bytes=buffer_bytes
+        )
         for rank in range(world)
     ]
     for expected, *parts in zip(reference, *ranks, strict=True):
@@ -131,12 +135,12 @@ def test_batches_depend_neither_on_world_nor_threads_nor_memory(
 
 @pytest.mark.parametrize("start", [1, 40, 56, 57, 60])
 def test_resuming_is_seeking(local: tuple[Manifest, Path], reference: list[Batch], start: int) -> None:
-    again = take(local[0], FileStore(local[1]), start * 32, 70)  # over the border of epochs, at batch 56.2
+    again = take(local[0], FolderStore(local[1]), start * 32, 70)  # over the border of epochs, at batch 56.2
     assert all(equal(one, other) for one, other in zip(again, reference[start:], strict=False))
 
 
 def test_another_batch_size_continues_the_same_stream(local: tuple[Manifest, Path], reference: list[Batch]) -> None:
-    wide = take(local[0], FileStore(local[1]), 32 * 4, 20, batch_size=64)
+    wide = take(local[0], FolderStore(local[1]), 32 * 4, 20, batch_size=64)
     keys = [key for batch in reference[4:44] for key in batch.keys]
     assert [key for batch in wide for key in batch.keys] == keys
 
@@ -161,7 +165,7 @@ def test_s3_gives_the_same_batches_and_webdataset_is_the_oracle(
     assert dict(samples()) == {key: image.tobytes() for key, image in seen.items()}
 
 
-class Counting(FileStore):
+class Counting(FolderStore):
     """Counts GETs and bytes."""
 
     def __init__(self, root: Path) -> None:
@@ -213,7 +217,7 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
     """Three epochs; the reader's own account, and Python's of all that was allocated meanwhile."""
     manifest, folder = big(tmp_path)
     image = 64 * 64 * 3
-    with closing(loader(manifest, FileStore(folder), buffer_bytes=buffer_bytes, threads=threads)) as reader:
+    with closing(loader(manifest, FolderStore(folder), buffer_bytes=buffer_bytes, threads=threads)) as reader:
         least = 3 * 32 * image + threads * int(manifest.length.max())
         assert reader.most_bytes <= max(buffer_bytes, least)
         reader.order.rows(3)  # an epoch's order is 8 KiB here, and 10 MB for ImageNet, whatever the buffer
@@ -237,7 +241,7 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_the_reader_says_what_a_whole_window_takes(local: tuple[Manifest, Path], world: int) -> None:
-    store = FileStore(local[1])
+    store = FolderStore(local[1])
     with closing(loader(local[0], store, world=world, buffer_bytes=1)) as tight:
         assert tight.pieces == 16  # 8 lanes' windows of 64 images, in batches of 32
         whole_bytes = tight.whole_bytes
@@ -249,7 +253,7 @@ def test_the_reader_says_what_a_whole_window_takes(local: tuple[Manifest, Path],
 
 
 def test_read_gives_rows_in_the_order_asked_for(local: tuple[Manifest, Path]) -> None:
-    with closing(loader(local[0], FileStore(local[1]))) as reader:
+    with closing(loader(local[0], FolderStore(local[1]))) as reader:
         rows = np.array([1796, 0, 5, 5, 499, 500, 1001])
         images = reader.read(rows)
         everything = reader.read(np.arange(1797))
@@ -268,7 +272,7 @@ def test_a_corrupted_byte_is_a_data_error_with_key_and_shard(
     data[manifest.offset[1100] + manifest.length[1100] - 1] ^= 255
     shard.write_bytes(data)
     words = f"image '{manifest.key[1100]}' in shard {shard.name}: its crc32"
-    with closing(loader(manifest, FileStore(folder))) as reader:
+    with closing(loader(manifest, FolderStore(folder))) as reader:
         delivered = []
         with pytest.raises(DataError, match=words):
             delivered.extend(reader.batches(0))
@@ -289,7 +293,7 @@ def test_an_undecodable_image_with_a_right_crc_is_named(tmp_path: Path) -> None:
     shard.write_bytes(data)
     crc = manifest.crc32.copy()
     crc[7] = zlib.crc32(data[start:end])
-    with closing(loader(replace(manifest, crc32=crc), FileStore(tmp_path))) as reader:
+    with closing(loader(replace(manifest, crc32=crc), FolderStore(tmp_path))) as reader:
         with pytest.raises(DataError, match=f"image '{manifest.key[7]}' in shard {shard.name}: does not decode"):
             reader.read(np.arange(40))
         assert (reader.read(np.array([9])) == 9).all()
@@ -299,8 +303,8 @@ def test_missing_shortened_and_replaced_shards(own: tuple[Manifest, Path]) -> No
     manifest, folder = own
     path = folder / manifest.shards[1].name
     whole = path.read_bytes()
-    with closing(loader(manifest, FileStore(folder))) as reader:
-        FileStore(folder).write(path.name, whole)  # the same bytes, but somebody else's
+    with closing(loader(manifest, FolderStore(folder))) as reader:
+        FolderStore(folder).write(path.name, whole)  # the same bytes, but somebody else's
         with pytest.raises(DataError, match=f"{path.name}: was replaced"):
             reader.read(np.array([700]))
         with pytest.raises(DataError, match=f"{path.name} .* was replaced"):
@@ -309,10 +313,10 @@ def test_missing_shortened_and_replaced_shards(own: tuple[Manifest, Path]) -> No
         with pytest.raises(DataError, match=f"{path.name}: does not exist"):
             reader.read(np.array([700]))
     with pytest.raises(DataError, match=f"shard {path.name} is missing from {folder}"):
-        loader(manifest, FileStore(folder))
+        loader(manifest, FolderStore(folder))
     path.write_bytes(whole[:-512])
     with pytest.raises(DataError, match=f"{path.name} .* has {len(whole) - 512} bytes, the manifest says {len(whole)}"):
-        loader(manifest, FileStore(folder))
+        loader(manifest, FolderStore(folder))
 
 
 def test_a_shard_replaced_on_s3_during_training(digits: Packed) -> None:
@@ -330,7 +334,7 @@ def test_a_shard_replaced_on_s3_during_training(digits: Packed) -> None:
             list(reader.batches(0))
 
 
-class Failing(FileStore):
+class Failing(FolderStore):
     """Fails from the n-th read on."""
 
     def __init__(self, root: Path, after: int) -> None:

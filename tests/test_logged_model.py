@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.store import open_store
 from launch.services import Services, services
 from tests.distributed.worker import config, info
 from tests.test_tracking import end, found, log, make_run
@@ -25,6 +24,7 @@ from warm_dist.errors import UnreachableError
 from warm_dist.generate import build_network, export_weights, generate, load_weights, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
 from warm_dist.tracking import Mirror
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -31,10 +31,10 @@ from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifes
 from data_pipelines.pack import BAD, Packing, pack
 from data_pipelines.payload import PAYLOADS, decode
 from data_pipelines.sources import BadImage, Sample, Source, open_source
-from data_pipelines.store import open_store
 from data_pipelines.verify import verify
 from warm_dist.errors import BucketError, ConfigError, DataError
 from warm_dist.spectrum import dct
+from warm_dist.store.open import open_store
 
 if TYPE_CHECKING:
     from conftest import Packed

@@ -15,11 +15,11 @@ from PIL import Image
 
 from data_pipelines.manifest import NAME, read_manifest
 from data_pipelines.payload import decode
-from data_pipelines.s3_server import S3Server
-from data_pipelines.store import open_store
 from data_pipelines.transform import Transform, decode_image
 from tests.processes import ROOT, free_port
 from warm_dist.metrics import read_metrics
+from warm_dist.store.open import open_store
+from warm_dist.store.seaweedfs import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SYNSETS = [f"n{number:08d}" for number in (1440764, 1443537, 2007558, 2093428, 2123045, 2510455, 3000134, 3769881, 4254777, 7579787)]  # fmt: skip

@@ -25,15 +25,16 @@ from data_pipelines.loader import Loader, open_loader
 from data_pipelines.manifest import NAME, Manifest, Shard, write_manifest
 from data_pipelines.pack import pack
 from data_pipelines.payload import encode
-from data_pipelines.s3_server import S3Server
-from data_pipelines.s3_store import S3Store
 from data_pipelines.sources import open_source
-from data_pipelines.store import FileStore, Stat, Store
 from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined
 from warm_dist.config.load import load_config
 from warm_dist.data import LOW_MODES, Batch, DataInfo
+from warm_dist.store.base import Stat, Store
+from warm_dist.store.folder import FolderStore
+from warm_dist.store.s3 import S3Store
+from warm_dist.store.seaweedfs import S3Server
 
 if TYPE_CHECKING:
     from conftest import Packed
@@ -45,7 +46,7 @@ class Data:
     """All digits in a folder, and what must come at each position: computed here from the order, without the loader."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = FileStore(folder)
+        self.store = FolderStore(folder)
         self.manifest = pack(open_source("digits", 8), str(folder), shard_size=500)
         order = Order([shard.num_images for shard in self.manifest.shards], 3, 8, 16, 64)
         self.rows = order.row_of(np.arange(5 * N))

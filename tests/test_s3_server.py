@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import s3_server
-from data_pipelines.s3_server import S3Server
-from data_pipelines.s3_store import S3Store
-from data_pipelines.store import open_store
 from warm_dist.errors import OutputError, PortError, UnreachableError
+from warm_dist.store import seaweedfs
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
+from warm_dist.store.seaweedfs import S3Server
 
 
 def connect(server: S3Server) -> S3Store:
@@ -28,7 +28,7 @@ def connect(server: S3Server) -> S3Store:
 @pytest.mark.slow
 def test_data_and_credentials_survive_a_restart_and_the_server_does_not_survive_its_owner(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from data_pipelines.s3_server import S3Server\n"
+        "import sys, time; from pathlib import Path; from warm_dist.store.seaweedfs import S3Server\n"
         "with S3Server(Path(sys.argv[1]), 'bucket') as s3: print(s3.endpoint_url, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
@@ -39,7 +39,7 @@ def test_data_and_credentials_survive_a_restart_and_the_server_does_not_survive_
         assert supervisor.alive(supervisor)
         with pytest.raises(OutputError, match="another S3 server is running on this folder"):
             S3Server(tmp_path, "bucket").__enter__()
-        keys = s3_server.S3Server(tmp_path, "bucket")._credentials()
+        keys = seaweedfs.S3Server(tmp_path, "bucket")._credentials()
         S3Store("bucket", "", url, keys).write("a", b"kept")
         owner.send_signal(signal.SIGKILL)
     with S3Server(tmp_path, "bucket") as server:  # waits for the orphan's end by itself
@@ -85,11 +85,11 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path, m
     weed = tmp_path / "weed"
     weed.write_text("#!/bin/sh\necho the disk is made of cheese; exit 3\n")
     weed.chmod(0o755)
-    monkeypatch.setattr(s3_server, "_find_weed", lambda: weed)
+    monkeypatch.setattr(seaweedfs, "_find_weed", lambda: weed)
     started = time.monotonic()
     with pytest.raises(UnreachableError, match="the disk is made of cheese"):
         S3Server(tmp_path / "s3", "bucket").__enter__()
-    assert time.monotonic() - started < s3_server.START_S
+    assert time.monotonic() - started < seaweedfs.START_S
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

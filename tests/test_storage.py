@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.s3_server import S3Server
-from data_pipelines.store import FileStore, open_store
 from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist import checkpoint, storage
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS
@@ -30,6 +28,9 @@ from warm_dist.errors import (
     UnreachableError,
 )
 from warm_dist.storage import Storage
+from warm_dist.store.folder import FolderStore
+from warm_dist.store.open import open_store
+from warm_dist.store.seaweedfs import S3Server
 from warm_dist.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -185,7 +186,7 @@ def test_a_store_gets_everything_and_a_fresh_machine_goes_on_from_it(tmp_path, s
         mine.save(nimg, SNAPSHOTS)
         until(lambda: not mine.storage.uploads.pending())
     assert mine.storage.close(5) == []
-    store = FileStore(Path(url))
+    store = FolderStore(Path(url))
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [16, 24]
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, SNAPSHOTS)] == [8, 16, 24]
     assert {path.split("/")[0] for path in store.list()} == {CHECKPOINTS, SNAPSHOTS}
@@ -204,7 +205,7 @@ def test_the_newest_of_folder_and_store_is_taken(tmp_path, said):
     third = Fixture(tmp_path / "run", said, url=url)
     assert third.restore() == 16
     until(lambda: not third.storage.uploads.pending())  # what had not been sent is sent now
-    store = FileStore(Path(url))
+    store = FolderStore(Path(url))
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [8, 16]
     damage(tmp_path / "run", 16)
     assert third.restore() == 16  # the store's copy is as good
@@ -223,13 +224,13 @@ def test_what_is_damaged_is_not_sent_to_the_store(tmp_path, said):
     second = Fixture(tmp_path / "run", said, url=url, keep_last=3)
     assert second.restore() == 8
     assert second.storage.close(5) == []
-    store = FileStore(Path(url))
+    store = FolderStore(Path(url))
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [8]
     assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, SNAPSHOTS)] == [8, 24]
     assert any("snapshot not sent" in text and "COMPLETE" in text for text in said)
 
 
-class Slow(FileStore):
+class Slow(FolderStore):
     """A store that answers when it is let, and can be down."""
 
     def __init__(self, root: Path) -> None:

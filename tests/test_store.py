@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import s3_store, store
-from data_pipelines.s3_server import S3Server
-from data_pipelines.s3_store import S3Store
-from data_pipelines.store import Store, open_store, split_url
+from data_pipelines import store
 from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
+from warm_dist.store import s3
+from warm_dist.store.base import Store, split_url
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
+from warm_dist.store.seaweedfs import S3Server
 
 BINARIES = re.compile(r"(a/)?\w+\.bin")
 
@@ -278,7 +280,7 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_store, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(s3, "BACKOFF_S", 0.001)
 
 
 @contextmanager
@@ -302,7 +304,7 @@ def test_a_body_that_breaks_off_is_resumed_from_the_same_object() -> None:
 
 
 def test_a_body_that_never_gets_through_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_store, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.3)
     with unsteady(limit=0) as (store, handler):
         with pytest.raises(UnreachableError, match=r"a: the body .*; given up after \d+ attempts and 0 bytes"):
             store.read("a")
@@ -311,22 +313,22 @@ def test_a_body_that_never_gets_through_is_given_up_after_a_while(monkeypatch: p
 
 def test_a_body_that_advances_is_resumed_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte buys time: 512 kB in pieces of 5 kB take 103 requests, whatever the patience without progress."""
-    monkeypatch.setattr(s3_store, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(s3_store, "BACKOFF_S", 0.0)
-    monkeypatch.setattr(s3_store, "SLOWEST", 20_000)
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(s3, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(s3, "SLOWEST", 20_000)
     with unsteady(limit=5_000) as (store, handler):
         assert store.read("a", etag="first") == Unsteady.content
         assert len(handler.requests) == 103
         handler.requests.clear()
-        monkeypatch.setattr(s3_store, "PATIENCE_S", 0.0)
-        monkeypatch.setattr(s3_store, "SLOWEST", 1e12)  # too slow for this
+        monkeypatch.setattr(s3, "PATIENCE_S", 0.0)
+        monkeypatch.setattr(s3, "SLOWEST", 1e12)  # too slow for this
         with pytest.raises(UnreachableError, match="given up after 1 attempts and 5000 bytes"):
             store.read("a", etag="first")
 
 
 def test_a_trickle_is_broken_off_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each recv brings something in time, so no silence is ever long; only the whole body's deadline ends it."""
-    monkeypatch.setattr(s3_store, "BODY_S", 0.05)
+    monkeypatch.setattr(s3, "BODY_S", 0.05)
     with unsteady(trickle_s=0.02) as (store, handler):
         assert store.read("a", 0, 3000, "first") == Unsteady.content[:3000]
         starts = [int(str(asked).removeprefix("bytes=").split("-")[0]) for asked, _ in handler.requests]

@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from data_pipelines.pack import pack
-from data_pipelines.s3_server import S3Server
 from data_pipelines.sources import open_source
-from data_pipelines.store import open_store
 from tests.processes import ROOT, free_port
 from tests.test_train import (
     BATCH,
@@ -38,6 +36,8 @@ from warm_dist.distributed.world import World
 from warm_dist.generate import load_weights
 from warm_dist.metrics import read_metrics
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
+from warm_dist.store.seaweedfs import S3Server
 
 pytestmark = pytest.mark.slow
 LAST = BATCH * STEPS

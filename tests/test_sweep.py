@@ -192,8 +192,8 @@ def test_early_stopping_and_what_it_leaves(manifest, tmp_path):
 
 def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest, monkeypatch):
     """Output on S3; the driver is killed and the machine's folder lost; the sweep goes on from what lies on S3."""
-    from data_pipelines.s3_server import S3Server
-    from data_pipelines.store import open_store
+    from warm_dist.store.open import open_store
+    from warm_dist.store.seaweedfs import S3Server
 
     with S3Server(tmp_path / "s3", "bucket") as server:
         config = write_sweep(

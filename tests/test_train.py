@@ -324,7 +324,7 @@ def test_port_in_use(config_file, tmp_path):
 
 def test_an_undecodable_image_ends_training_with_its_key(s3, digits, config_file, tmp_path):
     """A shard's bytes change after packing: the crc of one image, seen by one of two ranks, ends both with its key."""
-    from data_pipelines.store import open_store
+    from warm_dist.store.open import open_store
 
     store = open_store(digits.url, digits.endpoint_url)
     copy = open_store("s3://warm-dist/damaged", digits.endpoint_url)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.store import open_store
 from tests.processes import wait_for
 from tests.sweeps import EVERY, TOTAL, pack_digits, write_sweep
 from warm_dist import errors
@@ -19,6 +18,7 @@ from warm_dist.config.load import validate
 from warm_dist.config.sweep import SweepConfig, TrialConfig, load_sweep
 from warm_dist.files import read_json
 from warm_dist.space import Trial, trials
+from warm_dist.store.open import open_store
 from warm_dist.trial import Place, TrialRun, command, environment, make_place, run_config
 
 ONE = TrialConfig()

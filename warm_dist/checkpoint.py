@@ -23,7 +23,7 @@ from warm_dist.ema import EMA
 from warm_dist.engine import STATE, Engine
 from warm_dist.errors import CheckpointError, DataError, OutputError
 from warm_dist.files import write_json
-from warm_dist.types import Store
+from warm_dist.store.base import Store
 
 FORMAT = 2
 COMPLETE = "COMPLETE"

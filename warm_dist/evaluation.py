@@ -29,7 +29,7 @@ from warm_dist.generate import Model, build_network, describe_sampling, generate
 from warm_dist.reference import Reference, ReferenceSpec
 from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.sampler import nfe
-from warm_dist.types import OpenStore
+from warm_dist.store.base import OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from warm_dist import lite0
-from warm_dist.downloads import fetch
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.files import file_sha256
-from warm_dist.types import Store
+from warm_dist.store.base import Store
+from warm_dist.store.download import fetch
 
 Images = NDArray[np.uint8] | Tensor
 # Images at a time on a CPU, where activations shall stay in the caches. Measured on one thread of an EPYC (Zen 4):

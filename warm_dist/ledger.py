@@ -10,7 +10,7 @@ from typing import Any
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.metrics import parse_records
 from warm_dist.space import Trial
-from warm_dist.types import Store
+from warm_dist.store.base import Store
 
 RECORD = "sweep.json"
 

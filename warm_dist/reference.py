@@ -21,7 +21,7 @@ from warm_dist.errors import WarmDistError
 from warm_dist.extractors import Extractor
 from warm_dist.feature_stream import FeatureStream, Rows, each_batch
 from warm_dist.fid import Moments
-from warm_dist.types import Store
+from warm_dist.store.base import Store
 
 FORMAT = 2
 

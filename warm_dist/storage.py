@@ -36,7 +36,7 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json
 from warm_dist.metrics import last_attempt
-from warm_dist.types import OpenStore, Store
+from warm_dist.store.base import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")

@@ -21,8 +21,8 @@ from warm_dist.errors import Stopped, WarmDistError
 from warm_dist.ledger import RECORD, Ended, Ledger
 from warm_dist.ray_cluster import check_resources, connected
 from warm_dist.space import Trial
+from warm_dist.store.base import OpenStore
 from warm_dist.trial import Place, patiently
-from warm_dist.types import OpenStore
 
 
 def run(

@@ -17,9 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from warm_dist import supervisor
 from warm_dist.config.sweep import TrialConfig
 from warm_dist.space import Trial
+from warm_dist.store.base import OpenStore
 from warm_dist.supervisor import free_port
 from warm_dist.trial import END_S, End, Place, TrialRun, start_node
-from warm_dist.types import OpenStore
 
 POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen
 STEP_S = 2.0  # after which a step without news returns, so that Tune may end the trial

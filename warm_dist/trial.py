@@ -26,8 +26,8 @@ from warm_dist.errors import Stopped, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, read_json, write_json
 from warm_dist.metrics import read_metrics
 from warm_dist.space import Trial
+from warm_dist.store.base import OpenStore, Store
 from warm_dist.supervisor import free_port
-from warm_dist.types import OpenStore, Store
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not
 

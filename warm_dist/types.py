@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -48,7 +48,7 @@ class Loss(NamedTuple):
 
 
 class Store(Protocol):
-    """What checkpoints need of data_pipelines.store.Store, which says what each of these does and raises."""
+    """What checkpoints need of warm_dist.store.base.Store, which says what each of these does and raises."""
 
     url: str
 
@@ -58,7 +58,3 @@ class Store(Protocol):
     def download(self, path: str, local_file: Path) -> None: ...
     def list(self, prefix: str = "") -> Mapping[str, Any]: ...
     def delete(self, path: str) -> None: ...
-
-
-OpenStore = Callable[[str, str | None], Store]
-"""data_pipelines.store.open_store: (URL or folder, endpoint or None) → Store."""

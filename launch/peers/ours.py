@@ -14,9 +14,10 @@ from pathlib import Path
 
 from data_pipelines.loader import Loader
 from data_pipelines.manifest import read_manifest
-from data_pipelines.store import open_store, split_url
 from launch.peers.data import Clock, checksum, report
 from warm_dist.config.run import DataConfig
+from warm_dist.store.base import split_url
+from warm_dist.store.open import open_store
 
 LANES = 8  # a rank of 16 has so many of the 128 in configs/ffhq64.json; a window of each fits into the buffer
 

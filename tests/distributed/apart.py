@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from data_pipelines.store import open_store
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
 from warm_dist import checkpoint
 from warm_dist.data import Batch
@@ -21,6 +20,7 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import ConfigError
 from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
 

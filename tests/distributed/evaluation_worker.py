@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.store import open_store
 from tests.distributed.worker import config, info
 from warm_dist import evaluation, rng
 from warm_dist.config.run import Config
@@ -20,6 +19,7 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
 from warm_dist.evaluation import Evaluator
 from warm_dist.generate import build_network, sample_labels
+from warm_dist.store.open import open_store
 
 NUM_IMAGES = 50
 CLASSES = 7

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from data_pipelines.s3_store import S3Store
-from data_pipelines.store import open_store
 from launch.services import free_port
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
 from warm_dist import checkpoint, storage
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import join
 from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
 from warm_dist.trainer import Trainer
 
 SIZE, STEPS, SAVE_STEPS = 2, 12, 4

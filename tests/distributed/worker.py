@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipelines.store import open_store
 from warm_dist import rng
 from warm_dist.config.load import validate
 from warm_dist.config.run import Config
@@ -31,6 +30,7 @@ from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.networks import build
 from warm_dist.preparation import prepare
 from warm_dist.storage import Storage
+from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
 BATCH = 16

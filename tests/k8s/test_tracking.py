@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from data_pipelines.s3_server import S3Server
-from data_pipelines.store import open_store
 from tests.k8s.expand import substitute
 from tests.k8s.render import K8S, Object, render
 from tests.processes import ROOT, free_port, wait_for
 from warm_dist import supervisor
+from warm_dist.store.open import open_store
+from warm_dist.store.seaweedfs import S3Server
 
 ARTIFACTS = "s3://warm-dist/mlflow"
 HOSTS = ("mlflow", "mlflow.warm-dist", "mlflow.warm-dist.svc", "mlflow.warm-dist.svc.cluster.local")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
 from warm_dist.files import _BLOCK_BYTES, file_sha256
-from warm_dist.types import Store
+from warm_dist.store.base import Store
 
 _SILENCE_S = 60  # after which a web server is given up
 

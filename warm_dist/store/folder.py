@@ -1,0 +1,107 @@
+"""A folder as a store."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from warm_dist.errors import AccessError, DataError
+from warm_dist.store.base import PARTIAL, Stat, Store, output, too_short
+
+_OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
+
+
+class FolderStore(Store):
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser()
+        self.url = str(self.root)
+
+    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+        target = self.root / path
+        with self._input(target), target.open("rb") as file:
+            if etag is not None and self._tag(os.fstat(file.fileno())) != etag:
+                raise DataError(f"{target}: was replaced since it was first looked at")
+            file.seek(start)
+            data = file.read(-1 if length is None else length)
+        if length is not None and len(data) < length:
+            raise too_short(str(target), start, length, start + len(data))
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._replacing(path) as partial:
+            partial.write_bytes(data)
+
+    def upload(self, path: str, local_file: Path) -> None:
+        with self._replacing(path) as partial:
+            shutil.copyfile(local_file, partial)
+
+    def stat(self, path: str) -> Stat:
+        with self._input(self.root / path):
+            stat = (self.root / path).stat()
+            return Stat(stat.st_size, self._tag(stat))
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        out = {}
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
+            for name in names:
+                path = (Path(folder) / name).relative_to(self.root).as_posix()
+                if path.startswith(prefix) and not name.endswith(PARTIAL):
+                    with suppress(DataError):  # deleted meanwhile
+                        out[path] = self.stat(path)
+        return dict(sorted(out.items()))
+
+    def delete(self, path: str) -> None:
+        target = self.root / path
+        with output(target):
+            target.unlink(missing_ok=True)
+        for folder in target.parents:  # S3 knows no empty folders, so none are left here
+            if folder == self.root or self.root not in folder.parents:
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    def discard_partials(self, ours: re.Pattern[str]) -> None:
+        for folder, _, names in os.walk(self.root):
+            for partial in filter(None, map(_OWN_PARTIAL.fullmatch, names)):
+                target = Path(folder) / partial[1]
+                if ours.fullmatch(target.relative_to(self.root).as_posix()):
+                    with output(target):
+                        target.with_name(partial[0]).unlink(missing_ok=True)
+
+    @staticmethod
+    def _tag(stat: os.stat_result) -> str:
+        return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+
+    @contextmanager
+    def _replacing(self, path: str) -> Iterator[Path]:
+        target = self.root / path
+        partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+        with output(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield partial
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @staticmethod
+    @contextmanager
+    def _input(target: Path) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise DataError(f"{target}: does not exist") from None
+        except PermissionError:
+            raise AccessError(f"{target}: may not be read by this user") from None
+        except OSError as error:
+            raise DataError(f"{target}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,29 @@
+"""A URL or a folder's path to its store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from warm_dist.errors import ConfigError
+from warm_dist.store.base import Store
+from warm_dist.store.folder import FolderStore
+
+
+def open_store(url: str, endpoint_url: str | None = None) -> Store:
+    """A store for `s3://bucket/prefix`, `file:///folder` or a folder's path; touches neither network nor disk.
+
+    endpoint_url: an S3 endpoint other than AWS's own. boto3's own chain finds the credentials.
+    Raises ConfigError for a placeholder bucket or an unknown scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return FolderStore(Path(url))
+    if scheme == "file":
+        return FolderStore(Path(urlsplit(url).path))
+    if scheme != "s3":
+        raise ConfigError(f"{url}: unknown scheme {scheme!r}; use s3://bucket/prefix or a local path")
+    from warm_dist.store.s3 import S3Store  # it builds on this module
+
+    bucket, _, prefix = rest.partition("/")
+    return S3Store(bucket, prefix, endpoint_url)
