@@ -48,12 +48,12 @@ class Side:
 
 def rank(job: dict[str, Any]) -> None:
     """Train as the job says; rank 0 writes what a step took after the first line, which warms up, to job["out"]."""
-    from warm_dist import run_folder
     from warm_dist.config.load import load_config
     from warm_dist.distributed.collectives import barrier
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, shutdown
-    from warm_dist.metrics import MetricsLog, read_metrics
+    from warm_dist.runs.folder import describe_run, write_end
+    from warm_dist.runs.metrics import MetricsLog, read_metrics
     from warm_dist.trainer import Trainer
     from warm_dist.window import PLACES
 
@@ -78,7 +78,7 @@ def rank(job: dict[str, Any]) -> None:
 
         assert log is not None
         log.write(0, "event", text="start")  # the mirror asks for its server when there is something to send
-        run_folder.describe(run, config, 1, {})
+        describe_run(run, config, 1, {})
         mirror = start_mirror(run)
         _wait(lambda: _sent(run) > 0, "the mirror to find its server")
     clocks = {"wall_s": time.perf_counter, "process_s": time.process_time, "main_s": time.thread_time}
@@ -97,7 +97,7 @@ def rank(job: dict[str, Any]) -> None:
     if mirror is not None:
         _wait(lambda: _sent(run) == (run / "metrics.jsonl").stat().st_size, "the mirror to send the last line")
         marks[-1]["mirror_s"] = _cpu_s(mirror.pid)
-        run_folder.end(run, 1, trainer.nimg, None)
+        write_end(run, 1, trainer.nimg, None)
     parameters = sum(shape.numel() for shape in trainer.shapes.values())
     speed = _bandwidth(world, parameters)
     if world.is_main:

@@ -22,8 +22,8 @@ from warm_dist import errors, supervisor
 from warm_dist.config.run import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
 from warm_dist.mlflow_client import CLIENT_ENV
+from warm_dist.runs.metrics import read_metrics
 from warm_dist.tracking import Mirror, SendModel
 
 POLL_S = 1.0

@@ -17,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.train import parse
-from warm_dist import errors, run_folder
+from warm_dist import errors
 from warm_dist.config.load import load_config
+from warm_dist.runs.folder import end_since
 
 # What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
 STOPPED_S, FINISHED_S = 45.0, 600.0
@@ -32,7 +33,7 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they do to a first process
     began = time.time()
     code = _torchrun(sys.argv[1:])
-    end = run_folder.end_since(run, began)
+    end = end_since(run, began)
     _wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
     if code and end and end["code"]:  # torchrun's own says only that a rank has failed
         print(f"node: {end['reason']}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from warm_dist.config.load import dump, load_config
 from warm_dist.config.run import Config
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 LAUNCH = Path(__file__).resolve().parent
 SAVE_S = 120.0  # how long a run that was told to stop may take to save

@@ -75,9 +75,9 @@ class Attempt:
                 print(text, flush=True)
 
     def run(self) -> None:
-        from warm_dist import run_folder
         from warm_dist.distributed.collectives import PeerLost, is_peer_loss, on_main
         from warm_dist.distributed.world import shutdown
+        from warm_dist.runs.folder import write_end
 
         failure: BaseException | None = None
         try:
@@ -97,14 +97,14 @@ class Attempt:
             raise
         finally:
             if self.number and (failure is not None or self.world.is_main):
-                run_folder.end(self.path, self.number, self.nimg, failure)
+                write_end(self.path, self.number, self.nimg, failure)
             if failure is None:
                 shutdown()
 
     def _claim(self) -> int:
-        from warm_dist import run_folder
+        from warm_dist.runs.folder import claim_run
 
-        number, self._lock = run_folder.claim(self.path)
+        number, self._lock = claim_run(self.path)
         return number
 
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
@@ -127,8 +127,8 @@ class Attempt:
         from data_pipelines.loader import open_loader
         from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation import Evaluator
-        from warm_dist.metrics import MetricsLog, read_metrics
         from warm_dist.prometheus import Exporter
+        from warm_dist.runs.metrics import MetricsLog, read_metrics
         from warm_dist.storage import Storage
         from warm_dist.store.open import open_store
         from warm_dist.trainer import Trainer
@@ -188,8 +188,8 @@ class Attempt:
             )
 
     def _describe_run(self, trainer: Any, fingerprint: str) -> None:
-        from warm_dist import run_folder
         from warm_dist.networks import num_parameters
+        from warm_dist.runs.folder import describe_run
 
         if self.world.is_main:
             facts = {
@@ -199,7 +199,7 @@ class Attempt:
                 "num_parameters": num_parameters(trainer.engine.module),
                 "device": str(self.world.device),
             }
-            run_folder.describe(self.path, self.config, self.number, facts)
+            describe_run(self.path, self.config, self.number, facts)
 
     def _finish(self, storage: Any, late: list[Any]) -> None:
         from warm_dist import generate

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.processes import MARK, ROOT, end_marked, marked
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 TOTAL, EVERY = 1600, 400
 SMALL = {

@@ -12,7 +12,7 @@ from tests.distributed.worker import BATCH, batches, config, info
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
-from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer

@@ -5,7 +5,7 @@ import pytest
 
 from warm_dist.errors import OutputError
 from warm_dist.files import read_json, write_json
-from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import MetricsLog, read_metrics
 
 
 def test_the_highest_attempt_counts(tmp_path):

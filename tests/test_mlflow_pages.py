@@ -17,7 +17,7 @@ from tests.browser import chromium
 from tests.processes import ROOT
 from tests.test_train import config_file, environment  # noqa: F401  # a fixture
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from tests.conftest import Packed

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.processes import ROOT, free_port
 from warm_dist.errors import Stopped
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = {

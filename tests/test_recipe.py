@@ -17,7 +17,7 @@ from data_pipelines.manifest import NAME, read_manifest
 from data_pipelines.payload import decode
 from data_pipelines.transform import Transform, decode_image
 from tests.processes import ROOT, free_port
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
 

@@ -5,44 +5,45 @@ import time
 import pytest
 
 from tests.processes import ROOT
-from warm_dist import plan, run_folder
+from warm_dist import plan
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import load_config
 from warm_dist.errors import ConfigError, DataError, OutputError, Stopped, WorldSizeError
+from warm_dist.runs.folder import claim_run, describe_run, end_since, write_end
 
 QUICKSTART = load_config(ROOT / "configs" / "quickstart.json")
 
 
 def test_attempts_are_counted_and_the_folder_is_claimed_once(tmp_path):
-    attempt, lock = run_folder.claim(tmp_path / "run")
+    attempt, lock = claim_run(tmp_path / "run")
     assert attempt == 1
     with pytest.raises(OutputError, match="another process"):
-        run_folder.claim(tmp_path / "run")
-    run_folder.describe(tmp_path / "run", QUICKSTART, attempt, {"fingerprint": "x"})
+        claim_run(tmp_path / "run")
+    describe_run(tmp_path / "run", QUICKSTART, attempt, {"fingerprint": "x"})
     lock.close()
-    assert run_folder.claim(tmp_path / "run")[0] == 2
+    assert claim_run(tmp_path / "run")[0] == 2
 
 
 def test_the_first_reason_stays(tmp_path):
-    run_folder.end(tmp_path, 1, 64, DataError("image x"))
-    run_folder.end(tmp_path, 1, 64, RuntimeError("lost a peer"))
+    write_end(tmp_path, 1, 64, DataError("image x"))
+    write_end(tmp_path, 1, 64, RuntimeError("lost a peer"))
     told = json.loads((tmp_path / "exit.json").read_text())
     assert told == {"code": 3, "reason": "DataError: image x", "nimg": 64, "resumable": False, "attempt": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
 def test_an_earlier_attempt_s_end_is_not_this_one_s(tmp_path):
-    assert run_folder.end_since(tmp_path, 0.0) is None
-    run_folder.end(tmp_path, 1, 64, DataError("image x"))
+    assert end_since(tmp_path, 0.0) is None
+    write_end(tmp_path, 1, 64, DataError("image x"))
     now = time.time()
-    assert run_folder.end_since(tmp_path, now)["code"] == 3
+    assert end_since(tmp_path, now)["code"] == 3
     os.utime(tmp_path / "exit.json", (now - 60, now - 60))
-    assert run_folder.end_since(tmp_path, now) is None
+    assert end_since(tmp_path, now) is None
 
 
 def test_a_new_claim_forgets_the_last_end(tmp_path):
-    run_folder.end(tmp_path, 1, 64, Stopped("SIGTERM"))
-    _, lock = run_folder.claim(tmp_path)
+    write_end(tmp_path, 1, 64, Stopped("SIGTERM"))
+    _, lock = claim_run(tmp_path)
     assert not (tmp_path / "exit.json").exists()
     lock.close()
 

@@ -16,7 +16,7 @@ import pytest
 from launch import quickstart, services, ui
 from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, PortError
-from warm_dist.metrics import MetricsLog
+from warm_dist.runs.metrics import MetricsLog
 
 UI = str(Path(ui.__file__))
 

@@ -31,7 +31,7 @@ from tests.test_train import (
     train,
 )
 from warm_dist import errors
-from warm_dist.metrics import parse_line
+from warm_dist.runs.metrics import parse_line
 
 __all__ = ["config_file"]  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

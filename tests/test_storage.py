@@ -400,7 +400,7 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
 
 def test_another_machine_goes_on_with_the_runs_history_and_back(tmp_path, said):
     """metrics.jsonl goes to the store with every checkpoint and comes back where it is missing or an older one."""
-    from warm_dist.metrics import MetricsLog, read_metrics
+    from warm_dist.runs.metrics import MetricsLog, read_metrics
 
     url = str(tmp_path / "store")
 
@@ -438,7 +438,7 @@ def test_another_machine_goes_on_with_the_runs_history_and_back(tmp_path, said):
 
 
 def test_a_log_that_grows_or_is_refused_fails_no_checkpoint(tmp_path, said, s3, monkeypatch):
-    from warm_dist.metrics import MetricsLog
+    from warm_dist.runs.metrics import MetricsLog
 
     mine = Fixture(tmp_path / "run", said, url=f"s3://{s3.bucket}/{tmp_path.name}", endpoint_url=s3.endpoint_url)
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl", 1)

@@ -34,7 +34,7 @@ from warm_dist import checkpoint, errors
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.world import World
 from warm_dist.generate import load_weights
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server

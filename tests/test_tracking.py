@@ -30,8 +30,8 @@ from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, UnreachableError, redact
 from warm_dist.figures import save_grid
 from warm_dist.files import read_json, write_json
-from warm_dist.metrics import MetricsLog
 from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent
+from warm_dist.runs.metrics import MetricsLog
 from warm_dist.tracking import Mirror
 
 MIRROR = str(Path(mirror.__file__))

@@ -18,7 +18,7 @@ import pytest
 
 from tests.processes import ROOT, free_port
 from warm_dist import errors
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from tests.conftest import Packed

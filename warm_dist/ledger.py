@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warm_dist.errors import ConfigError, DataError
-from warm_dist.metrics import parse_records
+from warm_dist.runs.metrics import parse_records
 from warm_dist.space import Trial
 from warm_dist.store.base import Store
 

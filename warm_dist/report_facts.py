@@ -17,7 +17,7 @@ from warm_dist.config.bnr import AnyBNR, describe
 from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, redact
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 BEST, NEAR = "best", "within spread"
 

@@ -35,7 +35,7 @@ from warm_dist.distributed.collectives import gather, on_main
 from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json
-from warm_dist.metrics import last_attempt
+from warm_dist.runs.metrics import last_attempt
 from warm_dist.store.base import OpenStore, Store
 from warm_dist.uploads import Upload, Uploads
 

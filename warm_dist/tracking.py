@@ -13,8 +13,8 @@ from typing import Any
 from warm_dist import mlflow_client
 from warm_dist.errors import OutputError, UnreachableError, redact
 from warm_dist.files import read_json, write_json
-from warm_dist.metrics import parse_line
 from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, reaching
+from warm_dist.runs.metrics import parse_line
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
 _ZERO_BNR = 1e-3  # BNR 0 on a logarithmic axis

@@ -27,10 +27,10 @@ from warm_dist.errors import CheckpointError, Stopped
 from warm_dist.finite import FiniteGuard, Trace
 from warm_dist.generate import build_network
 from warm_dist.loss import loss
-from warm_dist.metrics import MetricsLog
 from warm_dist.precond import data_spectrum
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import Prepared, prepare
+from warm_dist.runs.metrics import MetricsLog
 from warm_dist.storage import Storage
 from warm_dist.types import Level, Loss
 from warm_dist.window import Window, progress

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_dist import errors, run_folder, supervisor
+from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.sweep import SweepConfig, TrialConfig
 from warm_dist.errors import Stopped, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, read_json, write_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.folder import end_since, write_end
+from warm_dist.runs.metrics import read_metrics
 from warm_dist.space import Trial
 from warm_dist.store.base import OpenStore, Store
 from warm_dist.supervisor import free_port
@@ -193,7 +194,7 @@ class TrialRun:
         code = self._process.poll()
         if code is None:
             return None
-        told = run_folder.end_since(self.run, self._begun)
+        told = end_since(self.run, self._begun)
         if told:
             return End(told["code"], str(told["reason"]), told["code"] in _FINAL_CODES)
         return End(
@@ -279,4 +280,4 @@ class TrialRun:
         described = read_json(self.run / "run.json")
         if described and not (self.run / "exit.json").exists():
             stopped = Stopped("ended by the sweep before it could save")
-            run_folder.end(self.run, described["attempt"], self.nimg(), stopped)
+            write_end(self.run, described["attempt"], self.nimg(), stopped)

@@ -18,7 +18,7 @@ from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import ConfigError
-from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer

@@ -25,7 +25,7 @@ from tests.distributed.worker import BATCH, batches, config, info, state_digest
 from warm_dist import checkpoint, storage
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import join
-from warm_dist.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store
 from warm_dist.trainer import Trainer

@@ -26,9 +26,9 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
-from warm_dist.metrics import MetricsLog, read_metrics
 from warm_dist.networks import build
 from warm_dist.preparation import prepare
+from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer

@@ -144,7 +144,7 @@ def test_the_image_plans_a_training(image: Image) -> None:
 @pytest.mark.slow
 def test_it_runs_as_a_user_who_has_a_name_and_cannot_change_the_code(image: Image) -> None:
     program = (
-        "import getpass, os, warm_dist; from warm_dist.run_folder import git_commit; "
+        "import getpass, os, warm_dist; from warm_dist.runs.folder import git_commit; "
         "print(os.getuid(), os.getgid(), getpass.getuser(), os.path.dirname(warm_dist.__file__), git_commit(), "
         "os.access('/opt/warm-dist', os.W_OK), os.access('/opt/venv', os.W_OK), os.access(os.environ['HOME'], os.W_OK))"
     )

@@ -25,7 +25,7 @@ from tests.k8s.render import Object, render
 from tests.multinode.nodes import Cluster, need
 from tests.processes import ROOT, wait_for
 from warm_dist.files import read_json
-from warm_dist.metrics import parse_line
+from warm_dist.runs.metrics import parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BATCH, TOTAL, DRAINED_AT, STOPPED_AT = 16, 640, 160, 320

@@ -21,7 +21,7 @@ from tests.multinode.nodes import MASTER, PORT, Cluster, need
 from tests.processes import MARK, ROOT, end_marked, marked, wait_for
 from tests.test_train import environment, launcher, losses, outcome, train
 from warm_dist import errors
-from warm_dist.metrics import parse_line
+from warm_dist.runs.metrics import parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BATCH, TIMEOUT_S, BIN = 48, 10, Path(sys.executable).parent

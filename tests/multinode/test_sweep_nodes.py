@@ -28,7 +28,7 @@ from tests.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_n
 from tests.test_train import environment
 from warm_dist import errors
 from warm_dist.files import read_json
-from warm_dist.metrics import read_metrics
+from warm_dist.runs.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 HEAD, RAY = "10.77.0.1:6379", str(Path(sys.executable).parent / "ray")

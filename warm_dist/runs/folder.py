@@ -15,7 +15,7 @@ from warm_dist.errors import OutputError, WarmDistError, redact
 from warm_dist.files import read_json, write_json
 
 
-def claim(run: Path) -> tuple[int, TextIO]:
+def claim_run(run: Path) -> tuple[int, TextIO]:
     """Make the folder, take its lock, count the attempt, remove the last exit.json. Rank 0 only.
 
     Returns the attempt (1 the first time) and the open lock, held until the process ends.
@@ -35,7 +35,7 @@ def claim(run: Path) -> tuple[int, TextIO]:
     return (last["attempt"] if isinstance(last, dict) else 0) + 1, lock
 
 
-def describe(run: Path, config: Config, attempt: int, facts: dict[str, Any]) -> None:
+def describe_run(run: Path, config: Config, attempt: int, facts: dict[str, Any]) -> None:
     """Write config.json (every key, defaults included) and run.json."""
     write_json(run / "config.json", dump(config))
     write_json(run / "run.json", {"attempt": attempt, "commit": git_commit(), **facts})
@@ -65,7 +65,7 @@ def end_since(run: Path, since: float) -> dict[str, Any] | None:
     return told
 
 
-def end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:
+def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:
     """Write exit.json. The first to write keeps it: the rank that failed, not those that then lost their peer."""
     code = 0 if error is None else error.exit_code if isinstance(error, WarmDistError) else 1
     tree = {
