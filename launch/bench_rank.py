@@ -127,7 +127,7 @@ def made_up(config: Config) -> DataInfo:
     import numpy as np
 
     from warm_dist.data import LOW_MODES, DataInfo
-    from warm_dist.spectrum import fallback_spectrum
+    from warm_dist.diffusion.spectrum import fallback_spectrum
 
     size, channels = config.data.resolution, config.data.channels
     low = LOW_MODES**2 * channels

@@ -43,10 +43,10 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import set_threads
     from warm_dist.figures import save_grid
     from warm_dist.generate import describe_sampling, generate, load_guide, load_weights, sample_labels
-    from warm_dist.sampler import nfe
 
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -50,7 +50,7 @@ def sampler_for(
 
 
 def _num_steps(method: str, nfe: int, spend_less: bool) -> int:
-    from warm_dist.sampler import num_steps_for
+    from warm_dist.diffusion.samplers import num_steps_for
 
     num_steps = num_steps_for(method, nfe) or (num_steps_for(method, nfe - 1) if spend_less else None)
     if num_steps is None:

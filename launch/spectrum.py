@@ -30,9 +30,9 @@ def main() -> int:
         raise ConfigError("--bnr needs up to 8 ratios, finite and not negative")
 
     from data_pipelines.manifest import read_manifest
-    from warm_dist.analysis import suggested_bnr, suggested_path
+    from warm_dist.diffusion.analysis import suggested_bnr, suggested_path
+    from warm_dist.diffusion.analysis_figure import spectrum_figure
     from warm_dist.files import make_folder, write_json
-    from warm_dist.spectrum_figure import spectrum_figure
 
     info = read_manifest(args.manifest, args.endpoint_url).info
     path = suggested_path(info.power_spectrum)
@@ -51,8 +51,8 @@ def main() -> int:
 
 def _numbers(info: Any, bnrs: list[float], path: Any, bnr: float) -> dict[str, Any]:
     """Everything drawn, ready for JSON."""
-    from warm_dist.analysis import SIGMAS, alphas, radial, shares, snr
     from warm_dist.config.bnr import ConstantBNR
+    from warm_dist.diffusion.analysis import SIGMAS, alphas, radial, shares, snr
 
     rings = radial(info.power_spectrum)
     compared = []

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from warm_dist.config.run import SamplerConfig
+    from warm_dist.diffusion.process import Point
     from warm_dist.generate import Model
-    from warm_dist.process import Point
 
 
 def main() -> int:
@@ -91,10 +91,10 @@ def _forward(
 
     from warm_dist import rng
     from warm_dist.data import centre, to_uint8
+    from warm_dist.diffusion.process import corrupt, level_at
+    from warm_dist.diffusion.samplers import schedule
+    from warm_dist.diffusion.spectrum import blur
     from warm_dist.figures import save_table
-    from warm_dist.process import corrupt, level_at
-    from warm_dist.sampler import schedule
-    from warm_dist.spectrum import blur
 
     _, points = schedule(model.config, sampler)
     chosen = _chosen([*reversed(points)], args.columns)
@@ -117,9 +117,9 @@ def _sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, ti
     import torch
 
     from warm_dist.data import to_uint8
+    from warm_dist.diffusion.process import ORIGIN, Point
     from warm_dist.figures import save_table
     from warm_dist.generate import generate, load_guide, sample_labels
-    from warm_dist.process import ORIGIN, Point
 
     seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
 

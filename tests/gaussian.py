@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from warm_dist.config.bnr import Path, as_path
-from warm_dist.process import Point, points
-from warm_dist.sampler import Sampler, edm_grid
-from warm_dist.spectrum import dct, eigenvalues, fallback_spectrum, idct
-from warm_dist.types import Heads, Level
+from warm_dist.diffusion.heads import Heads
+from warm_dist.diffusion.process import Level, Point, points
+from warm_dist.diffusion.samplers import Sampler, edm_grid
+from warm_dist.diffusion.spectrum import dct, eigenvalues, fallback_spectrum, idct
 
 
 def gaussian_denoise(spectrum: Tensor) -> Callable[[Tensor, Level], Heads]:

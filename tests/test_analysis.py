@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.processes import ROOT, free_port
-from warm_dist.analysis import SIGMAS, radial, shares, snr, suggested_bnr, suggested_path
 from warm_dist.config.bnr import ConstantBNR
-from warm_dist.spectrum import eigenvalues, fallback_spectrum
+from warm_dist.diffusion.analysis import SIGMAS, radial, shares, snr, suggested_bnr, suggested_path
+from warm_dist.diffusion.spectrum import eigenvalues, fallback_spectrum
 
 NATURAL = fallback_spectrum(32, 32).numpy()
 

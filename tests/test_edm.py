@@ -8,12 +8,10 @@ import torch
 
 from warm_dist.config.bnr import ConstantBNR
 from warm_dist.config.run import ProcessConfig
-from warm_dist.loss import loss
-from warm_dist.precond import heads
-from warm_dist.process import level_at, points, raised, training_level
-from warm_dist.sampler import churn, edm_grid, heun
-from warm_dist.spectrum import fallback_spectrum
-from warm_dist.types import Level
+from warm_dist.diffusion.heads import heads, loss
+from warm_dist.diffusion.process import Level, level_at, points, raised, training_level
+from warm_dist.diffusion.samplers import churn, edm_grid, heun
+from warm_dist.diffusion.spectrum import fallback_spectrum
 
 DATA = 0.5
 SPECTRUM = fallback_spectrum(8, 12, DATA)

@@ -32,8 +32,8 @@ from data_pipelines.pack import BAD, Packing, pack
 from data_pipelines.payload import PAYLOADS, decode
 from data_pipelines.sources import BadImage, Sample, Source, open_source
 from data_pipelines.verify import verify
+from warm_dist.diffusion.spectrum import dct
 from warm_dist.errors import BucketError, ConfigError, DataError
-from warm_dist.spectrum import dct
 from warm_dist.store.open import open_store
 
 if TYPE_CHECKING:

@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from tests.gaussian import gaussian_denoise
-from warm_dist.per_frequency import heads, loss, scales
-from warm_dist.process import corrupt
-from warm_dist.spectrum import dct, eigenvalues, fallback_spectrum, idct
-from warm_dist.types import Level
+from warm_dist.diffusion.per_frequency import heads, loss, scales
+from warm_dist.diffusion.process import Level, corrupt
+from warm_dist.diffusion.spectrum import dct, eigenvalues, fallback_spectrum, idct
 
 SPECTRUM = fallback_spectrum(8, 12)
 

@@ -2,10 +2,18 @@ import pytest
 import torch
 
 from tests.gaussian import gaussian_denoise
-from warm_dist.loss import loss, targets
-from warm_dist.precond import Coefficients, coefficients, heads, inconsistency, level_inputs
-from warm_dist.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
-from warm_dist.types import Heads, Level
+from warm_dist.diffusion.heads import (
+    Coefficients,
+    Heads,
+    coefficients,
+    heads,
+    inconsistency,
+    level_inputs,
+    loss,
+    targets,
+)
+from warm_dist.diffusion.process import Level
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
 
 SPECTRUM = fallback_spectrum(32, 32)
 

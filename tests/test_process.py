@@ -7,9 +7,18 @@ import torch
 
 from warm_dist.config.bnr import Cold, ConstantBNR, LogUniformBNR, PowerBNR, UniformBNR
 from warm_dist.config.run import ProcessConfig
-from warm_dist.process import Point, cold_points, corrupt, level_at, points, raised, training_level, transition
-from warm_dist.spectrum import blur, dct, eigenvalues, idct
-from warm_dist.types import Level
+from warm_dist.diffusion.process import (
+    Level,
+    Point,
+    cold_points,
+    corrupt,
+    level_at,
+    points,
+    raised,
+    training_level,
+    transition,
+)
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct
 
 
 def levels(sigma: float, alpha: float) -> Level:

@@ -10,9 +10,9 @@ from tests.gaussian import gaussian_denoise, pooled_error, propagate, std_at
 from warm_dist.config.bnr import Cold, ConstantBNR, PowerBNR, TableBNR
 from warm_dist.config.run import SamplerConfig
 from warm_dist.data import DataInfo
-from warm_dist.errors import DataError
-from warm_dist.process import ORIGIN, Point, cold_points, points, raised
-from warm_dist.sampler import (
+from warm_dist.diffusion.heads import Heads
+from warm_dist.diffusion.process import ORIGIN, Point, cold_points, points, raised
+from warm_dist.diffusion.samplers import (
     ancestral,
     churn,
     cold,
@@ -28,8 +28,8 @@ from warm_dist.sampler import (
     sharpen,
     start,
 )
-from warm_dist.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct
-from warm_dist.types import Heads
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct
+from warm_dist.errors import DataError
 
 HALF = ConstantBNR(bnr=0.5)
 DDIM, POSTERIOR = partial(ancestral, eta=0.0), partial(ancestral, eta=1.0)

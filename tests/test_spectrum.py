@@ -6,7 +6,7 @@ import torch
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-from warm_dist.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

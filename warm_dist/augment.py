@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from warm_dist import rng
-from warm_dist.spectrum import exact_float32
+from warm_dist.diffusion.spectrum import exact_float32
 
 SCALE_STD = 0.2  # of log2, isotropic and anisotropic alike
 TRANSLATE_STD = 0.125  # of the image's size

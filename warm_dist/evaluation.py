@@ -18,6 +18,7 @@ from warm_dist import fid, reference
 from warm_dist.config.bnr import describe
 from warm_dist.config.run import Config, EvalConfig, SamplerConfig
 from warm_dist.data import DataInfo
+from warm_dist.diffusion.samplers import nfe
 from warm_dist.distributed.collectives import any_rank, collect, on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
@@ -28,7 +29,6 @@ from warm_dist.figures import save_grid
 from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
 from warm_dist.reference import Reference, ReferenceSpec
 from warm_dist.row_metrics import kid, precision_recall
-from warm_dist.sampler import nfe
 from warm_dist.store.base import OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]

@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from warm_dist import checkpoint, per_frequency, rng
+from warm_dist import checkpoint, rng
 from warm_dist.config.bnr import Cold, describe
 from warm_dist.config.load import parse_json, validate
 from warm_dist.config.run import Config, SamplerConfig, check_sampling
 from warm_dist.config.values import exact
 from warm_dist.data import DataInfo, to_uint8
+from warm_dist.diffusion import per_frequency
+from warm_dist.diffusion.heads import Heads, data_spectrum, heads
+from warm_dist.diffusion.process import Level
+from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
 from warm_dist.errors import CheckpointError, NumericsError, redact
 from warm_dist.files import file_sha256
-from warm_dist.guidance import guided
 from warm_dist.networks import UNet, build
-from warm_dist.precond import data_spectrum, heads
-from warm_dist.sampler import Denoise, cold_start, sampler_of, schedule, start
-from warm_dist.types import Heads, Level
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:

@@ -36,9 +36,9 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         """
         import numpy as np
 
+        from warm_dist.diffusion.samplers import num_steps_for
         from warm_dist.errors import ConfigError
         from warm_dist.generate import generate, load_guide, sample_labels
-        from warm_dist.sampler import num_steps_for
 
         asked = {**DEFAULTS, **(params or {})}
         config = self.model.config

@@ -10,9 +10,8 @@ from torch import Tensor
 from warm_dist import augment, rng
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo, centre
-from warm_dist.precond import Condition
-from warm_dist.process import training_level
-from warm_dist.types import Level
+from warm_dist.diffusion.heads import Condition
+from warm_dist.diffusion.process import Level, training_level
 
 
 class Prepared(NamedTuple):

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warm_dist import checkpoint, per_frequency, rng
+from warm_dist import checkpoint, rng
 from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS, Saved
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.identity import RESUMED, value_at
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
+from warm_dist.diffusion import per_frequency
+from warm_dist.diffusion.heads import Loss, data_spectrum, loss
+from warm_dist.diffusion.process import Level
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.heartbeat import Heartbeat
 from warm_dist.distributed.stop import StopSignal
@@ -26,13 +29,10 @@ from warm_dist.engine import build_engine
 from warm_dist.errors import CheckpointError, Stopped
 from warm_dist.finite import FiniteGuard, Trace
 from warm_dist.generate import build_network
-from warm_dist.loss import loss
-from warm_dist.precond import data_spectrum
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import Prepared, prepare
 from warm_dist.runs.metrics import MetricsLog
 from warm_dist.storage import Storage
-from warm_dist.types import Level, Loss
 from warm_dist.window import Window, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warm_dist.config.run import Config
+from warm_dist.diffusion.heads import Loss
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.world import World
 from warm_dist.flops import flops_per_image, peak_flops
 from warm_dist.stopwatch import Stopwatch
 from warm_dist.system import Meter
-from warm_dist.types import Loss
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
 """What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""

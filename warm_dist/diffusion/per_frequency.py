@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warm_dist.precond import Condition, Network, level_inputs
-from warm_dist.process import corrupt
-from warm_dist.spectrum import blur, dct, eigenvalues, exact_float32, idct, unblurred
-from warm_dist.types import Heads, Level, Loss
+from warm_dist.diffusion.heads import Condition, Heads, Loss, Network, level_inputs
+from warm_dist.diffusion.process import Level, corrupt
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, exact_float32, idct, unblurred
 
 
 class Scales(NamedTuple):

@@ -1,4 +1,4 @@
-"""The blur-noise forward process x = A(α) x0 + σ ε: levels, paths in the (α, σ) plane, marginals, transitions."""
+"""The records that travel between the parts of the system."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from torch import Tensor
 
 from warm_dist.config.bnr import Cold, LogUniformBNR, Path, UniformBNR, as_path
 from warm_dist.config.run import ProcessConfig
-from warm_dist.spectrum import blur, dct, eigenvalues, idct
-from warm_dist.types import Level
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct
+
+
+class Level(NamedTuple):
+    """A place in the (alpha, sigma) plane, one per image.
+
+    sigma: (B,) noise standard deviation, data units. alpha: (B,) standard deviation of the Gaussian blur, pixels.
+    """
+
+    sigma: Tensor
+    alpha: Tensor
 
 
 class Point(NamedTuple):

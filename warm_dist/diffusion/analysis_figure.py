@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from warm_dist import analysis
-from warm_dist.analysis import SIGMAS, Array
 from warm_dist.config.bnr import ConstantBNR, TableBNR
+from warm_dist.diffusion import analysis
+from warm_dist.diffusion.analysis import SIGMAS, Array
+from warm_dist.diffusion.spectrum import fallback_spectrum
 from warm_dist.files import replace_file
-from warm_dist.spectrum import fallback_spectrum
 
 _SNR_SIGMAS = (0.05, 0.5, 5.0)
+
+
 _STYLES = (":", "--", "-")
+
+
 _COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 
 

@@ -18,14 +18,19 @@ from torch import Tensor
 from warm_dist.config.bnr import Cold, Path, as_path
 from warm_dist.config.run import Config, SamplerConfig
 from warm_dist.data import LOW_MODES, DataInfo
+from warm_dist.diffusion.heads import Heads
+from warm_dist.diffusion.process import Level, Point, cold_points, level_at, points, raised, transition
+from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct, unblurred
 from warm_dist.errors import DataError
-from warm_dist.process import Point, cold_points, level_at, points, raised, transition
-from warm_dist.spectrum import blur, dct, eigenvalues, idct, unblurred
-from warm_dist.types import Heads, Level
 
 Denoise = Callable[[Tensor, Level], Heads]
+
+
 Noise = Callable[[int], Tensor]
+
+
 Sampler = Callable[[Denoise, Tensor, Sequence[Point], Noise], Tensor]
+
 
 # -- grids ------------------------------------------------------------------------------------------------------------
 
@@ -231,3 +236,17 @@ def cold_start(noise: Tensor, normals: Tensor, point: Point, info: DataInfo) -> 
     u[..., :rows, :columns] = low.reshape(len(noise), -1, rows, columns)
     a = torch.exp(-eigenvalues(*noise.shape[-2:], device=noise.device) * point.alpha**2 / 2)
     return idct(a * u) + point.sigma * noise
+
+
+def guided(denoise: Denoise, guide: Denoise, weight: float) -> Denoise:
+    """Both heads extrapolated: b̂ = b̂_guide + w (b̂ − b̂_guide), R̂ alike; two network evaluations a call.
+
+    guide: the same network without class (classifier-free guidance), or a weaker network (autoguidance). w = 1 is
+    `denoise` alone, w = 0 the guide alone. Linear in the heads, so x̂0 = b̂ + R̂ and the score are guided alike.
+    """
+
+    def combined(x: Tensor, level: Level) -> Heads:
+        strong, weak = denoise(x, level), guide(x, level)
+        return Heads(*(low + weight * (high - low) for high, low in zip(strong, weak, strict=True)))
+
+    return combined
