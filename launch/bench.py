@@ -293,7 +293,7 @@ def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
     from warm_dist import scaling
     from warm_dist.config.load import load_config
-    from warm_dist.flops import size_of
+    from warm_dist.networks.flops import size_of
 
     config = load_config(args.config, args.set)
     print(scaling.table(config, size_of(config)))

@@ -188,7 +188,7 @@ class Attempt:
             )
 
     def _describe_run(self, trainer: Any, fingerprint: str) -> None:
-        from warm_dist.networks import num_parameters
+        from warm_dist.networks.unet import num_parameters
         from warm_dist.runs.folder import describe_run
 
         if self.world.is_main:

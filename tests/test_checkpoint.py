@@ -15,7 +15,8 @@ from warm_dist.distributed.world import World
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import LocalEngine
 from warm_dist.errors import CheckpointError
-from warm_dist.generate import build_network, export_weights, load_weights
+from warm_dist.generate import export_weights, load_weights
+from warm_dist.networks.unet import build_network
 from warm_dist.storage import Storage
 from warm_dist.store.folder import FolderStore
 

@@ -15,9 +15,9 @@ from torch.nn.functional import (
 from tests.processes import ROOT
 from warm_dist.config.load import load_config
 from warm_dist.config.run import NetworkConfig
-from warm_dist.edm_weights import edm_names, load_edm
 from warm_dist.errors import CheckpointError
-from warm_dist.networks import NUM_AUGMENT, UNet, num_parameters
+from warm_dist.networks.edm_weights import edm_names, load_edm
+from warm_dist.networks.unet import NUM_AUGMENT, UNet, num_parameters
 
 CLASSES, RESOLUTION = 5, 8
 HYPER = {"channels": 32, "channel_mult": (1, 2), "num_blocks": 2, "attention_resolutions": (4,)}

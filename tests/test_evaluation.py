@@ -24,7 +24,7 @@ from warm_dist.errors import AccessError, DataError, NumericsError, OutputError,
 from warm_dist.evaluation import Evaluator
 from warm_dist.extractors import Pixels, features
 from warm_dist.feature_stream import FeatureStream, batches_of
-from warm_dist.generate import build_network
+from warm_dist.networks.unet import build_network
 from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.open import open_store

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.processes import ROOT
-from warm_dist.blocks import Attention, xavier_init
 from warm_dist.config.load import load_config
 from warm_dist.config.run import Config
-from warm_dist.flops import flops_per_image, known_peak, peak_flops
-from warm_dist.networks import build
+from warm_dist.networks.blocks import Attention, xavier_init
+from warm_dist.networks.flops import flops_per_image, known_peak, peak_flops
+from warm_dist.networks.unet import build
 
 
 def config(*changes: str) -> Config:

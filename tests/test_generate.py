@@ -13,7 +13,8 @@ from warm_dist.config.run import SamplerConfig
 from warm_dist.data import centre, to_uint8
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.generate import Model, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.networks.unet import build_network
 
 CPU = torch.device("cpu")
 SAMPLER = SamplerConfig(num_steps=4)

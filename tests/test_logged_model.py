@@ -21,8 +21,9 @@ from warm_dist.checkpoint import CHECKPOINTS
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
-from warm_dist.generate import build_network, export_weights, generate, load_weights, sample_labels
+from warm_dist.generate import export_weights, generate, load_weights, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV
+from warm_dist.networks.unet import build_network
 from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.tracking import Mirror

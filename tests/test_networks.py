@@ -4,7 +4,7 @@ import torch
 from tests.processes import ROOT
 from warm_dist.config.load import load_config
 from warm_dist.config.run import NetworkConfig
-from warm_dist.networks import UNet, build, num_parameters
+from warm_dist.networks.unet import UNet, build, num_parameters
 
 TINY = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
 

@@ -11,7 +11,7 @@ import pytest
 from tests.processes import ROOT
 from warm_dist.config.load import load_config
 from warm_dist.config.run import Config
-from warm_dist.flops import Size, flops_per_image, size_of
+from warm_dist.networks.flops import NetworkSize, flops_per_image, size_of
 from warm_dist.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, memory_bytes, messages, sent_bytes, step
 
 P = 1_000_000
@@ -49,7 +49,7 @@ def test_memory_of_eight_ranks():
 
 @pytest.mark.parametrize(("ranks", "bandwidth", "hops"), [(4, 1e9, 4), (8, 1e8, 6)])
 def test_a_step_by_hand(ranks, bandwidth, hops):
-    found = step(SLOW, config("train.batch_size=512", "train.micro_batch_size=64"), Size(P, 10, 10**9), ranks, 1)
+    found = step(SLOW, config("train.batch_size=512", "train.micro_batch_size=64"), NetworkSize(P, 10, 10**9), ranks, 1)
     assert found.compute_s == pytest.approx(512 / ranks * 1e9 / 0.5e12)
     sent = (ranks - 1) / ranks * 3 * 2 * P  # all-reduce and all-gather of 2 bytes each
     assert found.communication_s == pytest.approx(sent / bandwidth + 2 * hops * 1e-3)
@@ -67,7 +67,7 @@ def test_one_rank_waits_for_nobody_and_more_ranks_never_compute_more():
 
 
 def test_recomputation_is_one_forward_more():
-    network = Size(P, 10, 10**9)
+    network = NetworkSize(P, 10, 10**9)
     plain, again = (
         step(SLOW, config(f"parallel.activation_checkpointing={flag}"), network, 8, 1) for flag in ("false", "true")
     )

@@ -16,7 +16,7 @@ from warm_dist import window
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import PortError
-from warm_dist.flops import flops_per_image
+from warm_dist.networks.flops import flops_per_image
 from warm_dist.prometheus import Exporter
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.stopwatch import Stopwatch

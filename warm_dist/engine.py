@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from warm_dist.blocks import Block
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
+from warm_dist.networks.blocks import Block
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 

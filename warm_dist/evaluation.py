@@ -26,7 +26,8 @@ from warm_dist.errors import ConfigError, Stopped
 from warm_dist.extractors import make_extractor
 from warm_dist.feature_stream import FeatureStream, Rows, batches_of, each_batch
 from warm_dist.figures import save_grid
-from warm_dist.generate import Model, build_network, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.generate import Model, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.networks.unet import build_network
 from warm_dist.reference import Reference, ReferenceSpec
 from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.store.base import OpenStore

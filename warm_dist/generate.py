@@ -25,7 +25,7 @@ from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
 from warm_dist.errors import CheckpointError, NumericsError, redact
 from warm_dist.files import file_sha256
-from warm_dist.networks import UNet, build
+from warm_dist.networks.unet import build
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -156,12 +156,6 @@ def _describe_guide(guide: str | None) -> str:
         return f"{guide} (sha256 {file_sha256(Path(guide))[:12]})"
     except OSError:  # load_guide tells of it
         return guide
-
-
-def build_network(config: Config) -> UNet:
-    """The config's network, weights drawn from train.seed: equal on every rank and device."""
-    rng.seed_torch(config.train.seed, 0, 0)
-    return build(config)
 
 
 def export_weights(parts: list[checkpoint.Part], path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-from warm_dist.flops import size_of
+from warm_dist.networks.flops import size_of
 from warm_dist.scaling import memory_bytes
 
 

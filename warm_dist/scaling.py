@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from warm_dist.config.run import Config
-from warm_dist.flops import Size
+from warm_dist.networks.flops import NetworkSize
 
 SIZES = (1, 8, 64, 256, 1024)
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
@@ -108,7 +108,7 @@ class Step:
         return self.compute_s / self.seconds
 
 
-def step(machine: Machine, config: Config, network: Size, ranks: int, stage: int) -> Step:
+def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, stage: int) -> Step:
     """One training step on `ranks` ranks; a micro-batch shrinks with a rank's share of the batch.
 
     Lanes are ignored: they are legal up to data.num_lanes ranks, which can be raised to the batch size.
@@ -132,7 +132,7 @@ def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
     return 4 * (3 + num_emas) * parameters
 
 
-def table(config: Config, network: Size) -> str:
+def table(config: Config, network: NetworkSize) -> str:
     """Every stage from 1 to 1024 GPUs on both machines, as text."""
     machines, precision, emas = {"DGX H100": DGX_H100, "H100, 100 Gb/s a node": ETHERNET}, config.parallel.precision, 1
     emas += len(config.train.ema_lengths)

@@ -28,7 +28,7 @@ from warm_dist.ema import averages, kind_of
 from warm_dist.engine import build_engine
 from warm_dist.errors import CheckpointError, Stopped
 from warm_dist.finite import FiniteGuard, Trace
-from warm_dist.generate import build_network
+from warm_dist.networks.unet import build_network
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import Prepared, prepare
 from warm_dist.runs.metrics import MetricsLog

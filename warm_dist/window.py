@@ -18,7 +18,7 @@ from warm_dist.config.run import Config
 from warm_dist.diffusion.heads import Loss
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.world import World
-from warm_dist.flops import flops_per_image, peak_flops
+from warm_dist.networks.flops import flops_per_image, peak_flops
 from warm_dist.stopwatch import Stopwatch
 from warm_dist.system import Meter
 

@@ -18,7 +18,8 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
 from warm_dist.evaluation import Evaluator
-from warm_dist.generate import build_network, sample_labels
+from warm_dist.generate import sample_labels
+from warm_dist.networks.unet import build_network
 from warm_dist.store.open import open_store
 
 NUM_IMAGES = 50

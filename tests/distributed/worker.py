@@ -26,7 +26,7 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
-from warm_dist.networks import build
+from warm_dist.networks.unet import build
 from warm_dist.preparation import prepare
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.storage import Storage

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from warm_dist.blocks import Block
 from warm_dist.errors import CheckpointError
-from warm_dist.networks import UNet
+from warm_dist.networks.blocks import Block
+from warm_dist.networks.unet import UNet
 
 _FOURIER = "map_noise.freqs"
+
+
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 

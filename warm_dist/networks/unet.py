@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from warm_dist import rng
-from warm_dist.blocks import (
+from warm_dist.config.run import Config, NetworkConfig
+from warm_dist.networks.blocks import (
     AuxiliaryDown,
     Block,
     BlockOptions,
@@ -24,7 +25,6 @@ from warm_dist.blocks import (
     positional,
     xavier_init,
 )
-from warm_dist.config.run import Config, NetworkConfig
 
 NUM_AUGMENT = 9
 """Labels of EDM's augmentation pipe, see `augment`."""
@@ -183,3 +183,9 @@ def build(config: Config) -> UNet:
 def num_parameters(module: nn.Module) -> int:
     """Trainable numbers; also right on the meta device."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def build_network(config: Config) -> UNet:
+    """The config's network, weights drawn from train.seed: equal on every rank and device."""
+    rng.seed_torch(config.train.seed, 0, 0)
+    return build(config)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from warm_dist.blocks import Block
 from warm_dist.config.run import Config
-from warm_dist.networks import NUM_AUGMENT, build, num_parameters
+from warm_dist.networks.blocks import Block
+from warm_dist.networks.unet import NUM_AUGMENT, build, num_parameters
 
 # (part of the device's name, dense bf16, dense TF32), operations a second without sparsity; the first match counts.
 # Source: NVIDIA's data sheets of each product, which print the double, with sparsity, for the tensor cores.
@@ -26,7 +26,7 @@ PEAKS = (
 )
 
 
-class Size(NamedTuple):
+class NetworkSize(NamedTuple):
     """Of a config's network: trainable numbers, residual blocks, operations of one image's forward and backward."""
 
     parameters: int
@@ -34,12 +34,12 @@ class Size(NamedTuple):
     flops: int
 
 
-def size_of(config: Config) -> Size:
+def size_of(config: Config) -> NetworkSize:
     """Counted on the meta device. See `flops_per_image` for what counts as an operation."""
     with torch.device("meta"):
         network = build(config)
     blocks = sum(isinstance(module, Block) for module in network.modules())
-    return Size(num_parameters(network), blocks, flops_per_image(config))
+    return NetworkSize(num_parameters(network), blocks, flops_per_image(config))
 
 
 def flops_per_image(config: Config) -> int:

@@ -1,0 +1,1 @@
+"""The U-Nets, published weights they accept, and what they cost."""
