@@ -28,12 +28,14 @@ def main() -> int:
 
     import numpy as np
 
-    from warm_dist import checkpoint, generate, posthoc
+    from warm_dist import posthoc
+    from warm_dist.checkpoints.format import SNAPSHOTS, complete_names, open_saved
+    from warm_dist.checkpoints.weights import export_weights
     from warm_dist.ema import exponent_of, kind_of
     from warm_dist.store.open import open_store
 
     store = open_store(args.run, args.endpoint_url)
-    snapshots = [checkpoint.opened(store, name) for name in checkpoint.complete(store, checkpoint.SNAPSHOTS)]
+    snapshots = [open_saved(store, name) for name in complete_names(store, SNAPSHOTS)]
     if not snapshots:
         raise CheckpointError(
             f"{args.run}: has no snapshots; train with train.ema_lengths=[0.05,0.1] and train.snapshot_nimg"
@@ -50,7 +52,7 @@ def main() -> int:
         far = posthoc.mismatch(factors, times, gammas, *wanted)
         parts = [(saved, kind_of(known), float(c)) for (saved, known), c in zip(held, factors, strict=True)]
         path = (args.out or Path(args.run) / "weights") / f"{kind_of(length)}_{nimg:012d}.safetensors"
-        generate.export_weights(parts, path)
+        export_weights(parts, path)
         warning = "  POOR: nearer to the tracked lengths, or more snapshots" if far > POOR else ""
         print(
             f"{path}: length {length:g} at nimg {nimg} from {len(snapshots)} snapshots, profile met to {far:.2%}{warning}"

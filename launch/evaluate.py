@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import evaluation_table, sampling
 from warm_dist import errors
+from warm_dist.checkpoints.weights import weights_path
 from warm_dist.config.identity import recipe
 from warm_dist.errors import ConfigError, DataError, NumericsError, UnreachableError
 
@@ -114,13 +115,13 @@ class Network:
     """One weights file, and the samplers to measure it with. Raises CheckpointError, and ConfigError for a sampler."""
 
     def __init__(self, weights: Path, args: argparse.Namespace, world: World) -> None:
+        from warm_dist.checkpoints.weights import load_weights
         from warm_dist.config.run import EvalConfig
         from warm_dist.distributed.collectives import on_main
         from warm_dist.files import file_sha256
-        from warm_dist.generate import load_weights
 
         self.weights, self.args, self.world = weights, args, world
-        self.path: Path = on_main(world, lambda: sampling.weights_path(weights))
+        self.path: Path = on_main(world, lambda: weights_path(weights))
         model = load_weights(self.path)  # not kept: there may be many
         self.recipe, self.digest = recipe(model), file_sha256(self.path)
         config = sampling.with_data(model.config, args.manifest, args.endpoint_url)
@@ -143,8 +144,8 @@ class Network:
     def measure(self, stop: StopSignal, results: dict[str, Any]) -> list[dict[str, Any]]:
         """The lines of all samplers. Rank 0 keeps each block as soon as it is there: first one of each, then the next."""
         from data_pipelines.loader import open_loader
+        from warm_dist.checkpoints.weights import load_weights
         from warm_dist.evaluation import Evaluator
-        from warm_dist.generate import load_weights
         from warm_dist.store.open import open_store
 
         world, args, model = self.world, self.args, load_weights(self.path)

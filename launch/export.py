@@ -23,27 +23,28 @@ def main() -> int:
     if args.out is None and "://" in args.run:
         raise ConfigError("--out is needed: the run is not a folder here")
 
-    from warm_dist import checkpoint, generate
+    from warm_dist.checkpoints.format import CHECKPOINTS, complete_names, name_of, nimg_of, open_saved
+    from warm_dist.checkpoints.weights import export_weights
     from warm_dist.store.open import open_store
 
     store = open_store(args.run, args.endpoint_url)
-    names = checkpoint.complete(store, checkpoint.CHECKPOINTS)
+    names = complete_names(store, CHECKPOINTS)
     if args.nimg is not None:
-        wanted = checkpoint.name_of(checkpoint.CHECKPOINTS, args.nimg)
+        wanted = name_of(CHECKPOINTS, args.nimg)
         if wanted not in names:
-            have = ", ".join(str(checkpoint.nimg_of(name)) for name in names) or "none"
+            have = ", ".join(str(nimg_of(name)) for name in names) or "none"
             raise CheckpointError(f"{args.run}: no complete checkpoint at nimg {args.nimg}; complete ones: {have}")
         names = [wanted]
     out = args.out or Path(args.run) / "weights" / f"{args.kind}.safetensors"
     problem = "has no complete checkpoint"
     for name in reversed(names):
         try:
-            generate.export_weights([(checkpoint.opened(store, name), args.kind, 1.0)], out)
+            export_weights([(open_saved(store, name), args.kind, 1.0)], out)
         except CheckpointError as error:
             problem = f"no intact checkpoint ({error})"
             print(f"checkpoint passed over: {error}", file=sys.stderr)
         else:
-            print(f"{out}: {args.kind} weights at nimg {checkpoint.nimg_of(name)}")
+            print(f"{out}: {args.kind} weights at nimg {nimg_of(name)}")
             return errors.EXIT_OK
     raise CheckpointError(f"{args.run}: {problem}")
 

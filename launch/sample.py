@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch import sampling
 from warm_dist import errors
+from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
 
 
@@ -43,14 +44,15 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from warm_dist.checkpoints.weights import load_guide, load_weights
     from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import set_threads
     from warm_dist.figures import save_grid
-    from warm_dist.generate import describe_sampling, generate, load_guide, load_weights, sample_labels
+    from warm_dist.generate import describe_sampling, generate, sample_labels
 
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_weights(sampling.weights_path(args.weights), device)
+    model = load_weights(weights_path(args.weights), device)
     config = model.config
     sampler = sampling.sampler_for(config, args.set, args.method, args.nfe, args.bnr)
     guide = load_guide(sampler, model.info, device)

@@ -73,24 +73,6 @@ def training_note(config: Config, sampler: SamplerConfig) -> str | None:
     return f"note: trained at BNR {describe(trained)} alone; BNR {asked} is outside what it has seen"
 
 
-def weights_path(given: Path) -> Path:
-    """A weights file itself, a finished run's, or that of a checkpoint (RUN/checkpoints/NIMG), made if it is not there.
-
-    Raises CheckpointError for a damaged checkpoint.
-    """
-    if not (given / "COMPLETE").exists():
-        return given / "weights" / "ema.safetensors" if given.is_dir() else given
-    from warm_dist import checkpoint, generate
-    from warm_dist.store.open import open_store
-
-    run = given.resolve().parent.parent
-    path = run / "weights" / f"ema_{given.resolve().name}.safetensors"
-    if not path.exists():
-        saved = checkpoint.opened(open_store(str(run)), given.resolve().relative_to(run).as_posix())
-        generate.export_weights([(saved, "ema", 1.0)], path)
-    return path
-
-
 def with_data(config: Config, manifest: str | None, endpoint_url: str | None) -> Config:
     """The config with its images elsewhere."""
     changes = {"manifest": manifest, "endpoint_url": endpoint_url}

@@ -125,11 +125,11 @@ class Attempt:
 
     def _train(self) -> None:
         from data_pipelines.loader import open_loader
+        from warm_dist.checkpoints.manager import CheckpointManager
         from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation import Evaluator
         from warm_dist.prometheus import Exporter
         from warm_dist.runs.metrics import MetricsLog, read_metrics
-        from warm_dist.storage import Storage
         from warm_dist.store.open import open_store
         from warm_dist.trainer import Trainer
 
@@ -137,7 +137,7 @@ class Attempt:
         with contextlib.closing(open_loader(config, world.rank, world.size)) as loader:
             info = loader.manifest.info
             self._describe_reader(loader)
-            storage = Storage(self.path, world, open_store, config.checkpoint, self.say)
+            storage = CheckpointManager(self.path, world, open_store, config.checkpoint, self.say)
             self.number = max(self.number, storage.attempts() + 1)  # on a new machine it is not the first
             trainer = Trainer(config, world, info, self.say, storage, self.heartbeat)
             late_s = float(STOP_UPLOAD_S)
@@ -202,11 +202,11 @@ class Attempt:
             describe_run(self.path, self.config, self.number, facts)
 
     def _finish(self, storage: Any, late: list[Any]) -> None:
-        from warm_dist import generate
+        from warm_dist.checkpoints.weights import export_weights
 
         if self.world.is_main and (storage.shared or not late):
             path = self.path / "weights" / "ema.safetensors"
-            generate.export_weights([(storage.saved(self.nimg), "ema", 1.0)], path)
+            export_weights([(storage.saved(self.nimg), "ema", 1.0)], path)
             self.say(f"finished: {path}")
         if late:
             raise errors.UnreachableError(

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from launch import sampling
 from warm_dist import errors
+from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from warm_dist.checkpoints.weights import Model
     from warm_dist.config.run import SamplerConfig
     from warm_dist.diffusion.process import Point
-    from warm_dist.generate import Model
 
 
 def main() -> int:
@@ -48,12 +49,12 @@ def main() -> int:
         raise ConfigError("--bnr must be finite and not negative")
 
     from data_pipelines.loader import open_loader
+    from warm_dist.checkpoints.weights import load_weights
     from warm_dist.config.bnr import describe
     from warm_dist.distributed.world import set_threads
-    from warm_dist.generate import load_weights
 
     set_threads()
-    model = load_weights(sampling.weights_path(args.weights))
+    model = load_weights(weights_path(args.weights))
     if args.label is not None and not 0 <= args.label < model.config.data.num_classes:
         raise ConfigError(f"--label {args.label}: this network has {model.config.data.num_classes} classes")
     samplers = [sampling.sampler_for(model.config, args.set, args.method, args.nfe, bnr) for bnr in args.bnr]
@@ -116,10 +117,11 @@ def _sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, ti
     import numpy as np
     import torch
 
+    from warm_dist.checkpoints.weights import load_guide
     from warm_dist.data import to_uint8
     from warm_dist.diffusion.process import ORIGIN, Point
     from warm_dist.figures import save_table
-    from warm_dist.generate import generate, load_guide, sample_labels
+    from warm_dist.generate import generate, sample_labels
 
     seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
 

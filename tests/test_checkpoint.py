@@ -8,17 +8,18 @@ import torch
 from safetensors import safe_open
 
 from tests.distributed.worker import config, info
-from warm_dist import checkpoint
-from warm_dist.checkpoint import CHECKPOINTS, Saved
+from warm_dist.checkpoints import format
+from warm_dist.checkpoints.format import CHECKPOINTS, Saved, load_saved, open_saved, write_rank
+from warm_dist.checkpoints.manager import CheckpointManager
+from warm_dist.checkpoints.weights import export_weights, load_weights
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
 from warm_dist.ema import EMA, half_life
 from warm_dist.engine import LocalEngine
 from warm_dist.errors import CheckpointError
-from warm_dist.generate import export_weights, load_weights
 from warm_dist.networks.unet import build_network
-from warm_dist.storage import Storage
 from warm_dist.store.folder import FolderStore
+from warm_dist.training.state import tensors_of
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -42,9 +43,9 @@ def state(tmp_path: Path):
 
 def save(run: Path, state, nimg: int) -> Saved:
     settings, engine, ema = state
-    storage = Storage(run, ALONE, lambda url, endpoint: FolderStore(Path(url)), settings.checkpoint, print)
+    storage = CheckpointManager(run, ALONE, lambda url, endpoint: FolderStore(Path(url)), settings.checkpoint, print)
     meta = {"num_steps": nimg // 8, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
-    storage.save(CHECKPOINTS, nimg, checkpoint.tensors_of(engine, {"ema": ema}), meta)
+    storage.save(CHECKPOINTS, nimg, tensors_of(engine, {"ema": ema}), meta)
     return storage.saved(nimg)
 
 
@@ -55,7 +56,7 @@ def test_round_trip_is_bit_exact(tmp_path, state):
     shadow = ema_of(other)
     for f in other.owned():
         f.master.zero_()
-    checkpoint.load(saved, 0, other, {"ema": shadow})
+    load_saved(saved, 0, other, {"ema": shadow})
     for a, b in zip(engine.owned(), other.owned(), strict=True):
         assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("master", "exp_avg", "exp_avg_sq"))
     assert all(torch.equal(a, b) for a, b in zip(ema.values, shadow.values, strict=True))
@@ -83,8 +84,8 @@ def test_no_pickle_and_complete_comes_last(tmp_path, state):
 def test_parts_that_ranks_wrote_are_put_together_by_readers_of_another_number(tmp_path, state, monkeypatch, reads):
     """Three writers cut every parameter at odd places; one reader, whose own file is only the first, gets all of it."""
     settings, engine, ema = state
-    monkeypatch.setattr(checkpoint, "_GET_BYTES", reads * 4096)
-    whole = checkpoint.tensors_of(engine, {"ema": ema})
+    monkeypatch.setattr(format, "_GET_BYTES", reads * 4096)
+    whole = tensors_of(engine, {"ema": ema})
     lines = []
     for rank in range(3):
         share = {}
@@ -92,25 +93,25 @@ def test_parts_that_ranks_wrote_are_put_together_by_readers_of_another_number(tm
             cut = [0, tensor.numel() // 3, tensor.numel() // 2 + 1, tensor.numel()]
             if cut[rank] < cut[rank + 1]:
                 share[key.replace("@0", f"@{cut[rank]}")] = tensor[cut[rank] : cut[rank + 1]]
-        lines.append(checkpoint.write_rank(tmp_path, rank, share))
+        lines.append(write_rank(tmp_path, rank, share))
     saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10})
     other = LocalEngine(build_network(settings), settings, ALONE)
     shadow = ema_of(other)
-    checkpoint.load(saved, 1, other, {"ema": shadow})
-    read = checkpoint.tensors_of(other, {"ema": shadow})
+    load_saved(saved, 1, other, {"ema": shadow})
+    read = tensors_of(other, {"ema": shadow})
     assert all(torch.equal(tensor, read[key]) for key, tensor in whole.items())
 
 
 def test_a_rank_reads_no_file_but_its_own_if_that_holds_everything(tmp_path, state):
     _, engine, ema = state
-    whole = checkpoint.tensors_of(engine, {"ema": ema})
-    lines = [checkpoint.write_rank(tmp_path, rank, whole) for rank in range(2)]
+    whole = tensors_of(engine, {"ema": ema})
+    lines = [write_rank(tmp_path, rank, whole) for rank in range(2)]
     (tmp_path / "rank_0.safetensors").unlink()
     (tmp_path / "rank_0.done").unlink()
     saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1})
-    checkpoint.load(saved, 1, engine, {"ema": ema})
+    load_saved(saved, 1, engine, {"ema": ema})
     with pytest.raises(CheckpointError, match=r"rank_0\.done"):
-        checkpoint.load(saved, 0, engine, {"ema": ema})
+        load_saved(saved, 0, engine, {"ema": ema})
 
 
 @pytest.mark.parametrize("victim", ["rank_0.safetensors", "rank_0.done"])
@@ -128,7 +129,7 @@ def test_damage_is_noticed(tmp_path, state, victim, damage):
     else:
         path.unlink()
     with pytest.raises(CheckpointError, match=victim):
-        checkpoint.load(saved, 0, engine, {"ema": ema})
+        load_saved(saved, 0, engine, {"ema": ema})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "nimg": 80}'])
@@ -136,7 +137,7 @@ def test_a_complete_that_says_too_little_is_refused(tmp_path, state, text):
     saved = save(tmp_path, state, 80)
     (tmp_path / saved.name / "COMPLETE").write_text(text)
     with pytest.raises(CheckpointError, match="COMPLETE"):
-        checkpoint.opened(saved.store, saved.name)
+        open_saved(saved.store, saved.name)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, state):
@@ -144,7 +145,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, state):
     wider = config(tmp_path, engine="local", network__channels=32)
     engine = LocalEngine(build_network(wider), wider, ALONE)
     with pytest.raises(CheckpointError, match="lacks"):
-        checkpoint.load(saved, 0, engine, {"ema": ema_of(engine)})
+        load_saved(saved, 0, engine, {"ema": ema_of(engine)})
 
 
 def test_exported_weights_load_without_anything_else(tmp_path, state):

@@ -13,15 +13,15 @@ import torch
 
 from tests.distributed.worker import BATCH, batches, config, info
 from tests.processes import ROOT
-from warm_dist.checkpoint import SNAPSHOTS, complete
+from warm_dist.checkpoints.format import SNAPSHOTS, complete_names
+from warm_dist.checkpoints.manager import CheckpointManager
+from warm_dist.checkpoints.weights import load_weights
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.ema import EMA, exponent_of, half_life, kind_of, power
 from warm_dist.engine import Fragment
 from warm_dist.errors import CheckpointError, ConfigError
-from warm_dist.generate import load_weights
 from warm_dist.posthoc import combination, inner_products, mismatch
-from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
         path, engine="local", train__total_nimg=BATCH * 200, train__save_nimg=BATCH * 100, train__log_nimg=BATCH * 100,
         train__ema_lengths=[0.05, 0.1], train__snapshot_nimg=BATCH * 10, checkpoint__keep_last=1,
     )  # fmt: skip
-    storage = Storage(path, ALONE, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(path, ALONE, open_store, settings.checkpoint, print)
     trainer = Trainer(settings, ALONE, info(), lambda text: None, storage)
     direct = {kind_of(s): EMA(trainer.engine.owned(), partial(power, exponent_of(s))) for s in TRACKED}
     trainer.restore()
@@ -138,8 +138,8 @@ def test_any_length_after_the_fact_equals_the_one_tracked_directly(run):
 def test_snapshots_stay_when_checkpoints_go(run):
     path, _ = run
     store = open_store(str(path))
-    assert len(complete(store, SNAPSHOTS)) == 20
-    assert len(complete(store, "checkpoints")) == 1
+    assert len(complete_names(store, SNAPSHOTS)) == 20
+    assert len(complete_names(store, "checkpoints")) == 1
 
 
 def test_lengths_that_cannot_be_had(run):
@@ -161,6 +161,6 @@ def test_a_length_cannot_begin_in_mid_run(run):
     changed = trainer.config.model_copy(
         update={"train": trainer.config.train.model_copy(update={"ema_lengths": (0.05, 0.2)})}
     )
-    storage = Storage(path, ALONE, open_store, changed.checkpoint, print)
+    storage = CheckpointManager(path, ALONE, open_store, changed.checkpoint, print)
     with pytest.raises(CheckpointError, match=r"holds no EMA of length 0\.2"):
         Trainer(changed, ALONE, info(), print, storage).restore()

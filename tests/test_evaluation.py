@@ -108,11 +108,12 @@ def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tm
 def test_the_numbers_are_those_of_all_features_at_once(make: Make) -> None:
     """Against the plain way: draw all images, take all features, compare."""
     from warm_dist import generate
+    from warm_dist.checkpoints.weights import Model
 
     evaluator = make()
     evaluator.network.load_state_dict(build_network(evaluator.config).state_dict())
     values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
-    model = generate.Model(evaluator.network, evaluator.config, info())
+    model = Model(evaluator.network, evaluator.config, info())
     images = generate.generate(model, range(20), np.full(20, -1), seed=0, device=ALONE.device, batch_size=8)
     fake, real = features(Pixels(), images, 20), features(Pixels(), REAL, 64)
     assert values["frechet"] == pytest.approx(

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.distributed.worker import config, info
+from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.load import dump
 from warm_dist.config.run import SamplerConfig
 from warm_dist.data import centre, to_uint8
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.generate import Model, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.generate import describe_sampling, generate, sample_labels
 from warm_dist.networks.unet import build_network
 
 CPU = torch.device("cpu")

@@ -17,14 +17,15 @@ from launch.services import Services, services
 from tests.distributed.worker import config, info
 from tests.test_tracking import end, found, log, make_run
 from warm_dist import logged_model
-from warm_dist.checkpoint import CHECKPOINTS
+from warm_dist.checkpoints.format import CHECKPOINTS
+from warm_dist.checkpoints.manager import CheckpointManager
+from warm_dist.checkpoints.weights import export_weights, load_weights
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
-from warm_dist.generate import export_weights, generate, load_weights, sample_labels
+from warm_dist.generate import generate, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.networks.unet import build_network
-from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.tracking import Mirror
 
@@ -52,7 +53,7 @@ def weights(tmp_path: Path) -> Path:
     settings = config(tmp_path / "run", data__endpoint_url="https://key:hunter2@s3.example/?X-Amz-Signature=hunter2")
     path = tmp_path / "run" / "weights" / "ema.safetensors"
     tensors = {f"ema/{name}@0": value.flatten() for name, value in build_network(settings).state_dict().items()}
-    storage = Storage(tmp_path / "run", ALONE, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(tmp_path / "run", ALONE, open_store, settings.checkpoint, print)
     meta = {"num_steps": 1, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
     storage.save(CHECKPOINTS, 1280, tensors, meta)
     export_weights([(storage.saved(1280), "ema", 1.0)], path)

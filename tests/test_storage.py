@@ -13,8 +13,19 @@ import pytest
 import torch
 
 from tests.distributed.worker import BATCH, batches, config, info
-from warm_dist import checkpoint, storage
-from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS
+from warm_dist.checkpoints import manager
+from warm_dist.checkpoints.format import (
+    CHECKPOINTS,
+    SNAPSHOTS,
+    Saved,
+    _pieces,
+    complete_names,
+    load_saved,
+    name_of,
+    nimg_of,
+    open_saved,
+)
+from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
@@ -27,7 +38,6 @@ from warm_dist.errors import (
     Stopped,
     UnreachableError,
 )
-from warm_dist.storage import Storage
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
@@ -42,7 +52,7 @@ class Fixture:
 
     def __init__(self, run: Path, said: list[str], **settings: Any) -> None:
         self.said = said
-        self.storage = Storage(run, ALONE, open_store, CheckpointConfig(**settings), said.append)
+        self.storage = CheckpointManager(run, ALONE, open_store, CheckpointConfig(**settings), said.append)
         self.loaded: list[int] = []
 
     def save(self, nimg: int, group: str = CHECKPOINTS) -> None:
@@ -51,16 +61,16 @@ class Fixture:
     def restore(self) -> int | None:
         """The nimg of what was restored, read as `Trainer` would."""
 
-        def load(saved: checkpoint.Saved) -> None:
+        def load(saved: Saved) -> None:
             for file in saved.meta["files"]:
-                for tensor, values in checkpoint._pieces(saved, [file], lambda *_: True):
+                for tensor, values in _pieces(saved, [file], lambda *_: True):
                     assert (tensor.kind, values.item()) == ("master", saved.meta["nimg"])
 
         saved = self.storage.restore(lambda saved: None, load)
         return None if saved is None else saved.meta["nimg"]
 
     def names(self, group: str = CHECKPOINTS) -> list[int]:
-        return [checkpoint.nimg_of(name) for name in checkpoint.complete(self.storage.local, group)]
+        return [nimg_of(name) for name in complete_names(self.storage.local, group)]
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def said() -> list[str]:
 
 
 def damage(run: Path, nimg: int, file: str = "rank_0.safetensors") -> None:
-    path = run / checkpoint.name_of(CHECKPOINTS, nimg) / file
+    path = run / name_of(CHECKPOINTS, nimg) / file
     blob = bytearray(path.read_bytes())
     blob[-1] ^= 1
     path.write_bytes(blob)
@@ -80,7 +90,7 @@ def test_damaged_ones_are_passed_over_and_never_a_fresh_start(tmp_path, said):
     assert mine.restore() is None
     for nimg in (8, 16, 24):
         mine.save(nimg)
-    (tmp_path / checkpoint.name_of(CHECKPOINTS, 24) / "COMPLETE").unlink()  # killed before the end of a save
+    (tmp_path / name_of(CHECKPOINTS, 24) / "COMPLETE").unlink()  # killed before the end of a save
     damage(tmp_path, 16)
     assert mine.restore() == 8
     assert [text for text in said if "passed over" in text and "000016" in text and "differs" in text]
@@ -104,7 +114,7 @@ def test_the_last_checkpoint_of_a_run_on_a_new_machine_is_the_store_s(tmp_path, 
 
 
 def test_one_of_an_unknown_format_is_never_a_fresh_start(tmp_path, said):
-    folder = tmp_path / checkpoint.name_of(CHECKPOINTS, 8)
+    folder = tmp_path / name_of(CHECKPOINTS, 8)
     folder.mkdir(parents=True)
     (folder / "COMPLETE").write_text(json.dumps({"format": 1, "nimg": 8}))
     with pytest.raises(CheckpointError, match="of format 1, this version reads format 2"):
@@ -115,7 +125,7 @@ def test_a_refusal_is_not_passed_over(tmp_path, said):
     mine = Fixture(tmp_path, said)
     mine.save(8)
 
-    def refuse(saved: checkpoint.Saved) -> None:
+    def refuse(saved: Saved) -> None:
         raise CheckpointError("made from other data")
 
     with pytest.raises(CheckpointError, match="made from other data"):
@@ -135,14 +145,14 @@ def test_the_last_ones_multiples_and_snapshots_are_kept(tmp_path, said):
 def test_what_a_killed_save_left_is_replaced_or_removed(tmp_path, said):
     mine = Fixture(tmp_path, said)
     for nimg in (8, 16):
-        folder = tmp_path / checkpoint.name_of(CHECKPOINTS, nimg)
+        folder = tmp_path / name_of(CHECKPOINTS, nimg)
         folder.mkdir(parents=True)
         (folder / "rank_7.safetensors").write_bytes(b"left over")
     mine.save(16)
     mine.save(24)
     assert mine.names() == [16, 24]
     assert not list(tmp_path.glob("*/*/rank_7*"))
-    assert not (tmp_path / checkpoint.name_of(CHECKPOINTS, 8)).exists()
+    assert not (tmp_path / name_of(CHECKPOINTS, 8)).exists()
     assert mine.restore() == 24
 
 
@@ -153,7 +163,7 @@ def test_nothing_is_pruned_before_the_new_one_is_complete(tmp_path, said, monkey
     def full(*_: Any) -> None:
         raise OutputError("No space left on device")
 
-    monkeypatch.setattr(storage, "write_rank", full)
+    monkeypatch.setattr(manager, "write_rank", full)
     with pytest.raises(OutputError, match="checkpoint at nimg 16 not saved; rank 0: No space left"):
         mine.save(16)
     assert mine.names() == [8]
@@ -187,8 +197,8 @@ def test_a_store_gets_everything_and_a_fresh_machine_goes_on_from_it(tmp_path, s
         until(lambda: not mine.storage.uploads.pending())
     assert mine.storage.close(5) == []
     store = FolderStore(Path(url))
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [16, 24]
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, SNAPSHOTS)] == [8, 16, 24]
+    assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [16, 24]
+    assert [nimg_of(name) for name in complete_names(store, SNAPSHOTS)] == [8, 16, 24]
     assert {path.split("/")[0] for path in store.list()} == {CHECKPOINTS, SNAPSHOTS}
     fresh = Fixture(tmp_path / "another machine", said, url=url)
     assert fresh.restore() == 24
@@ -206,7 +216,7 @@ def test_the_newest_of_folder_and_store_is_taken(tmp_path, said):
     assert third.restore() == 16
     until(lambda: not third.storage.uploads.pending())  # what had not been sent is sent now
     store = FolderStore(Path(url))
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [8, 16]
+    assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [8, 16]
     damage(tmp_path / "run", 16)
     assert third.restore() == 16  # the store's copy is as good
     assert any("passed over" in text for text in said)
@@ -219,14 +229,14 @@ def test_what_is_damaged_is_not_sent_to_the_store(tmp_path, said):
         first.save(nimg)
         first.save(nimg, SNAPSHOTS)
     damage(tmp_path / "run", 24)
-    (tmp_path / "run" / checkpoint.name_of(CHECKPOINTS, 16) / "COMPLETE").write_text("{")
-    (tmp_path / "run" / checkpoint.name_of(SNAPSHOTS, 16) / "COMPLETE").write_text("{")
+    (tmp_path / "run" / name_of(CHECKPOINTS, 16) / "COMPLETE").write_text("{")
+    (tmp_path / "run" / name_of(SNAPSHOTS, 16) / "COMPLETE").write_text("{")
     second = Fixture(tmp_path / "run", said, url=url, keep_last=3)
     assert second.restore() == 8
     assert second.storage.close(5) == []
     store = FolderStore(Path(url))
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, CHECKPOINTS)] == [8]
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, SNAPSHOTS)] == [8, 24]
+    assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [8]
+    assert [nimg_of(name) for name in complete_names(store, SNAPSHOTS)] == [8, 24]
     assert any("snapshot not sent" in text and "COMPLETE" in text for text in said)
 
 
@@ -252,7 +262,7 @@ def slow(tmp_path, said) -> tuple[Fixture, Slow]:
     remote = Slow(tmp_path / "store")
     mine = Fixture(tmp_path / "run", said, keep_last=1)
     mine.storage.remote = remote
-    mine.storage.uploads = storage.Uploads(remote, mine.storage._prune_remote)
+    mine.storage.uploads = manager.Uploads(remote, mine.storage._prune_remote)
     return mine, remote
 
 
@@ -261,11 +271,11 @@ def test_a_slow_store_gets_the_oldest_and_the_newest(slow):
     for nimg in range(8, 57, 8):
         mine.save(nimg)
     waiting = mine.storage.uploads.pending()
-    assert {checkpoint.nimg_of(name) for name in waiting} >= {8, 56}
+    assert {nimg_of(name) for name in waiting} >= {8, 56}
     assert mine.names() == [8, 16, 24, 32, 40, 48, 56]  # nothing is removed that is to be sent, or may just be
     remote.gate.set()
     assert mine.storage.close(10) == []
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, CHECKPOINTS)] == [56]
+    assert [nimg_of(name) for name in complete_names(remote, CHECKPOINTS)] == [56]
 
 
 def test_uploads_that_are_given_up_free_their_files(slow):
@@ -290,7 +300,7 @@ def test_snapshots_are_never_given_up(slow):
         mine.save(nimg)
     remote.down = False
     assert mine.storage.close(30) == []
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, SNAPSHOTS)] == list(range(8, 49, 8))
+    assert [nimg_of(name) for name in complete_names(remote, SNAPSHOTS)] == list(range(8, 49, 8))
 
 
 def test_a_store_that_refuses_is_told_and_the_next_is_tried(slow):
@@ -303,7 +313,7 @@ def test_a_store_that_refuses_is_told_and_the_next_is_tried(slow):
     remote.refuses = False
     mine.save(16)
     assert mine.storage.close(10) == []
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, CHECKPOINTS)] == [16]
+    assert [nimg_of(name) for name in complete_names(remote, CHECKPOINTS)] == [16]
 
 
 def test_what_has_arrived_is_not_called_failed_though_it_be_given_up_while_tidying(slow, monkeypatch):
@@ -319,7 +329,7 @@ def test_what_has_arrived_is_not_called_failed_though_it_be_given_up_while_tidyi
     mine.save(8)
     until(lambda: not uploads.pending())
     assert [upload.error for upload in mine.storage.ended()] == [None]
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(remote, CHECKPOINTS)] == [8]
+    assert [nimg_of(name) for name in complete_names(remote, CHECKPOINTS)] == [8]
 
 
 def test_a_store_that_stays_away_is_reported_at_the_end(slow):
@@ -330,7 +340,7 @@ def test_a_store_that_stays_away_is_reported_at_the_end(slow):
     begun = time.monotonic()
     late = mine.storage.close(1)
     assert time.monotonic() - begun < 3
-    assert [upload.name for upload in late] == [checkpoint.name_of(CHECKPOINTS, 8)]
+    assert [upload.name for upload in late] == [name_of(CHECKPOINTS, 8)]
     assert "not through after 1 s; the store does not answer" in late[0].error
 
 
@@ -357,7 +367,7 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
             tmp_path / "run", engine="local", train__total_nimg=BATCH * 100_000, train__save_nimg=BATCH * 10,
             checkpoint__url="s3://warm-dist/run", checkpoint__endpoint_url=server.endpoint_url,
         )  # fmt: skip
-        place = Storage(tmp_path / "run", ALONE, open_store, settings.checkpoint, said.append)
+        place = CheckpointManager(tmp_path / "run", ALONE, open_store, settings.checkpoint, said.append)
         trainer = Trainer(settings, ALONE, info(), said.append, place)
         trainer.restore()
         stop, down, marks = StopSignal(), [True], {}
@@ -385,16 +395,16 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
         assert marks["back"] > BATCH * 15 + 1  # it went on while there was no server
         assert place.close(20) == []
         store = open_store("s3://warm-dist/run", server.endpoint_url)
-        names = checkpoint.complete(store, CHECKPOINTS)
-        assert checkpoint.nimg_of(names[-1]) == trainer.nimg
-        fresh = Storage(tmp_path / "fresh", ALONE, open_store, settings.checkpoint, said.append)
+        names = complete_names(store, CHECKPOINTS)
+        assert nimg_of(names[-1]) == trainer.nimg
+        fresh = CheckpointManager(tmp_path / "fresh", ALONE, open_store, settings.checkpoint, said.append)
         other = Trainer(settings, ALONE, info(), said.append, fresh)
         other.restore()
         assert other.nimg == trainer.nimg
         for a, b in zip(trainer.engine.owned(), other.engine.owned(), strict=True):
             assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("master", "exp_avg", "exp_avg_sq"))
         for name in names:  # whatever is complete is whole
-            checkpoint.load(checkpoint.opened(store, name), 0, other.engine, other.emas)
+            load_saved(open_saved(store, name), 0, other.engine, other.emas)
         assert fresh.close(5) == []
 
 
@@ -446,7 +456,7 @@ def test_a_log_that_grows_or_is_refused_fails_no_checkpoint(tmp_path, said, s3, 
     write = type(mine.storage.remote).write
 
     def grows(store, path, data):
-        if path == storage.METRICS:
+        if path == manager.METRICS:
             log.write(16, "train", loss=1.0)
         write(store, path, data)
 
@@ -457,7 +467,7 @@ def test_a_log_that_grows_or_is_refused_fails_no_checkpoint(tmp_path, said, s3, 
         time.sleep(0.02)
 
     def refused(store, path, data):
-        if path == storage.METRICS:
+        if path == manager.METRICS:
             raise AccessError("not this one")
         write(store, path, data)
 

@@ -30,12 +30,21 @@ from tests.test_train import (
     train,
     wait_for,
 )
-from warm_dist import checkpoint, errors
+from warm_dist import errors
+from warm_dist.checkpoints.format import (
+    CHECKPOINTS,
+    SNAPSHOTS,
+    complete_names,
+    export_tensors,
+    name_of,
+    nimg_of,
+    open_saved,
+)
+from warm_dist.checkpoints.manager import CheckpointManager
+from warm_dist.checkpoints.weights import load_weights
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.world import World
-from warm_dist.generate import load_weights
 from warm_dist.runs.metrics import read_metrics
-from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
 
@@ -85,8 +94,8 @@ def test_checkpoints_and_snapshots_go_to_s3_and_weights_come_from_there(s3: S3Se
     assert uploads.keys() == {96, 128, LAST}
     assert not uploads[LAST]
     arrived = [80, *(nimg for nimg, failed in uploads.items() if not failed)]  # 128 gives way where the store is slow
-    assert [checkpoint.nimg_of(name) for name in checkpoint.complete(store, checkpoint.CHECKPOINTS)] == arrived[-2:]
-    assert len(checkpoint.complete(store, checkpoint.SNAPSHOTS)) == STEPS
+    assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == arrived[-2:]
+    assert len(complete_names(store, SNAPSHOTS)) == STEPS
     sent = [r["failed"] for r in records if r["kind"] == "snapshot_upload"]
     assert len(sent) == STEPS - 10
     assert not any(sent)
@@ -125,12 +134,12 @@ def test_a_store_that_is_away_at_the_end_is_told_and_the_same_command_sends(loca
             for name, value in server.env.items():
                 patch.setenv(name, value)
             store = open_store("s3://warm-dist/run", server.endpoint_url)
-        names = checkpoint.complete(store, checkpoint.CHECKPOINTS)
-        assert checkpoint.nimg_of(names[-1]) == 8000
+        names = complete_names(store, CHECKPOINTS)
+        assert nimg_of(names[-1]) == 8000
         exported = [tmp_path / f"{name}.safetensors" for name in "ab"]
         for place, path in zip((store, open_store(str(run))), exported, strict=True):
-            saved = checkpoint.opened(place, names[-1])
-            checkpoint.export([(saved, "master", 1.0)], shapes_of(run), path, {})
+            saved = open_saved(place, names[-1])
+            export_tensors([(saved, "master", 1.0)], shapes_of(run), path, {})
     assert exported[0].read_bytes() == exported[1].read_bytes()
 
 
@@ -157,9 +166,9 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(local_config, sma
     assert code != 0
     assert outcome(run)["code"] == errors.OutputError.exit_code
     assert "bytes to write" in err
-    names = checkpoint.complete(open_store(str(run)), checkpoint.CHECKPOINTS)
+    names = complete_names(open_store(str(run)), CHECKPOINTS)
     assert names
-    assert checkpoint.nimg_of(names[-1]) < LAST
+    assert nimg_of(names[-1]) < LAST
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     for folder in (run, whole):
         code, _, err = train(launcher("deepspeed"), local_config, folder, "engine=deepspeed", *total)
@@ -168,18 +177,20 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(local_config, sma
 
 
 def test_a_disk_that_is_full_in_mid_write_leaves_the_checkpoint_before(small_disk, monkeypatch):
-    storage = Storage(small_disk, World(0, 1, torch.device("cpu"), None), open_store, CheckpointConfig(), print)
+    storage = CheckpointManager(
+        small_disk, World(0, 1, torch.device("cpu"), None), open_store, CheckpointConfig(), print
+    )
     meta = {"num_steps": 1, "config": {}, "data": {}, "fingerprint": "x"}
-    storage.save(checkpoint.CHECKPOINTS, 8, {"master/w@0": torch.ones(800_000)}, meta)
+    storage.save(CHECKPOINTS, 8, {"master/w@0": torch.ones(800_000)}, meta)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     with pytest.raises(errors.OutputError, match="No space left on device"):
-        storage.save(checkpoint.CHECKPOINTS, 16, {"master/w@0": torch.ones(800_000)}, meta)
+        storage.save(CHECKPOINTS, 16, {"master/w@0": torch.ones(800_000)}, meta)
     assert {path.name for path in small_disk.glob("checkpoints/*/*")} == {
         "rank_0.safetensors",
         "rank_0.done",
         "COMPLETE",
     }
-    assert checkpoint.complete(storage.local, checkpoint.CHECKPOINTS) == [checkpoint.name_of(checkpoint.CHECKPOINTS, 8)]
+    assert complete_names(storage.local, CHECKPOINTS) == [name_of(CHECKPOINTS, 8)]
 
 
 def test_prometheus_is_served_while_training(local_config, tmp_path):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from warm_dist import fid, reference
+from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.bnr import describe
 from warm_dist.config.run import Config, EvalConfig, SamplerConfig
 from warm_dist.data import DataInfo
@@ -26,7 +27,7 @@ from warm_dist.errors import ConfigError, Stopped
 from warm_dist.extractors import make_extractor
 from warm_dist.feature_stream import FeatureStream, Rows, batches_of, each_batch
 from warm_dist.figures import save_grid
-from warm_dist.generate import Model, describe_sampling, generate, load_guide, sample_labels
+from warm_dist.generate import describe_sampling, generate, sample_labels
 from warm_dist.networks.unet import build_network
 from warm_dist.reference import Reference, ReferenceSpec
 from warm_dist.row_metrics import kid, precision_recall

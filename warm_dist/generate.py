@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from warm_dist import checkpoint, rng
+from warm_dist import rng
+from warm_dist.checkpoints.weights import Model
 from warm_dist.config.bnr import Cold, describe
-from warm_dist.config.load import parse_json, validate
 from warm_dist.config.run import Config, SamplerConfig, check_sampling
 from warm_dist.config.values import exact
-from warm_dist.data import DataInfo, to_uint8
+from warm_dist.data import to_uint8
 from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import Heads, data_spectrum, heads
 from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
-from warm_dist.errors import CheckpointError, NumericsError, redact
+from warm_dist.errors import NumericsError
 from warm_dist.files import file_sha256
-from warm_dist.networks.unet import build
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -35,14 +31,6 @@ def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArra
     return np.array(
         [int(rng.generator(seed, "sample label", index).integers(num_classes)) for index in indices], np.int64
     )
-
-
-class Model(NamedTuple):
-    """A network with what it needs to be sampled."""
-
-    network: nn.Module
-    config: Config
-    info: DataInfo
 
 
 Watch = Callable[[Tensor, Level, Heads], None]
@@ -156,51 +144,3 @@ def _describe_guide(guide: str | None) -> str:
         return f"{guide} (sha256 {file_sha256(Path(guide))[:12]})"
     except OSError:  # load_guide tells of it
         return guide
-
-
-def export_weights(parts: list[checkpoint.Part], path: Path) -> None:
-    """Write weights out of a checkpoint as one safetensors file that `load_weights` needs nothing besides.
-
-    parts: such as [(saved, "ema", 1.0)]; of several the sum is taken, and the last one's nimg and config are written.
-    Raises CheckpointError if something is damaged or missing, OutputError if the file cannot be written.
-    """
-    saved = parts[-1][0]
-    config = validate(saved.meta["config"], str(saved))
-    with torch.device("meta"):
-        network = build(config)
-    shapes = {name: p.shape for name, p in network.named_parameters()}
-    header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
-    checkpoint.export(parts, shapes, path, header)
-
-
-def load_weights(path: Path, device: torch.device | None = None) -> Model:
-    """A network from a weights file alone, in evaluation mode. Raises CheckpointError for any other file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        config = validate(parse_json(metadata["config"], str(path)), str(path))
-        info = DataInfo.from_json(json.loads(metadata["data"]))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
-    network = build(config)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
-    return Model(network.eval().to(device), config, info)
-
-
-def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | None = None) -> Model | None:
-    """The weaker network that options.guide names, or None. Raises CheckpointError for one that saw other data."""
-    if options.guide is None or options.guidance == 1:
-        return None
-    guide = load_weights(Path(options.guide), device)
-    if guide.info.fingerprint != info.fingerprint:
-        raise CheckpointError(
-            f"{options.guide}: made from data {guide.info.fingerprint[:12]}, the network that it shall guide from "
-            f"{info.fingerprint[:12]}"
-        )
-    return guide

@@ -23,7 +23,7 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         """Called once by MLflow, with the place of the weights."""
         import torch
 
-        from warm_dist.generate import load_weights
+        from warm_dist.checkpoints.weights import load_weights
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_weights(Path(context.artifacts["weights"]), self.device)
@@ -36,9 +36,10 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         """
         import numpy as np
 
+        from warm_dist.checkpoints.weights import load_guide
         from warm_dist.diffusion.samplers import num_steps_for
         from warm_dist.errors import ConfigError
-        from warm_dist.generate import generate, load_guide, sample_labels
+        from warm_dist.generate import generate, sample_labels
 
         asked = {**DEFAULTS, **(params or {})}
         config = self.model.config

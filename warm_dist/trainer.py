@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warm_dist import checkpoint, rng
-from warm_dist.checkpoint import CHECKPOINTS, SNAPSHOTS, Saved
+from warm_dist import rng
+from warm_dist.checkpoints.format import CHECKPOINTS, SNAPSHOTS, Saved, load_saved, nimg_of
+from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.identity import RESUMED, value_at
 from warm_dist.config.load import dump
@@ -32,7 +33,7 @@ from warm_dist.networks.unet import build_network
 from warm_dist.prefetch import Prefetch
 from warm_dist.preparation import Prepared, prepare
 from warm_dist.runs.metrics import MetricsLog
-from warm_dist.storage import Storage
+from warm_dist.training.state import ema_tensors, tensors_of
 from warm_dist.window import Window, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
@@ -66,7 +67,7 @@ class Trainer:
         world: World,
         info: DataInfo,
         say: Callable[[str], None],
-        storage: Storage | None = None,
+        storage: CheckpointManager | None = None,
         pulse: Heartbeat | None = None,
     ) -> None:
         self.config, self.world, self.info, self.say = config, world, info, say
@@ -101,7 +102,7 @@ class Trainer:
             self.say(f"resumed at nimg {self.nimg} from {saved}")
 
     def _load(self, saved: Saved) -> None:
-        checkpoint.load(saved, self.world.rank, self.engine, self.emas)
+        load_saved(saved, self.world.rank, self.engine, self.emas)
 
     def _check(self, saved: Saved) -> None:
         meta = saved.meta
@@ -131,7 +132,7 @@ class Trainer:
         self._at("save")
         begun = time.monotonic()
         meta = self._meta() | {"window": gather(self.world, self.window.sums.tolist())}
-        size = self.storage.save(CHECKPOINTS, self.nimg, checkpoint.tensors_of(self.engine, self.emas), meta)
+        size = self.storage.save(CHECKPOINTS, self.nimg, tensors_of(self.engine, self.emas), meta)
         if self.config.checkpoint.url is None:
             self._safe_since = time.monotonic()
         if self.log is not None:
@@ -142,7 +143,7 @@ class Trainer:
             return
         self._at("save")
         powers = {kind_of(length): self.emas[kind_of(length)] for length in self.config.train.ema_lengths}
-        self.storage.save(SNAPSHOTS, self.nimg, checkpoint.ema_tensors(powers), self._meta())
+        self.storage.save(SNAPSHOTS, self.nimg, ema_tensors(powers), self._meta())
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -276,11 +277,11 @@ class Trainer:
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
             assert self.log is not None
-            kind = "upload" if upload.name.startswith(checkpoint.CHECKPOINTS) else "snapshot_upload"
+            kind = "upload" if upload.name.startswith(CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
             if kind == "upload" and not failed:
                 self._safe_since = time.monotonic()
-            self.log.write(checkpoint.nimg_of(upload.name), kind, seconds=upload.seconds, failed=failed)
+            self.log.write(nimg_of(upload.name), kind, seconds=upload.seconds, failed=failed)
 
     def unsafe_s(self) -> float:
         """How long ago the last checkpoint was written, or arrived where there is a store; or the start."""

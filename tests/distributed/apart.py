@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
-from warm_dist import checkpoint
+from warm_dist.checkpoints.format import CHECKPOINTS, SNAPSHOTS, complete_names
+from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.data import Batch
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import ConfigError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
@@ -35,7 +35,7 @@ def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
         checkpoint__url=str(root / "store"),
         checkpoint__keep_last=1,
     )
-    storage = Storage(output, world, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(output, world, open_store, settings.checkpoint, print)
     trainer = Trainer(settings, world, info(), lambda text: None, storage)
     trainer.restore()
     begin = trainer.nimg
@@ -72,7 +72,7 @@ def main() -> None:
     world = join(60)
     results: dict[str, Any] = {}
     try:
-        Storage(root / f"alone{world.rank}", world, open_store, config(root).checkpoint, print)
+        CheckpointManager(root / f"alone{world.rank}", world, open_store, config(root).checkpoint, print)
     except ConfigError as error:
         results["refused"] = str(error)
     results["first"] = train(world, root, "machine", 12)
@@ -81,8 +81,8 @@ def main() -> None:
     results["slow"] = slow(world, root)
     if world.is_main:
         store = open_store(str(root / "store"), None)
-        results["names"] = checkpoint.complete(store, checkpoint.CHECKPOINTS)
-        results["snapshots"] = checkpoint.complete(store, checkpoint.SNAPSHOTS)
+        results["names"] = complete_names(store, CHECKPOINTS)
+        results["snapshots"] = complete_names(store, SNAPSHOTS)
         (root / "results.json").write_text(json.dumps(results))
     shutdown()
 

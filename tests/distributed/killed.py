@@ -22,7 +22,8 @@ import torch
 
 from launch.services import free_port
 from tests.distributed.worker import BATCH, batches, config, info, state_digest
-from warm_dist import checkpoint, storage
+from warm_dist.checkpoints import format, manager
+from warm_dist.checkpoints.format import CHECKPOINTS, complete_names
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import join
 from warm_dist.runs.metrics import MetricsLog, read_metrics
@@ -87,12 +88,12 @@ def is_file(kind: str) -> Callable[..., bool]:
 
 # phase → (the rank that dies, how it is brought about)
 PHASES: dict[str, tuple[int, Callable[[Killer], None]]] = {
-    "before": (1, lambda k: k.arm(storage.Storage, "save", lambda self, group, *_: group == "checkpoints")),
-    "folder made": (1, lambda k: k.arm(storage, "write_rank")),
-    "in a rank's file": (0, lambda k: k.arm(checkpoint, "_digest", lambda data: len(data) > 4096)),
-    "before .done": (1, lambda k: k.arm(checkpoint, "write_json")),
-    "before COMPLETE": (0, lambda k: k.arm(storage, "write_json")),
-    "after COMPLETE": (0, lambda k: k.arm(storage, "write_json", after=True)),
+    "before": (1, lambda k: k.arm(manager.CheckpointManager, "save", lambda self, group, *_: group == "checkpoints")),
+    "folder made": (1, lambda k: k.arm(manager, "write_rank")),
+    "in a rank's file": (0, lambda k: k.arm(format, "_digest", lambda data: len(data) > 4096)),
+    "before .done": (1, lambda k: k.arm(format, "write_json")),
+    "before COMPLETE": (0, lambda k: k.arm(manager, "write_json")),
+    "after COMPLETE": (0, lambda k: k.arm(manager, "write_json", after=True)),
     "during upload": (1, breaks_off),
     "upload without .done": (0, lambda k: k.arm(S3Store, "upload", is_file(".done"))),
     "before COMPLETE in the store": (0, lambda k: k.arm(S3Store, "write", is_file("COMPLETE"))),
@@ -123,7 +124,7 @@ def attempt(phase: str, folder: Path, number: int, rank: int, port: int, killer_
     killer = Killer()
     if killer_of:
         PHASES[phase][1](killer)
-    place = storage.Storage(folder, world, open_store, settings.checkpoint, lambda text: None)
+    place = manager.CheckpointManager(folder, world, open_store, settings.checkpoint, lambda text: None)
     trainer = Trainer(settings, world, info(), lambda text: None, place)
     trainer.restore()
     (folder / f"from-{number}").write_text(str(trainer.nimg))
@@ -197,7 +198,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def left_in_store(folder: Path) -> list[str]:
     store = open_store(f"{URL}/{folder.name}", os.environ["S3_ENDPOINT_URL"])
-    return checkpoint.complete(store, checkpoint.CHECKPOINTS)
+    return complete_names(store, CHECKPOINTS)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from warm_dist import rng
+from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.load import validate
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
@@ -29,7 +30,6 @@ from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.networks.unet import build
 from warm_dist.preparation import prepare
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.storage import Storage
 from warm_dist.store.open import open_store
 from warm_dist.trainer import Trainer
 
@@ -94,7 +94,7 @@ def train(world: World, settings: Config, until: int | None = None) -> tuple[Tra
     """Train from the newest checkpoint of the run (or from scratch); the losses of all its lines."""
     run = Path(settings.output)
     run.mkdir(parents=True, exist_ok=True)
-    storage = Storage(run, world, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(run, world, open_store, settings.checkpoint, print)
     trainer = Trainer(settings, world, info(), lambda text: None, storage)
     trainer.restore()
     log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
@@ -146,7 +146,11 @@ def start(world: World, settings: Config) -> Trainer:
     run = Path(settings.output)
     run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
-        settings, world, info(), lambda text: None, Storage(run, world, open_store, settings.checkpoint, print)
+        settings,
+        world,
+        info(),
+        lambda text: None,
+        CheckpointManager(run, world, open_store, settings.checkpoint, print),
     )
     trainer.restore()
     return trainer

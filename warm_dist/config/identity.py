@@ -10,7 +10,7 @@ from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 
 if TYPE_CHECKING:
-    from warm_dist.generate import Model
+    from warm_dist.checkpoints.weights import Model
 
 
 # of the config, what a checkpoint must have been made with: the state would mean something else

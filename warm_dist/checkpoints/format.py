@@ -26,8 +26,14 @@ from warm_dist.files import write_json
 from warm_dist.store.base import Store
 
 FORMAT = 2
+
+
 COMPLETE = "COMPLETE"
+
+
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # all of the state, kept for a while; some EMAs, kept for ever
+
+
 _GET_BYTES = 32 << 20  # neighbouring tensors are read together up to so many
 
 
@@ -49,24 +55,6 @@ def name_of(group: str, nimg: int) -> str:
 
 def nimg_of(name: str) -> int:
     return int(name.rpartition("/")[2])
-
-
-# -- writing --------------------------------------------------------------------------------------------------------
-
-
-def tensors_of(engine: Engine, emas: dict[str, EMA]) -> dict[str, Tensor]:
-    """This rank's share of the whole state by KIND/NAME@START."""
-    out = {f"{key}/{f.name}@{f.start}": getattr(f, key) for f in engine.owned() for key in STATE}
-    return out | ema_tensors(emas)
-
-
-def ema_tensors(emas: dict[str, EMA]) -> dict[str, Tensor]:
-    """This rank's share of the EMAs by KIND/NAME@START."""
-    return {
-        f"{kind}/{f.name}@{f.start}": value
-        for kind, ema in emas.items()
-        for f, value in zip(ema.fragments, ema.values, strict=True)
-    }
 
 
 def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -114,13 +102,13 @@ def _header(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tu
 # -- finding --------------------------------------------------------------------------------------------------------
 
 
-def complete(store: Store, group: str) -> list[str]:
+def complete_names(store: Store, group: str) -> list[str]:
     """Names of what is complete in a store, oldest first."""
     found = (path.rpartition("/") for path in store.list(f"{group}/"))
     return sorted(name for name, _, file in found if file == COMPLETE and name.rpartition("/")[2].isdigit())
 
 
-def opened(store: Store, name: str) -> Saved:
+def open_saved(store: Store, name: str) -> Saved:
     """A complete one with its metadata. Raises CheckpointError if COMPLETE is not readable, or of another format."""
     place = f"{store.url}/{name}/{COMPLETE}"
     try:
@@ -203,7 +191,7 @@ def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor
 
 
 @torch.no_grad()
-def load(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) -> None:
+def load_saved(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) -> None:
     """Fill the engine's and the EMAs' fragments from a checkpoint of any world size and stage, piece by piece.
 
     Every value that is used is checked by its hash. The file of the same rank is read first: at the same world size and
@@ -246,7 +234,7 @@ Part = tuple[Saved, str, float]
 """A kind of tensors in a checkpoint or snapshot, and the factor that they are taken with."""
 
 
-def export(parts: list[Part], shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]) -> None:
+def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]) -> None:
     """Write the sum of the parts as one safetensors file of whole tensors, holding one tensor at a time.
 
     Raises CheckpointError if a part lacks a value, OutputError if the file cannot be written.

@@ -18,18 +18,19 @@ from typing import Any
 
 from torch import Tensor
 
-from warm_dist.checkpoint import (
+from warm_dist.checkpoints.format import (
     CHECKPOINTS,
     COMPLETE,
     FORMAT,
     SNAPSHOTS,
     Saved,
-    complete,
+    complete_names,
     name_of,
     nimg_of,
-    opened,
+    open_saved,
     write_rank,
 )
+from warm_dist.checkpoints.uploads import Upload, Uploads
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.collectives import gather, on_main
 from warm_dist.distributed.world import World
@@ -37,15 +38,20 @@ from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputErro
 from warm_dist.files import make_folder, write_json
 from warm_dist.runs.metrics import last_attempt
 from warm_dist.store.base import OpenStore, Store
-from warm_dist.uploads import Upload, Uploads
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
+
+
 PROBE = f"{CHECKPOINTS}/.probe"
+
+
 METRICS = "metrics.jsonl"
+
+
 _VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
 
 
-class Storage:
+class CheckpointManager:
     """The checkpoints and snapshots of one run. All methods but `ended` and `close` are collectives.
 
     Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
@@ -139,7 +145,7 @@ class Storage:
             store = self.remote if remote else self.local
             assert store is not None
             saved: Saved | None
-            saved, problem = self._agreed(lambda store=store, name=name: opened(store, name))  # type: ignore[misc]
+            saved, problem = self._agreed(lambda store=store, name=name: open_saved(store, name))  # type: ignore[misc]
             if saved is not None:
                 check(saved)
                 _, problem = self._agreed(lambda saved=saved: load(saved))  # type: ignore[misc]
@@ -168,8 +174,8 @@ class Storage:
         if self.remote is not None:
             self.remote.write(PROBE, b"")  # better refused now than after hours
             self.remote.delete(PROBE)
-        found = [(False, name) for name in complete(self.local, CHECKPOINTS)] if self.shared else []
-        found += [(True, name) for name in complete(self.remote, CHECKPOINTS)] if self.remote else []
+        found = [(False, name) for name in complete_names(self.local, CHECKPOINTS)] if self.shared else []
+        found += [(True, name) for name in complete_names(self.remote, CHECKPOINTS)] if self.remote else []
         return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
 
     def _send_left_behind(self, restored: Saved) -> None:
@@ -180,11 +186,14 @@ class Storage:
             discard(GROUPS)
         if not self.shared:
             return
-        there = {*complete(self.remote, SNAPSHOTS), *complete(self.remote, CHECKPOINTS)}
-        for name in (*complete(self.local, SNAPSHOTS), *([restored.name] if restored.store is self.local else ())):
+        there = {*complete_names(self.remote, SNAPSHOTS), *complete_names(self.remote, CHECKPOINTS)}
+        for name in (
+            *complete_names(self.local, SNAPSHOTS),
+            *([restored.name] if restored.store is self.local else ()),
+        ):
             if name not in there:
                 try:
-                    meta = opened(self.local, name).meta
+                    meta = open_saved(self.local, name).meta
                 except CheckpointError as error:
                     self.say(f"snapshot not sent: {error}")
                     continue
@@ -268,7 +277,7 @@ class Storage:
                     with suppress(OSError):  # another rank's file is in it
                         path.parent.rmdir()
         elif self.world.is_main:
-            names = complete(self.local, CHECKPOINTS)
+            names = complete_names(self.local, CHECKPOINTS)
             kept = self._kept(names) | pending
             for folder in (self.run / CHECKPOINTS).glob("[0-9]*"):
                 name = f"{CHECKPOINTS}/{folder.name}"
@@ -278,7 +287,7 @@ class Storage:
 
     def _prune_remote(self) -> None:
         assert self.remote is not None
-        names = complete(self.remote, CHECKPOINTS)
+        names = complete_names(self.remote, CHECKPOINTS)
         kept = self._kept(names)
         for path in sorted(self.remote.list(f"{CHECKPOINTS}/"), key=lambda path: not path.endswith(COMPLETE)):
             name = path.rpartition("/")[0]
@@ -289,8 +298,8 @@ class Storage:
         """The complete checkpoint at nimg. Raises CheckpointError if there is none."""
         name = name_of(CHECKPOINTS, nimg)
         # a run that comes to a new machine with nothing left to train has its last checkpoint in the store alone
-        here = self.remote is None or (self.shared and name in complete(self.local, CHECKPOINTS))
-        return opened(self.local if here or self.remote is None else self.remote, name)
+        here = self.remote is None or (self.shared and name in complete_names(self.local, CHECKPOINTS))
+        return open_saved(self.local if here or self.remote is None else self.remote, name)
 
     # -- uploads ----------------------------------------------------------------------------------------------------
 

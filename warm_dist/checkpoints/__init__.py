@@ -1,0 +1,1 @@
+"""The sharded checkpoint format, where checkpoints live, uploads, and exported weights."""

@@ -1,0 +1,92 @@
+"""Weights files: exported from checkpoints, loaded as a network with all that sampling it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from warm_dist.checkpoints.format import Part, export_tensors
+from warm_dist.config.load import parse_json, validate
+from warm_dist.config.run import Config, SamplerConfig
+from warm_dist.data import DataInfo
+from warm_dist.errors import CheckpointError, redact
+from warm_dist.networks.unet import build
+
+
+class Model(NamedTuple):
+    """A network with what it needs to be sampled."""
+
+    network: nn.Module
+    config: Config
+    info: DataInfo
+
+
+def export_weights(parts: list[Part], path: Path) -> None:
+    """Write weights out of a checkpoint as one safetensors file that `load_weights` needs nothing besides.
+
+    parts: such as [(saved, "ema", 1.0)]; of several the sum is taken, and the last one's nimg and config are written.
+    Raises CheckpointError if something is damaged or missing, OutputError if the file cannot be written.
+    """
+    saved = parts[-1][0]
+    config = validate(saved.meta["config"], str(saved))
+    with torch.device("meta"):
+        network = build(config)
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+    header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
+    export_tensors(parts, shapes, path, header)
+
+
+def load_weights(path: Path, device: torch.device | None = None) -> Model:
+    """A network from a weights file alone, in evaluation mode. Raises CheckpointError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        config = validate(parse_json(metadata["config"], str(path)), str(path))
+        info = DataInfo.from_json(json.loads(metadata["data"]))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
+    network = build(config)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
+    return Model(network.eval().to(device), config, info)
+
+
+def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | None = None) -> Model | None:
+    """The weaker network that options.guide names, or None. Raises CheckpointError for one that saw other data."""
+    if options.guide is None or options.guidance == 1:
+        return None
+    guide = load_weights(Path(options.guide), device)
+    if guide.info.fingerprint != info.fingerprint:
+        raise CheckpointError(
+            f"{options.guide}: made from data {guide.info.fingerprint[:12]}, the network that it shall guide from "
+            f"{info.fingerprint[:12]}"
+        )
+    return guide
+
+
+def weights_path(given: Path) -> Path:
+    """A weights file itself, a finished run's, or that of a checkpoint (RUN/checkpoints/NIMG), made if it is not there.
+
+    Raises CheckpointError for a damaged checkpoint.
+    """
+    if not (given / "COMPLETE").exists():
+        return given / "weights" / "ema.safetensors" if given.is_dir() else given
+    from warm_dist.checkpoints.format import open_saved
+    from warm_dist.store.open import open_store
+
+    run = given.resolve().parent.parent
+    path = run / "weights" / f"ema_{given.resolve().name}.safetensors"
+    if not path.exists():
+        saved = open_saved(open_store(str(run)), given.resolve().relative_to(run).as_posix())
+        export_weights([(saved, "ema", 1.0)], path)
+    return path
