@@ -98,7 +98,7 @@ class FeaturesBench:
         """Processor seconds, of all threads, of the distance of two sets of correlated features."""
         import numpy as np
 
-        from warm_dist.fid import Moments, frechet_distance
+        from warm_dist.evaluation.frechet import Moments, frechet_distance
 
         draw = np.random.default_rng(0)
         mix = draw.standard_normal((DIMENSIONS, DIMENSIONS)) * np.exp(-np.arange(DIMENSIONS) / 300)[:, None]
@@ -111,7 +111,7 @@ class FeaturesBench:
 
     def bf16_error(self, others: Tensor) -> dict[str, float]:
         """The distance between the pictures and `others`, in float32 and in bfloat16."""
-        from warm_dist.fid import Moments, frechet_distance
+        from warm_dist.evaluation.frechet import Moments, frechet_distance
 
         found = [
             frechet_distance(*(Moments.of(self.contenders[name](images)) for images in (self.images, others)))
@@ -180,7 +180,7 @@ def features(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from launch.peers.clean_fid import CleanFid
-    from warm_dist.extractors import make_extractor
+    from warm_dist.evaluation.extractors import make_extractor
     from warm_dist.files import file_sha256
 
     torch.set_num_threads(1)

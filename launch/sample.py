@@ -9,6 +9,7 @@ from launch import sampling
 from warm_dist import errors
 from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
+from warm_dist.evaluation.sampler_choice import sampler_for, training_note
 
 
 def main() -> int:
@@ -47,18 +48,19 @@ def main() -> int:
     from warm_dist.checkpoints.weights import load_guide, load_weights
     from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import set_threads
+    from warm_dist.evaluation.generate import generate, sample_labels
+    from warm_dist.evaluation.sampler_choice import describe_sampling
     from warm_dist.figures import save_grid
-    from warm_dist.generate import describe_sampling, generate, sample_labels
 
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_weights(weights_path(args.weights), device)
     config = model.config
-    sampler = sampling.sampler_for(config, args.set, args.method, args.nfe, args.bnr)
+    sampler = sampler_for(config, args.set, args.method, args.nfe, args.bnr)
     guide = load_guide(sampler, model.info, device)
     if args.label is not None and not 0 <= args.label < config.data.num_classes:
         raise ConfigError(f"--label {args.label}: this network has {config.data.num_classes} classes")
-    note = sampling.training_note(config, sampler)
+    note = training_note(config, sampler)
     if note:
         print(note)
     indices = range(args.n)

@@ -127,7 +127,7 @@ class Attempt:
         from data_pipelines.loader import open_loader
         from warm_dist.checkpoints.manager import CheckpointManager
         from warm_dist.distributed.collectives import on_main
-        from warm_dist.evaluation import Evaluator
+        from warm_dist.evaluation.evaluator import Evaluator
         from warm_dist.prometheus import Exporter
         from warm_dist.runs.metrics import MetricsLog, read_metrics
         from warm_dist.store.open import open_store

@@ -49,7 +49,7 @@ LEVELS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")
-ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/extractors.py",
+ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/evaluation/extractors.py",
            "boto3": "warm_dist/store/s3.py", "botocore": "warm_dist/store/s3.py",
            "prometheus_client": "warm_dist/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py", "warm_dist/ray_cluster.py")}  # fmt: skip
 HEAVY = {

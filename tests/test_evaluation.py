@@ -17,15 +17,15 @@ import torch
 from safetensors.numpy import save
 
 from tests.distributed.worker import config, info
-from warm_dist import fid, reference
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import AccessError, DataError, NumericsError, OutputError, Stopped
-from warm_dist.evaluation import Evaluator
-from warm_dist.extractors import Pixels, features
-from warm_dist.feature_stream import FeatureStream, batches_of
+from warm_dist.evaluation import frechet, reference
+from warm_dist.evaluation.evaluator import Evaluator
+from warm_dist.evaluation.extractors import Pixels, features
+from warm_dist.evaluation.feature_stream import FeatureStream, batches_of
+from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.networks.unet import build_network
-from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.open import open_store
 
@@ -87,7 +87,7 @@ def test_streamed_features_are_those_of_all_images_at_once() -> None:
     whole = features(Pixels(), REAL, 64)
     assert np.array_equal(rows, whole[kept])
     for part, found in zip(parts, moments, strict=True):
-        expected = fid.Moments.of(whole[part])
+        expected = frechet.Moments.of(whole[part])
         assert found.n == expected.n
         assert np.allclose(found.mean, expected.mean, rtol=1e-12)
         assert np.allclose(found.covariance, expected.covariance, rtol=1e-10, atol=1e-10)
@@ -107,19 +107,19 @@ def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tm
 
 def test_the_numbers_are_those_of_all_features_at_once(make: Make) -> None:
     """Against the plain way: draw all images, take all features, compare."""
-    from warm_dist import generate
     from warm_dist.checkpoints.weights import Model
+    from warm_dist.evaluation.generate import generate
 
     evaluator = make()
     evaluator.network.load_state_dict(build_network(evaluator.config).state_dict())
     values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
     model = Model(evaluator.network, evaluator.config, info())
-    images = generate.generate(model, range(20), np.full(20, -1), seed=0, device=ALONE.device, batch_size=8)
+    images = generate(model, range(20), np.full(20, -1), seed=0, device=ALONE.device, batch_size=8)
     fake, real = features(Pixels(), images, 20), features(Pixels(), REAL, 64)
     assert values["frechet"] == pytest.approx(
-        fid.frechet_distance(fid.Moments.of(fake), fid.Moments.of(real)), rel=1e-9
+        frechet.frechet_distance(frechet.Moments.of(fake), frechet.Moments.of(real)), rel=1e-9
     )
-    floor = fid.frechet_distance(*(fid.Moments.of(real[part]) for part in fid.floor_parts(64, 20, 0)))
+    floor = frechet.frechet_distance(*(frechet.Moments.of(real[part]) for part in frechet.floor_parts(64, 20, 0)))
     assert values["floor"] == pytest.approx(floor, rel=1e-9)
     kept = np.sort(reference.rng.generator(0, "reference rows").permutation(64)[:12])
     assert values["kid"] == pytest.approx(kid(fake[:12], real[kept]), rel=1e-9)
@@ -225,7 +225,7 @@ def test_a_damaged_reference_is_as_good_as_none(tmp_path: Path) -> None:
     store, stores = FolderStore(tmp_path), [FolderStore(tmp_path)]
     spec = reference.ReferenceSpec("pixels", "ab", "none", "cd", num_real=9, num_images=4, num_rows=3)
     rows = np.random.default_rng(0).random((9, 2), np.float32)
-    known = reference.Reference(fid.Moments.of(rows), rows[:3], 1.5, 4)
+    known = reference.Reference(frechet.Moments.of(rows), rows[:3], 1.5, 4)
     assert reference.load(stores, spec) is None, "absent"
     assert reference.keep(stores, spec, known)
     good = store.read(spec.path)
@@ -246,7 +246,7 @@ def test_a_damaged_reference_is_as_good_as_none(tmp_path: Path) -> None:
         replace(known, rows=rows[:2]),
         replace(known, rows=wide),
         replace(known, rows=rows[0]),
-        replace(known, moments=fid.Moments.of(rows[:8])),
+        replace(known, moments=frechet.Moments.of(rows[:8])),
     ):
         reference.keep(stores, spec, other)
         assert reference.load(stores, spec) is None

@@ -15,10 +15,9 @@ from torch import nn
 
 from launch.bench_features import pictures, random_inception
 from tests.test_downloads import MemoryStore
-from warm_dist import lite0
 from warm_dist.errors import ConfigError, DataError
-from warm_dist.extractors import Lite0, Pixels, features, make_extractor
-from warm_dist.fid import Moments, frechet_distance
+from warm_dist.evaluation.extractors import Lite0, Pixels, features, make_extractor
+from warm_dist.evaluation.frechet import Moments, frechet_distance
 from warm_dist.files import file_sha256
 
 

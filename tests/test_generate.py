@@ -14,7 +14,8 @@ from warm_dist.config.run import SamplerConfig
 from warm_dist.data import centre, to_uint8
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.generate import describe_sampling, generate, sample_labels
+from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.evaluation.sampler_choice import describe_sampling
 from warm_dist.networks.unet import build_network
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from warm_dist.checkpoints.weights import export_weights, load_weights
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
-from warm_dist.generate import generate, sample_labels
+from warm_dist.evaluation.generate import generate, sample_labels
 from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.networks.unet import build_network
 from warm_dist.store.open import open_store

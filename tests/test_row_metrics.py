@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from warm_dist import row_metrics
-from warm_dist.row_metrics import kid, precision_recall
+from warm_dist.evaluation import kid_precision_recall
+from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 
 
 def rows(n: int, dim: int, seed: int, shift: float = 0.0) -> NDArray[np.float32]:
@@ -30,7 +30,7 @@ def direct_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize("block", [5, 1024], ids=["blocks", "one block"])
 @pytest.mark.parametrize("num_real", [12, 17])
 def test_kid_is_the_formula(num_real: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_metrics, "_BLOCK", block)
+    monkeypatch.setattr(kid_precision_recall, "_BLOCK", block)
     x, y = rows(12, 5, 0), rows(num_real, 5, 1, shift=0.3)
     expected = direct_mmd(x.astype(float), y.astype(float))
     assert kid(x, y) == pytest.approx(expected, rel=1e-12)
@@ -67,7 +67,7 @@ def brute_force(fake: NDArray[np.float64], real: NDArray[np.float64], k: int) ->
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("block", [16, 1024], ids=["blocks", "one block"])
 def test_precision_and_recall_are_brute_force(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_metrics, "_BLOCK", block)
+    monkeypatch.setattr(kid_precision_recall, "_BLOCK", block)
     fake, real = rows(50, 6, 0, shift=0.2), rows(41, 6, 1)
     expected = brute_force(fake.astype(float), real.astype(float), k)
     assert precision_recall(fake, real, k) == pytest.approx(expected, abs=1e-12)

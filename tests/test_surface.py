@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from launch.evaluation_table import points, text
-from warm_dist.surface import draw, panels
+from warm_dist.evaluation.surface_figure import draw, panels
+from warm_dist.evaluation.surface_table import points, text
 
 
 def line(bnr: str, nfe: int, frechet: float | None, weights: str = "a", **more: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         from warm_dist.checkpoints.weights import load_guide
         from warm_dist.diffusion.samplers import num_steps_for
         from warm_dist.errors import ConfigError
-        from warm_dist.generate import generate, sample_labels
+        from warm_dist.evaluation.generate import generate, sample_labels
 
         asked = {**DEFAULTS, **(params or {})}
         config = self.model.config

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.distributed.worker import config, info
-from warm_dist import evaluation, rng
+from warm_dist import rng
 from warm_dist.config.run import Config
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import CheckpointError, DataError, NumericsError, WarmDistError
-from warm_dist.evaluation import Evaluator
-from warm_dist.generate import sample_labels
+from warm_dist.evaluation import evaluator
+from warm_dist.evaluation.evaluator import Evaluator
+from warm_dist.evaluation.generate import sample_labels
 from warm_dist.networks.unet import build_network
 from warm_dist.store.open import open_store
 
@@ -42,7 +43,7 @@ def settings(folder: Path, batch_size: int) -> Config:
 def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[str, Any]:
     """One block: its numbers, and what every image was made from and became, in FOLDER/LABEL-BATCH_SIZE.npz."""
     made: dict[int, tuple[NDArray[Any], NDArray[Any], int]] = {}
-    generate = evaluation.generate
+    generate = evaluator.generate
 
     def recorded(model: Any, indices: range, labels: NDArray[np.int64], **given: Any) -> NDArray[np.uint8]:
         images = generate(model, indices, labels, **given)
@@ -50,14 +51,14 @@ def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[st
         made.update(zip(indices, zip(images, noise, labels.tolist(), strict=True), strict=True))
         return images
 
-    evaluation.generate = recorded
+    evaluator.generate = recorded
     here = folder / label  # reference statistics of its own
     found = Evaluator(
         settings(here, batch_size), world, info(), lambda rows: REAL[rows], here / "run", print, open_store
     )
     found.network.load_state_dict(build_network(found.config).state_dict())
     values = found.block(found.config.sampler, 1, StopSignal(), "test", here / "run" / "grid.png")
-    evaluation.generate = generate
+    evaluator.generate = generate
     whole = {number: one for part in gather(world, made) for number, one in part.items()}
     if world.is_main:
         numbers = sorted(whole)
@@ -94,10 +95,10 @@ def ends_together(world: World, folder: Path) -> list[str]:
             raise DataError(f"a torn shard on rank {world.rank}")
         return REAL[rows]
 
-    generate, read = evaluation.generate, found.read
-    evaluation.generate = sick
+    generate, read = evaluator.generate, found.read
+    evaluator.generate = sick
     attempt(StopSignal())
-    evaluation.generate, found.read = generate, torn
+    evaluator.generate, found.read = generate, torn
     attempt(StopSignal())
     found.read = read
 
@@ -105,10 +106,10 @@ def ends_together(world: World, folder: Path) -> list[str]:
         if last:
             raise CheckpointError(f"no guide on rank {world.rank}")
 
-    load_guide = evaluation.load_guide
-    evaluation.load_guide = away
+    load_guide = evaluator.load_guide
+    evaluator.load_guide = away
     attempt(StopSignal())
-    evaluation.load_guide = load_guide
+    evaluator.load_guide = load_guide
     in_the_way = folder / "run" / "file"
     if world.is_main:
         in_the_way.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from warm_dist import fid, reference
 from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.bnr import describe
 from warm_dist.config.run import Config, EvalConfig, SamplerConfig
@@ -24,21 +23,28 @@ from warm_dist.distributed.collectives import any_rank, collect, on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import ConfigError, Stopped
-from warm_dist.extractors import make_extractor
-from warm_dist.feature_stream import FeatureStream, Rows, batches_of, each_batch
+from warm_dist.evaluation import frechet, reference
+from warm_dist.evaluation.extractors import make_extractor
+from warm_dist.evaluation.feature_stream import FeatureStream, Rows, batches_of, each_batch
+from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
+from warm_dist.evaluation.reference import Reference, ReferenceSpec
+from warm_dist.evaluation.sampler_choice import describe_sampling
 from warm_dist.figures import save_grid
-from warm_dist.generate import describe_sampling, generate, sample_labels
 from warm_dist.networks.unet import build_network
-from warm_dist.reference import Reference, ReferenceSpec
-from warm_dist.row_metrics import kid, precision_recall
 from warm_dist.store.base import OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
 
+
 IMAGES_PER_FEATURE = 1.6
 """Below so many images for each feature the covariance is too uncertain for a Fréchet distance to rank models."""
+
+
 MEASURES = ("frechet", "kid", "precision", "recall")
+
+
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
@@ -88,10 +94,10 @@ class Evaluator:
                     "a Fréchet distance can rank models"
                 )
 
-    def spec(self, sampler: SamplerConfig) -> fid.FidSpec:
+    def spec(self, sampler: SamplerConfig) -> frechet.FidSpec:
         """The fingerprint of what the number means."""
         settings, train = self.settings, self.config.train
-        return fid.FidSpec(
+        return frechet.FidSpec(
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,
             resize=self.extractor.resize,
@@ -196,9 +202,9 @@ class Evaluator:
             "measure": spec.measure,
         }
 
-    def _compare(self, moments: fid.Moments, rows: Rows, real: Reference | None) -> dict[str, float]:
+    def _compare(self, moments: frechet.Moments, rows: Rows, real: Reference | None) -> dict[str, float]:
         assert real is not None
-        distance = fid.frechet_distance(moments, real.moments)
+        distance = frechet.frechet_distance(moments, real.moments)
         values = {"frechet": distance, "floor": real.floor, "floor_n": real.floor_n}
         if min(len(rows), len(real.rows)) > NEIGHBOURS:
             precision, recall = precision_recall(rows, real.rows, NEIGHBOURS)

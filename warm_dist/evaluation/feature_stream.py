@@ -11,8 +11,8 @@ from torch import Tensor
 from warm_dist.distributed.collectives import add_up, collect, gather
 from warm_dist.distributed.world import World
 from warm_dist.errors import WarmDistError
-from warm_dist.extractors import Extractor, features
-from warm_dist.fid import Moments
+from warm_dist.evaluation.extractors import Extractor, features
+from warm_dist.evaluation.frechet import Moments
 
 Rows = NDArray[np.float32]
 

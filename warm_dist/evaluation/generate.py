@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,16 +11,14 @@ from torch import Tensor
 
 from warm_dist import rng
 from warm_dist.checkpoints.weights import Model
-from warm_dist.config.bnr import Cold, describe
-from warm_dist.config.run import Config, SamplerConfig, check_sampling
-from warm_dist.config.values import exact
+from warm_dist.config.bnr import Cold
+from warm_dist.config.run import SamplerConfig, check_sampling
 from warm_dist.data import to_uint8
 from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import Heads, data_spectrum, heads
 from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
 from warm_dist.errors import NumericsError
-from warm_dist.files import file_sha256
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -115,32 +112,3 @@ def _watched(denoise: Denoise, watch: Watch | None) -> Denoise:
         return estimate
 
     return seen
-
-
-def describe_sampling(config: Config, options: SamplerConfig) -> str:
-    """Everything that decides what `options` draw from a network of `config`, for fingerprints and logs."""
-    cold = isinstance(config.process.bnr, Cold)
-    bnr = describe(config.process.bnr if options.bnr is None else options.bnr)
-    grid = (
-        f"{options.grid}" if cold else f"{options.grid}, sigma {exact(options.sigma_min)}..{exact(options.sigma_max)}"
-    )
-    parts = [f"{options.method} {options.num_steps} steps", f"grid {grid}", f"rho {exact(options.rho)}", f"bnr {bnr}"]
-    parts.append(f"start {options.start}")
-    if options.method == "ancestral":
-        parts.append(f"eta {exact(options.eta)}")
-    if options.method == "churn":
-        churn, low, high, noise = map(exact, (options.s_churn, options.s_min, options.s_max, options.s_noise))
-        parts.append(f"churn {churn} in {low}..{high}, noise {noise}")
-    if options.guidance != 1:
-        parts.append(f"guidance {exact(options.guidance)} by {_describe_guide(options.guide)}")
-    return ", ".join(parts)
-
-
-def _describe_guide(guide: str | None) -> str:
-    """A file is what is in it, too."""
-    if guide is None:
-        return "the network without class"
-    try:
-        return f"{guide} (sha256 {file_sha256(Path(guide))[:12]})"
-    except OSError:  # load_guide tells of it
-        return guide

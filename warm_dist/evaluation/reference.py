@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from warm_dist import fid, rng
+from warm_dist import rng
 from warm_dist.distributed.world import World
 from warm_dist.errors import WarmDistError
-from warm_dist.extractors import Extractor
-from warm_dist.feature_stream import FeatureStream, Rows, each_batch
-from warm_dist.fid import Moments
+from warm_dist.evaluation import frechet
+from warm_dist.evaluation.extractors import Extractor
+from warm_dist.evaluation.feature_stream import FeatureStream, Rows, each_batch
+from warm_dist.evaluation.frechet import Moments
 from warm_dist.store.base import Store
 
 FORMAT = 2
@@ -76,7 +77,7 @@ def measure(
     chosen = np.arange(total)
     if spec.num_real < total:
         chosen = np.sort(rng.generator(0, "reference").permutation(total)[: spec.num_real])
-    parts = fid.floor_parts(spec.num_real, spec.num_images, seed=0)
+    parts = frechet.floor_parts(spec.num_real, spec.num_images, seed=0)
     kept = rng.generator(0, "reference rows").permutation(spec.num_real)[: spec.num_rows]
     masks = [_mask(spec.num_real, part) for part in (np.arange(spec.num_real), *parts)]
     stream = FeatureStream(world, extractor, masks, _mask(spec.num_real, kept))
@@ -86,7 +87,7 @@ def measure(
 
     each_batch(world, spec.num_real, batch_size, work, after)
     (moments, *two), rows = stream.result()
-    floor = fid.frechet_distance(*two) if world.is_main else 0.0
+    floor = frechet.frechet_distance(*two) if world.is_main else 0.0
     return Reference(moments, rows, floor, len(parts[0]))
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+
+
 COLUMNS = ("weights", "bnr", "method", "nfe", "frechet", "spread", "blocks", "floor", "floor_n", "num_images", "kid",
            "precision", "recall", "name", "measure", "spec", "sha256")  # fmt: skip
+
+
 MEASURES = ("frechet", "spread", "kid", "precision", "recall", "floor")
 
 
 def write(lines: list[Line], out: Path) -> None:
     """OUT/table.csv and, with two cells or more, OUT/surface.png. Raises OutputError."""
-    from warm_dist import surface
+    from warm_dist.evaluation import surface_figure
     from warm_dist.files import replace_file
 
     def fill(path: Path) -> None:
@@ -26,7 +30,7 @@ def write(lines: list[Line], out: Path) -> None:
 
     replace_file(out / "table.csv", fill)
     if len(lines) > 1:
-        surface.draw(surface.panels(lines), out / "surface.png")
+        surface_figure.draw(surface_figure.panels(lines), out / "surface.png")
 
 
 def points(lines: list[Line]) -> dict[tuple[str, int], float]:

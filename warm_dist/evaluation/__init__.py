@@ -1,0 +1,1 @@
+"""Images from weights, features, the Fréchet distance with its fingerprint, and NFE x BNR surfaces."""

@@ -1,0 +1,102 @@
+"""Pictures of the process: real images on their way up, samples on theirs down."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from warm_dist.checkpoints.weights import Model
+    from warm_dist.config.run import SamplerConfig
+    from warm_dist.diffusion.process import Point
+
+
+def draw_forward(
+    model: Model, sampler: SamplerConfig, real: NDArray[Any], args: argparse.Namespace, title: str, path: Path
+) -> None:
+    """A x0 and x = A x0 + σ ε of real images along the path, one noise an image."""
+    import numpy as np
+    import torch
+
+    from warm_dist import rng
+    from warm_dist.data import centre, to_uint8
+    from warm_dist.diffusion.process import corrupt, level_at
+    from warm_dist.diffusion.samplers import schedule
+    from warm_dist.diffusion.spectrum import blur
+    from warm_dist.figures import save_table
+
+    _, points = schedule(model.config, sampler)
+    chosen = _chosen([*reversed(points)], args.columns)
+    mean = torch.tensor(model.info.channel_mean)
+    x0 = centre(torch.from_numpy(real), mean).double()
+    noise = torch.from_numpy(rng.normals(args.seed, "forward picture", range(len(real)), real.shape[1:])).double()
+    blurry = [to_uint8(blur(x0, level_at(point).alpha), mean).numpy() for point in chosen]
+    states = [_shown(corrupt(x0, level_at(point), noise), point.sigma, model) for point in chosen]
+    rows = [
+        (name, np.stack([state[k] for state in part]))
+        for k in range(len(real))
+        for name, part in (("A x0", blurry), ("x", states))
+    ]
+    save_table(rows, [_heading(point) for point in chosen], title, path, groups=len(real))
+
+
+def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, title: str, path: Path) -> None:
+    """x, b̂ and x̂0 of samples at the sampler's own steps."""
+    import numpy as np
+    import torch
+
+    from warm_dist.checkpoints.weights import load_guide
+    from warm_dist.data import to_uint8
+    from warm_dist.diffusion.process import ORIGIN, Point
+    from warm_dist.evaluation.generate import generate, sample_labels
+    from warm_dist.figures import save_table
+
+    seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def watch(x: Tensor, level: Any, heads: Any) -> None:
+        # Heun's second evaluation of a level is followed by the first of the next step there, which replaces it
+        seen[Point(float(level.sigma), float(level.alpha))] = (x, heads.blurry, heads.clean)
+
+    labels = sample_labels(args.seed, range(args.n), model.config.data.num_classes)
+    if args.label is not None:
+        labels[:] = args.label
+    guide = load_guide(sampler, model.info)
+    device = torch.device("cpu")
+    images = generate(model, range(args.n), labels, seed=args.seed, device=device, batch_size=args.n, sampler=sampler,
+                      guide=guide, watch=watch)  # fmt: skip
+    chosen = _chosen([*seen], args.columns - 1)
+    mean = torch.tensor(model.info.channel_mean)
+    columns: list[list[NDArray[Any]]] = [[_shown(seen[p][0], p.sigma, model) for p in chosen] + [images]]
+    columns += [[to_uint8(seen[p][k], mean).numpy() for p in chosen] + [images] for k in (1, 2)]
+    rows = [
+        (name, np.stack([states[k] for states in part]))
+        for k in range(args.n)
+        for name, part in zip(("x", "b̂", "x̂0"), columns, strict=True)
+    ]
+    save_table(rows, [_heading(point) for point in [*chosen, ORIGIN]], title, path, groups=args.n)
+
+
+def _chosen(points: list[Any], count: int) -> list[Any]:
+    if len(points) <= count:
+        return points
+    return [points[round(k * (len(points) - 1) / (count - 1))] for k in range(count)]
+
+
+def _shown(x: Tensor, sigma: float, model: Model) -> NDArray[Any]:
+    """Noise of σ 80 is scaled down to the data's own contrast; images keep theirs."""
+    import torch
+
+    from warm_dist.data import to_uint8
+
+    scale = model.info.sigma_data / math.hypot(model.info.sigma_data, sigma)
+    return to_uint8(x * scale, torch.tensor(model.info.channel_mean)).numpy()
+
+
+def _heading(point: Point) -> str:
+    sigma, alpha = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in point)
+    return f"σ {sigma}\nα {alpha} px"
