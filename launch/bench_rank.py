@@ -74,7 +74,7 @@ def rank(job: dict[str, Any]) -> None:
             side.wrap(log, "write")
     mirror = None
     if job["kind"] == "mirror":
-        from launch.mirror import start_mirror
+        from warm_dist.tracking.follow import start_mirror
 
         assert log is not None
         log.write(0, "event", text="start")  # the mirror asks for its server when there is something to send

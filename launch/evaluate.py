@@ -99,7 +99,7 @@ def main() -> int:
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
     from warm_dist.files import read_json
-    from warm_dist.mlflow_client import log_finished
+    from warm_dist.tracking.client import log_finished
 
     tracking = network.config.tracking
     url = tracking.mlflow_url if args.mlflow_url is None else args.mlflow_url

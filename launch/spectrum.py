@@ -91,7 +91,7 @@ def _report(tree: dict[str, Any], path: dict[str, Any]) -> str:
 
 
 def _log(args: argparse.Namespace, tree: dict[str, Any], files: list[Path]) -> str:
-    from warm_dist.mlflow_client import log_finished
+    from warm_dist.tracking.client import log_finished
 
     values = {"suggested_bnr": tree["suggested_bnr"], "sigma_data": tree["sigma_data"]}
     values |= {f"worst_price/bnr_{row['bnr']:g}": row["worst_price"] for row in tree["bnr"]}

@@ -115,7 +115,7 @@ class Session:
         tracking = self.every[0].config.tracking
         if not tracking.mlflow_url:
             return None
-        from warm_dist.mlflow_client import open_parent
+        from warm_dist.tracking.client import open_parent
 
         name = self.ledger.store.url.rpartition("/")[2]
         return open_parent(tracking.mlflow_url, tracking.experiment, name, sweep_id, parameters(self.sweep))

@@ -132,14 +132,14 @@ class Report:
             self.say(f"not all is in MLflow: {error}; the same command with --resume sends it")
 
     def _mirror(self, name: str, register: str | None) -> None:
-        from launch.mirror import mirror_run
+        from warm_dist.tracking.follow import mirror_run
 
         run = self._run_folder(name, weights=register is not None)
         if (run / "config.json").exists():  # else it never came as far as to have something to show
             mirror_run(run, self.trials[name].config.tracking.mlflow_url, register)
 
     def _log(self, url: str, best: Outcome | None) -> None:
-        from warm_dist.mlflow_client import log_finished
+        from warm_dist.tracking.client import log_finished
 
         states = [outcome.state for outcome in self.outcomes]
         metrics: dict[tuple[str, int], float] = {

@@ -128,9 +128,9 @@ class Attempt:
         from warm_dist.checkpoints.manager import CheckpointManager
         from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation.evaluator import Evaluator
-        from warm_dist.prometheus import Exporter
         from warm_dist.runs.metrics import MetricsLog, read_metrics
         from warm_dist.store.open import open_store
+        from warm_dist.tracking.prometheus import Exporter
         from warm_dist.trainer import Trainer
 
         config, world, port = self.config, self.world, self.config.tracking.prometheus_port
@@ -216,7 +216,7 @@ class Attempt:
 
     def _start_mirror(self) -> None:
         if self.world.is_main and self.config.tracking.mlflow_url:
-            from launch.mirror import start_mirror
+            from warm_dist.tracking.follow import start_mirror
 
             try:
                 self._mirror = start_mirror(self.path)

@@ -48,10 +48,10 @@ LEVELS = [
     {"report", "sweep", "manifests"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
-MLFLOW = ("warm_dist/mlflow_client.py", "warm_dist/logged_model.py", "warm_dist/mlflow_model.py")
+MLFLOW = ("warm_dist/tracking/client.py", "warm_dist/tracking/model.py", "warm_dist/tracking/mlflow_model.py")
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/evaluation/extractors.py",
            "boto3": "warm_dist/store/s3.py", "botocore": "warm_dist/store/s3.py",
-           "prometheus_client": "warm_dist/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py", "warm_dist/ray_cluster.py")}  # fmt: skip
+           "prometheus_client": "warm_dist/tracking/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py", "warm_dist/ray_cluster.py")}  # fmt: skip
 HEAVY = {
     "deepspeed",
     "mlflow",
@@ -65,7 +65,10 @@ HEAVY = {
     "sklearn",
     "prometheus_client",
 }
-LOADED_LATE = ("warm_dist/mlflow_model.py", "warm_dist/sweep_actors.py")  # a script of MLflow's; Ray's workers' module
+LOADED_LATE = (
+    "warm_dist/tracking/mlflow_model.py",
+    "warm_dist/sweep_actors.py",
+)  # a script of MLflow's; Ray's workers' module
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))
 ]

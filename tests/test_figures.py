@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from warm_dist.errors import OutputError
-from warm_dist.figures import loss_curve, save_grid
+from warm_dist.figures import save_grid
+from warm_dist.tracking.curve import loss_curve
 
 
 def test_every_pixel_of_every_image_is_in_the_grid(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from launch.services import Services, services
 from tests.distributed.worker import config, info
 from tests.test_tracking import end, found, log, make_run
-from warm_dist import logged_model
 from warm_dist.checkpoints.format import CHECKPOINTS
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.checkpoints.weights import export_weights, load_weights
@@ -24,10 +23,12 @@ from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
 from warm_dist.evaluation.generate import generate, sample_labels
-from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.networks.unet import build_network
 from warm_dist.store.open import open_store
-from warm_dist.tracking import Mirror
+from warm_dist.tracking import model
+from warm_dist.tracking.client import CLIENT_ENV
+from warm_dist.tracking.mirror import Mirror
+from warm_dist.tracking.model import send_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 LOADER = """
@@ -75,9 +76,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
 
     def finish(register: str | None) -> None:
         mirror = Mirror(run, running.mlflow_url, run.parent.name)
-        mirror.finish(
-            "FINISHED", {}, 1.0, list, lambda *given: logged_model.send_model(*given, register=register) and None
-        )
+        mirror.finish("FINISHED", {}, 1.0, list, lambda *given: send_model(*given, register=register) and None)
 
     broken = iter([OSError("the server went away")])
 
@@ -86,7 +85,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
             raise error
 
     with monkeypatch.context() as patch:  # the model is announced, its files do not come
-        patch.setattr(logged_model, "save_model", once_broken)
+        patch.setattr(model, "save_model", once_broken)
         with pytest.raises(UnreachableError, match="OSError: the server went away"):
             finish(None)
     finish(None)

@@ -22,8 +22,8 @@ from tests.processes import ROOT
 from tests.test_train import config_file, environment  # noqa: F401  # a fixture
 from warm_dist import supervisor
 from warm_dist.files import read_json
-from warm_dist.mlflow_client import CLIENT_ENV
 from warm_dist.runs.metrics import read_metrics
+from warm_dist.tracking.client import CLIENT_ENV
 
 if TYPE_CHECKING:
     from subprocess import Popen

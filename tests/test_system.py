@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from tests.distributed.worker import config
-from warm_dist import system, window
+from warm_dist import window
 from warm_dist.distributed.world import World
-from warm_dist.system import Meter
+from warm_dist.tracking import machine_load
+from warm_dist.tracking.machine_load import MachineLoad
 from warm_dist.window import Window
 
 
 def test_a_machine_tells_what_it_does() -> None:
-    meter = Meter(Path())
+    meter = MachineLoad(Path())
     sum(range(3_000_000))  # some work between the two calls
     figures = meter.read()
     assert 0 < figures["cpu_utilization_percentage"] <= 100
@@ -39,7 +40,7 @@ def test_what_a_machine_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(psutil, "net_io_counters", lambda: None)
     monkeypatch.setattr(psutil, "virtual_memory", missing)
-    names = Meter(Path("nowhere")).read().keys()
+    names = MachineLoad(Path("nowhere")).read().keys()
     assert names == {"cpu_utilization_percentage"}
 
 
@@ -52,12 +53,12 @@ def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return 350_000
 
-    monkeypatch.setattr(system, "_gpus", lambda: [0, 1])
+    monkeypatch.setattr(machine_load, "_gpus", lambda: [0, 1])
     memory = SimpleNamespace(used=2e9, total=8e9)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: memory)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=97))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", power)
-    figures = {name: value for name, value in Meter(Path()).read().items() if name.startswith("gpu")}
+    figures = {name: value for name, value in MachineLoad(Path()).read().items() if name.startswith("gpu")}
     each = {"memory_usage_megabytes": 2000, "memory_usage_percentage": 25, "utilization_percentage": 97}
     expected: dict[str, Any] = {f"gpu_{k}_{name}": value for k in (0, 1) for name, value in each.items()}
     assert figures == expected | {"gpu_0_power_usage_watts": 350}

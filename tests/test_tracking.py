@@ -24,15 +24,16 @@ import pytest
 from PIL import Image
 
 from launch import evaluate, mirror
-from launch.mirror import start_mirror
 from launch.services import Services, free_port, services
 from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, UnreachableError, redact
 from warm_dist.figures import save_grid
 from warm_dist.files import read_json, write_json
-from warm_dist.mlflow_client import CLIENT_ENV, log_finished, open_parent
 from warm_dist.runs.metrics import MetricsLog
-from warm_dist.tracking import Mirror
+from warm_dist.tracking import follow
+from warm_dist.tracking.client import CLIENT_ENV, log_finished, open_parent
+from warm_dist.tracking.follow import start_mirror
+from warm_dist.tracking.mirror import Mirror
 
 MIRROR = str(Path(mirror.__file__))
 STEPS = list(range(32, 32 * 41, 32))
@@ -314,19 +315,19 @@ def test_a_server_that_stays_away_costs_one_sentence(run: Path) -> None:
 
 def test_how_a_run_has_ended(run: Path) -> None:
     me, nobody = supervisor.identity(os.getpid()), "999999999:1"
-    assert mirror._end(run, 1, me) is None
-    assert not mirror._ended(run, me)
-    assert mirror._ended(run, nobody)
-    assert (mirror._end(run, 1, nobody) or [None])[0] == "KILLED"
-    assert mirror._end(run, 0, nobody) is None, "a later attempt is under way"
+    assert follow._end(run, 1, me) is None
+    assert not follow._ended(run, me)
+    assert follow._ended(run, nobody)
+    assert (follow._end(run, 1, nobody) or [None])[0] == "KILLED"
+    assert follow._end(run, 0, nobody) is None, "a later attempt is under way"
     for code, status in ((0, "FINISHED"), (75, "KILLED"), (1, "FAILED"), (11, "FAILED")):
         end(run, code)
-        found_end = mirror._end(run, 1, None)
+        found_end = follow._end(run, 1, None)
         assert found_end is not None
         assert found_end[:2] == (status, {"exit.code": str(code), "exit.reason": f"code {code}"})
     make_run(run, "", attempt=2)
-    assert mirror._end(run, 2, me) is None, "the exit of the attempt before says nothing"
-    assert not mirror._ended(run, me)
+    assert follow._end(run, 2, me) is None, "the exit of the attempt before says nothing"
+    assert not follow._ended(run, me)
 
 
 def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
@@ -352,22 +353,22 @@ def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
 
 
 def test_two_mirrors_exclude_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "LOCK_S", 0.0)
+    monkeypatch.setattr(follow, "LOCK_S", 0.0)
     for _ in range(2):  # the second time shows that the lock was given back
-        with mirror._only_mirror(run), pytest.raises(OutputError, match="another mirror"), mirror._only_mirror(run):
+        with follow._only_mirror(run), pytest.raises(OutputError, match="another mirror"), follow._only_mirror(run):
             pass
 
 
 def test_the_next_attempts_mirror_waits_for_the_one_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "LOCK_S", 0.0)
-    monkeypatch.setattr(mirror, "POLL_S", 0.1)
+    monkeypatch.setattr(follow, "LOCK_S", 0.0)
+    monkeypatch.setattr(follow, "POLL_S", 0.1)
     got: list[str] = []
 
     def wait() -> None:
-        with mirror._only_mirror(run, supervisor.identity(os.getpid())):
+        with follow._only_mirror(run, supervisor.identity(os.getpid())):
             got.append("lock")
 
-    with mirror._only_mirror(run):
+    with follow._only_mirror(run):
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(0.5)
@@ -380,7 +381,7 @@ def test_the_next_attempts_mirror_waits_for_the_one_before(run: Path, monkeypatc
 def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log(run, STEPS)
     tries: list[int] = []
-    monkeypatch.setattr(mirror, "LAST_TRIES", 50)
+    monkeypatch.setattr(follow, "LAST_TRIES", 50)
 
     class Away(Mirror):
         def sync(self, running: bool) -> int:
@@ -389,7 +390,7 @@ def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.Monk
             raise UnreachableError("away")
 
     with pytest.raises(UnreachableError, match="away"):
-        mirror._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
+        follow._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
     assert len(tries) == 1
 
 
@@ -608,30 +609,30 @@ def test_another_metrics_file_of_the_same_run_is_sent_whole(running: Services, c
 
 
 def test_a_run_that_was_cut_off_is_killed_once_nobody_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mirror._end(run, 1, None) is None, "nothing says that it ever began"
+    assert follow._end(run, 1, None) is None, "nothing says that it ever began"
     (run / "heartbeat").mkdir()
     (run / "heartbeat" / "rank_0.json").write_text("{}")
     lock = (run / ".lock").open("a+")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    monkeypatch.setattr(mirror, "SILENCE_S", -1.0)
-    assert mirror._end(run, 1, None) is None, "somebody holds the lock"
+    monkeypatch.setattr(follow, "SILENCE_S", -1.0)
+    assert follow._end(run, 1, None) is None, "somebody holds the lock"
     lock.close()
-    assert (mirror._end(run, 1, None) or [None])[0] == "KILLED"
-    monkeypatch.setattr(mirror, "SILENCE_S", 60.0)
-    assert mirror._end(run, 1, None) is None, "its heart beats, on a machine whose locks we do not see"
+    assert (follow._end(run, 1, None) or [None])[0] == "KILLED"
+    monkeypatch.setattr(follow, "SILENCE_S", 60.0)
+    assert follow._end(run, 1, None) is None, "its heart beats, on a machine whose locks we do not see"
 
 
 def test_a_full_disk_does_not_hide_the_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from warm_dist import figures
+    from warm_dist.tracking import curve
 
     def full(*_: Any) -> None:
         raise OutputError("disk full")
 
     log(run, STEPS[:3])
-    monkeypatch.setattr(figures, "loss_curve", full)
-    assert mirror._curves(run) == []
+    monkeypatch.setattr(curve, "loss_curve", full)
+    assert follow._curves(run) == []
     monkeypatch.undo()
-    assert mirror._curves(run) == [run / "curves.png"]
+    assert follow._curves(run) == [run / "curves.png"]
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import PortError
 from warm_dist.networks.flops import flops_per_image
-from warm_dist.prometheus import Exporter
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.stopwatch import Stopwatch
+from warm_dist.tracking.prometheus import Exporter
 from warm_dist.trainer import Trainer
 from warm_dist.window import PLACES, Window
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,50 +68,3 @@ def save_table(
             if column == 0:
                 axes.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
-
-
-_HEADS = {
-    "loss": ("both heads", "black"),
-    "loss_blurry": ("blurry head", "tab:blue"),
-    "loss_residual": ("residual head", "tab:orange"),
-}
-
-
-def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the losses of both heads and the Fréchet distance (second axis, with its floor) over nimg, as a PNG.
-
-    lines: records of metrics.jsonl, as `read_metrics` gives them. Raises OutputError if it cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-    left = figure.add_subplot()
-    left.set(xlabel="nimg (images trained on)", ylabel="training loss, network units", yscale="log")
-    left.grid(alpha=0.25, which="both")
-    for key, (label, colour) in _HEADS.items():
-        points = _series(lines, "train", key)
-        if points:
-            left.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.3)
-    distances = _series(lines, "eval", "frechet")
-    if distances:
-        right = left.twinx()
-        right.set_ylabel("Fréchet distance", color="tab:green")
-        right.set_ylim(0, 1.1 * max(value for _, value in distances))
-        right.plot(*zip(*distances, strict=True), "o-", color="tab:green", label="Fréchet distance")
-        floors = _series(lines, "eval", "floor")
-        if floors:
-            right.axhline(floors[-1][1], color="tab:green", linestyle=":", label="floor (real against real)")
-    handles, labels = [], []
-    for axes in figure.axes:
-        ours = axes.get_legend_handles_labels()
-        handles += ours[0]
-        labels += ours[1]
-    if labels:
-        left.legend(handles, labels, loc="upper right")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
-
-
-def _series(lines: Sequence[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:
-    return [(line["nimg"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]

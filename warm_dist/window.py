@@ -20,7 +20,7 @@ from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image, peak_flops
 from warm_dist.stopwatch import Stopwatch
-from warm_dist.system import Meter
+from warm_dist.tracking.machine_load import MachineLoad
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
 """What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""
@@ -44,7 +44,9 @@ class Window:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.flops = flops_per_image(config)
         self.peak = peak_flops(config, world.device)
-        self.meter = Meter(Path(config.output)) if os.environ.get("LOCAL_RANK", "0") == "0" else None  # one a machine
+        self.meter = (
+            MachineLoad(Path(config.output)) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        )  # one a machine
         self.gathers_in_forward = config.engine == "deepspeed" and config.parallel.zero_stage == 3
         self.nimg = self.num_steps = 0
         self.seconds = 0.0

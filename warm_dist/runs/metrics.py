@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import OutputError
-from warm_dist.prometheus import Exporter
+from warm_dist.tracking.prometheus import Exporter
 
 
 class MetricsLog:

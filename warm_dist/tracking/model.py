@@ -8,11 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from warm_dist.mlflow_client import patience
+from warm_dist.tracking.client import patience
 
 PACKAGE = Path(__file__).resolve().parent
+
+
 NAME = "ema"
+
+
 _NIMG_TAG = "warm_dist.nimg"
+
+
 # what sampling imports; warm_dist itself travels with the model
 _REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")
 

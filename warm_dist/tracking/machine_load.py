@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Meter:
+class MachineLoad:
     """Reads this machine's load, under the names that MLflow gives its system metrics.
 
     folder: its disk is told of. What a machine does not tell (a container without /proc/net, say) is left out.

@@ -10,18 +10,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from warm_dist import mlflow_client
 from warm_dist.errors import OutputError, UnreachableError, redact
 from warm_dist.files import read_json, write_json
-from warm_dist.mlflow_client import PARENT_TAG, Point, as_texts, log_batches, reaching
 from warm_dist.runs.metrics import parse_line
+from warm_dist.tracking.client import (
+    PARENT_TAG,
+    Point,
+    as_texts,
+    client_of,
+    find_or_make,
+    history,
+    log_batches,
+    reaching,
+)
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
+
+
 _ZERO_BNR = 1e-3  # BNR 0 on a logarithmic axis
+
+
 _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
+
+
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
+
+
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
+
+
 _COPIES = 2  # of each image: MLflow keeps a small one beside it
+
 
 SendModel = Callable[[Any, str, Path, int], None]
 """Given the client, the run's id, the weights and their nimg: log the model, unless it is there."""
@@ -125,7 +144,7 @@ class Mirror:
         """Find or make the MLflow run and learn what it holds."""
         if self._connected:
             return
-        self._client = self._client or mlflow_client.client_of(self.url)
+        self._client = self._client or client_of(self.url)
         state = read_json(self.run / "mirror.json") or {}
         found = self._find(state.get("run_id", ""))
         self._run_id, self._status = str(found.info.run_id), found.info.status
@@ -135,7 +154,7 @@ class Mirror:
             self._held = set(self._points(0, offset)[0])
         else:
             self._offset, self._sending, self._asked_until = 0, None, size
-            self._held = mlflow_client.history(self._client, found)
+            self._held = history(self._client, found)
         self._grids = None
         self._describe(found.data.params)
         self._connected = True
@@ -144,9 +163,7 @@ class Mirror:
         first = parse_line(self._first_line().decode(errors="replace")) or {}
         start = int(first["time"] * 1000) if "time" in first else None
         tags = {**_SOURCE, **({PARENT_TAG: self.parent} if self.parent else {})}
-        return mlflow_client.find_or_make(
-            self._client, self.experiment, self._identity(), self.run_name, tags, start, known
-        )
+        return find_or_make(self._client, self.experiment, self._identity(), self.run_name, tags, start, known)
 
     def _describe(self, known: dict[str, str]) -> None:
         """Parameters and tags. MLflow never changes a parameter: a later attempt's value is a tag."""

@@ -1,0 +1,212 @@
+"""Follows a run's metrics.jsonl into MLflow, through outages, until the run or its owner ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from warm_dist import supervisor
+from warm_dist.config.run import TrackingConfig
+from warm_dist.errors import ConfigError, OutputError, UnreachableError
+from warm_dist.files import read_json
+from warm_dist.runs.metrics import read_metrics
+from warm_dist.tracking.client import CLIENT_ENV
+from warm_dist.tracking.mirror import Mirror, SendModel
+
+POLL_S = 1.0
+
+
+LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
+
+
+LAST_TRIES = 3
+
+
+EXIT_S = 5.0  # after its owner's end: a peer may still write why
+
+
+SILENCE_S = 60.0  # of a run's heartbeat, after which it is taken for dead
+
+
+LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at its last tries
+
+
+def start_mirror(run: Path) -> subprocess.Popen[bytes]:
+    """Start `launch/mirror.py RUN --follow` for the calling process; its messages go to RUN/mirror.log.
+
+    A session of its own keeps Ctrl-C away from it. Not through `owned.start`: after its owner's end it has work to do.
+    """
+    with (run / "mirror.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(run), "--follow"],
+            env={
+                **CLIENT_ENV,
+                **os.environ,
+                supervisor.OWNER: supervisor.identity(os.getpid()),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def mirror_run(
+    run: Path, url: str | None = None, register: str | None = None, owner: str | None = None, follow: bool = False
+) -> None:
+    """Send what is missing of a run; `follow`: as it goes on, until it, or `owner`, ends.
+
+    url: another server than its tracking.mlflow_url. register: the name of the model that its weights become a version of.
+    Raises ConfigError for a folder that is no run's or has no server, OutputError, UnreachableError.
+    """
+    tracking = _tracking(run)
+    url = url or tracking.mlflow_url
+    if not url:
+        raise ConfigError(f"{run}: its tracking.mlflow_url is null; name a server with --url")
+    mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
+    register = register or tracking.registered_model
+    model = _send_model(register) if tracking.log_model or register else None
+    attempt = _attempt(run)
+    if owner:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
+    with _only_mirror(run, owner):
+        if follow:
+            _follow(mirror, owner)
+        _finish(mirror, attempt, owner, model)
+
+
+def _follow(mirror: Mirror, owner: str | None) -> None:
+    """Until the run or its owner ends; a server that is down is asked again after 1, 2, 4 … 30 s."""
+    pause, trouble = POLL_S, ""
+    while not _ended(mirror.run, owner):
+        try:
+            mirror.sync(running=True)
+            if trouble:
+                _say("MLflow answers again")
+            pause, trouble = POLL_S, ""
+        except UnreachableError as error:
+            if not trouble:
+                _say(f"{error}; the run goes on, and so do the tries")
+            pause, trouble = min(2 * pause, LONGEST_PAUSE_S), str(error)
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline and not _ended(mirror.run, owner):
+            time.sleep(POLL_S / 4)
+
+
+def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendModel | None = None) -> None:
+    """Send all that is there and how the run ended, if it has. Raises UnreachableError with the command to catch up."""
+    deadline = time.monotonic() + EXIT_S
+    while owner and not _ended(mirror.run, None) and time.monotonic() < deadline:
+        time.sleep(POLL_S / 4)
+    for trial in range(1, LAST_TRIES + 1):
+        try:
+            end = _end(mirror.run, attempt, owner)
+            if end:
+                mirror.finish(*end, lambda: _curves(mirror.run), send_model)
+            else:
+                mirror.sync(running=False)
+            return
+        except UnreachableError as error:
+            if trial == LAST_TRIES or _attempt(mirror.run) > attempt:  # the next attempt's mirror waits for us
+                raise UnreachableError(
+                    f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
+                ) from None
+            time.sleep(trial)
+
+
+def _send_model(register: str | None) -> SendModel:
+    def send(client: Any, run_id: str, weights: Path, nimg: int) -> None:
+        from warm_dist.tracking.model import send_model
+
+        send_model(client, run_id, weights, nimg, register)
+
+    return send
+
+
+def _curves(run: Path) -> list[Path]:
+    from warm_dist.tracking.curve import loss_curve
+
+    try:
+        loss_curve(read_metrics(run / "metrics.jsonl"), run / "curves.png")
+    except OutputError as error:  # a full disk is no reason to say nothing of the run's end
+        _say(str(error))
+        return []
+    return [run / "curves.png"]
+
+
+def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
+    """Status, tags and time of the run's end; None while it goes on, or as far as anybody knows."""
+    exit_file = read_json(run / "exit.json")
+    if exit_file and exit_file.get("attempt", 0) >= _attempt(run):
+        status = {0: "FINISHED", 75: "KILLED"}.get(exit_file["code"], "FAILED")
+        tags = {"exit.code": str(exit_file["code"]), "exit.reason": str(exit_file["reason"])}
+        return status, tags, (run / "exit.json").stat().st_mtime
+    gone = not supervisor.alive(owner) if owner else _abandoned(run)
+    if gone and _attempt(run) == attempt:
+        return "KILLED", {"exit.reason": "the process ended without an exit.json"}, time.time()
+    return None
+
+
+def _ended(run: Path, owner: str | None) -> bool:
+    exit_file = read_json(run / "exit.json")
+    return bool(exit_file and exit_file.get("attempt", 0) >= _attempt(run)) or (
+        owner is not None and not supervisor.alive(owner)
+    )
+
+
+def _abandoned(run: Path) -> bool:
+    """Nobody trains there, as far as the run's lock and its first rank's heartbeat can tell; false for a folder without."""
+    try:
+        silent_s = time.time() - (run / "heartbeat" / "rank_0.json").stat().st_mtime
+        with (run / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return silent_s > SILENCE_S
+
+
+def _attempt(run: Path) -> int:
+    return int((read_json(run / "run.json") or {}).get("attempt", 0))
+
+
+def _tracking(run: Path) -> TrackingConfig:
+    config = read_json(run / "config.json")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{run}: no config.json there; RUN is the folder that the config calls output")
+    try:
+        return TrackingConfig.model_validate(config.get("tracking", {}))
+    except ValueError as error:
+        raise ConfigError(f"{run / 'config.json'}: its tracking section is not valid: {error}") from None
+
+
+@contextlib.contextmanager
+def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
+    """The run's lock. The mirror of an attempt that goes on waits for the one before, whose request may hang."""
+    deadline = time.monotonic() + LOCK_S
+    try:
+        lock = (run / "mirror.lock").open("a")
+    except OSError as error:
+        raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
+                    raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
+                time.sleep(POLL_S / 4)
+        yield
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
