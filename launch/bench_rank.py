@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from warm_dist.config.run import Config
     from warm_dist.data import Batch, DataInfo
     from warm_dist.distributed.world import World
-    from warm_dist.trainer import Trainer
+    from warm_dist.training.trainer import Trainer
 
 MIRROR_S = 120.0  # the longest to wait for the mirror to find its server, or to send the last line
 
@@ -54,8 +54,8 @@ def rank(job: dict[str, Any]) -> None:
     from warm_dist.distributed.world import join, shutdown
     from warm_dist.runs.folder import describe_run, write_end
     from warm_dist.runs.metrics import MetricsLog, read_metrics
-    from warm_dist.trainer import Trainer
-    from warm_dist.window import PLACES
+    from warm_dist.training.step_metrics import PLACES
+    from warm_dist.training.trainer import Trainer
 
     config = load_config(job["config"])
     run = Path(config.output)

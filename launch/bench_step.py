@@ -175,7 +175,7 @@ def _line(name: str, found: dict[str, Any], scale: float = 1.0, digits: int = 3)
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    from warm_dist.window import PLACES
+    from warm_dist.training.step_metrics import PLACES
 
     one = report["runs"]["one"]
     lines = [

@@ -28,11 +28,11 @@ def main() -> int:
 
     import numpy as np
 
-    from warm_dist import posthoc
     from warm_dist.checkpoints.format import SNAPSHOTS, complete_names, open_saved
     from warm_dist.checkpoints.weights import export_weights
-    from warm_dist.ema import exponent_of, kind_of
     from warm_dist.store.open import open_store
+    from warm_dist.training import posthoc_ema
+    from warm_dist.training.ema import exponent_of, kind_of
 
     store = open_store(args.run, args.endpoint_url)
     snapshots = [open_saved(store, name) for name in complete_names(store, SNAPSHOTS)]
@@ -48,8 +48,8 @@ def main() -> int:
     gammas = np.array([exponent_of(length) for _, length in held])
     for length in args.length:
         wanted = float(nimg), exponent_of(length)
-        factors = posthoc.combination(times, gammas, *wanted)
-        far = posthoc.mismatch(factors, times, gammas, *wanted)
+        factors = posthoc_ema.combination(times, gammas, *wanted)
+        far = posthoc_ema.mismatch(factors, times, gammas, *wanted)
         parts = [(saved, kind_of(known), float(c)) for (saved, known), c in zip(held, factors, strict=True)]
         path = (args.out or Path(args.run) / "weights") / f"{kind_of(length)}_{nimg:012d}.safetensors"
         export_weights(parts, path)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from warm_dist.augment import Draw, draw, low_pass, warp
 from warm_dist.config.load import load_config
 from warm_dist.data import Batch, DataInfo
-from warm_dist.preparation import prepare
+from warm_dist.training.augment import Draw, draw, low_pass, warp
+from warm_dist.training.inputs import prepare
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,11 +14,11 @@ from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.checkpoints.weights import export_weights, load_weights
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
-from warm_dist.ema import EMA, half_life
-from warm_dist.engine import LocalEngine
 from warm_dist.errors import CheckpointError
 from warm_dist.networks.unet import build_network
 from warm_dist.store.folder import FolderStore
+from warm_dist.training.ema import EMA, half_life
+from warm_dist.training.engine import LocalEngine
 from warm_dist.training.state import tensors_of
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -18,12 +18,12 @@ from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.checkpoints.weights import load_weights
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.ema import EMA, exponent_of, half_life, kind_of, power
-from warm_dist.engine import Fragment
 from warm_dist.errors import CheckpointError, ConfigError
-from warm_dist.posthoc import combination, inner_products, mismatch
 from warm_dist.store.open import open_store
-from warm_dist.trainer import Trainer
+from warm_dist.training.ema import EMA, exponent_of, half_life, kind_of, power
+from warm_dist.training.engine import Fragment
+from warm_dist.training.posthoc_ema import combination, inner_products, mismatch
+from warm_dist.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

@@ -15,7 +15,7 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.open import open_store
-from warm_dist.trainer import Trainer
+from warm_dist.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

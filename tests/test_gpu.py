@@ -10,10 +10,9 @@ import torch
 from tests.distributed.worker import batches, config, info, start, steps
 from warm_dist.diffusion.spectrum import unblurred
 from warm_dist.distributed.world import join, shutdown
-from warm_dist.engine import STATE
-from warm_dist.prefetch import Prefetch
-from warm_dist.preparation import prepare
-from warm_dist.trainer import Trainer
+from warm_dist.training.engine import STATE
+from warm_dist.training.inputs import Prefetch, prepare
+from warm_dist.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from warm_dist import prefetch
 from warm_dist.errors import DataError
-from warm_dist.prefetch import Prefetch
+from warm_dist.training import inputs
+from warm_dist.training.inputs import Prefetch
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def test_on_cuda_the_copies_have_a_stream_and_the_step_waits_for_them(monkeypatc
         yield
         active.stream = Stream("main")
 
-    monkeypatch.setattr(prefetch, "use_device", lambda device: LOG.append(("device", device)))
+    monkeypatch.setattr(inputs, "use_device", lambda device: LOG.append(("device", device)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(active, "stream", Stream("main")))

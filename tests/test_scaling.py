@@ -12,7 +12,8 @@ from tests.processes import ROOT
 from warm_dist.config.load import load_config
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import NetworkSize, flops_per_image, size_of
-from warm_dist.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, memory_bytes, messages, sent_bytes, step
+from warm_dist.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, messages, sent_bytes, step
+from warm_dist.training.dry_run import memory_bytes
 
 P = 1_000_000
 SLOW = Machine(1e12, 0.5, 1e9, 1e9, 1e8, 4, 1e-3)

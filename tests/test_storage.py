@@ -41,7 +41,7 @@ from warm_dist.errors import (
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
-from warm_dist.trainer import Trainer
+from warm_dist.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 META = {"num_steps": 1, "config": {}, "data": {}, "fingerprint": "x"}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.distributed.worker import config
-from warm_dist import window
 from warm_dist.distributed.world import World
 from warm_dist.tracking import machine_load
 from warm_dist.tracking.machine_load import MachineLoad
-from warm_dist.window import Window
+from warm_dist.training import step_metrics
+from warm_dist.training.step_metrics import StepMetrics
 
 
 def test_a_machine_tells_what_it_does() -> None:
@@ -65,9 +65,9 @@ def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_machines_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = Window(config(tmp_path), World(0, 1, torch.device("cpu"), None), print)
+    alone = StepMetrics(config(tmp_path), World(0, 1, torch.device("cpu"), None), print)
     assert "cpu_utilization_percentage" in alone.machines()
-    monkeypatch.setattr(window, "gather", lambda world, mine: [{"cpu": 1.0}, None, {"cpu": 3.0}, None])
+    monkeypatch.setattr(step_metrics, "gather", lambda world, mine: [{"cpu": 1.0}, None, {"cpu": 3.0}, None])
     assert alone.machines() == {"node_0/cpu": 1.0, "node_1/cpu": 3.0}
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Window(config(tmp_path), World(0, 1, torch.device("cpu"), None), print).meter is None
+    assert StepMetrics(config(tmp_path), World(0, 1, torch.device("cpu"), None), print).meter is None

@@ -12,16 +12,15 @@ import torch
 
 from launch.services import free_port
 from tests.distributed.worker import BATCH, batches, config, info
-from warm_dist import window
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import PortError
 from warm_dist.networks.flops import flops_per_image
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.stopwatch import Stopwatch
 from warm_dist.tracking.prometheus import Exporter
-from warm_dist.trainer import Trainer
-from warm_dist.window import PLACES, Window
+from warm_dist.training import step_metrics
+from warm_dist.training.step_metrics import PLACES, StepMetrics, Stopwatch
+from warm_dist.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -102,7 +101,7 @@ def rows(*data_s: float) -> list[dict[str, float]]:
 )
 def test_a_slow_rank_is_named(tmp_path, ranks, slow):
     said: list[str] = []
-    measured = Window(config(tmp_path, engine="local"), ALONE, said.append)
+    measured = StepMetrics(config(tmp_path, engine="local"), ALONE, said.append)
     line = measured._slowest(ranks)
     assert [text.split(" is slow")[0] for text in said] == ([] if slow is None else [f"rank {slow}"])
     if slow is not None:
@@ -113,9 +112,9 @@ def test_sums_go_on_at_any_world_size(tmp_path):
     saved: list[Any] = [[1.0, 2, 3, 4, 5], [10.0, 20, 30, 40, 50]]
     settings = config(tmp_path, engine="local")
     for size in (1, 2, 3):
-        total = torch.zeros(len(window.SUMS), dtype=torch.float64)
+        total = torch.zeros(len(step_metrics.SUMS), dtype=torch.float64)
         for rank in range(size):
-            one = Window(settings, World(rank, size, torch.device("cpu"), None), print)
+            one = StepMetrics(settings, World(rank, size, torch.device("cpu"), None), print)
             one.load(saved)
             total += one.sums
         assert total.tolist() == [11, 22, 33, 44, 55]

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import NetworkSize
+from warm_dist.training.dry_run import SIZES, memory_bytes
 
-SIZES = (1, 8, 64, 256, 1024)
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
+
+
 EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 
 
@@ -41,6 +43,8 @@ class Machine:
 # data sheet's 8 ConnectX-7 of 400 Gb/s a node, each carrying one of eight rings. Latency: an assumption.
 # MFU: EDM's README has this network at 2500 Mimg on 32 A100 in about 13 days: 0.147 of 312e12 operations a second.
 DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
+
+
 # The same GPUs in nodes with one network card of 100 Gb/s.
 ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
 
@@ -48,23 +52,6 @@ ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
 def forward_bytes(stage: int, precision: str) -> int:
     """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
     return 2 if precision == "bf16" and stage else 4
-
-
-def memory_bytes(
-    parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
-) -> int:
-    """Bytes of weights, gradients, Adam and EMAs on a rank's device, activations not counted.
-
-    Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
-    offload: master, Adam and EMAs are the host's. Source: ZeRO (arXiv 1910.02054), section 5.
-    """
-    shard, each = parameters / size, forward_bytes(stage, precision)
-    weights = each * (shard if stage == 3 else parameters)
-    gradients = each * (shard if stage >= 2 else parameters)
-    adam = 8 * (shard if stage else parameters)
-    master = 4 * shard if stage else 0
-    state = 0 if offload else adam + master + 4 * num_emas * shard
-    return int(weights + gradients + state)
 
 
 def sent_bytes(parameters: int, size: int, stage: int, precision: str, accumulations: int = 1) -> int:

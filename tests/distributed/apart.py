@@ -21,7 +21,7 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import ConfigError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.open import open_store
-from warm_dist.trainer import Trainer
+from warm_dist.training.trainer import Trainer
 
 
 def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from warm_dist.distributed.world import join
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store
-from warm_dist.trainer import Trainer
+from warm_dist.training.trainer import Trainer
 
 SIZE, STEPS, SAVE_STEPS = 2, 12, 4
 URL = "s3://warm-dist/kills"

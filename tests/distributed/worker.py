@@ -24,14 +24,14 @@ from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed.collectives import any_rank, barrier, gather, on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
-from warm_dist.ema import EMA, half_life
-from warm_dist.engine import build_engine
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.networks.unet import build
-from warm_dist.preparation import prepare
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.open import open_store
-from warm_dist.trainer import Trainer
+from warm_dist.training.deepspeed_engine import build_engine
+from warm_dist.training.ema import EMA, half_life
+from warm_dist.training.inputs import prepare
+from warm_dist.training.trainer import Trainer
 
 BATCH = 16
 HALF, REST = 30, 20  # runs are saved after so many steps, and others take them up for so many

@@ -12,7 +12,7 @@ from tests.k8s.programs import config_of, runs
 from tests.k8s.references import texts_of
 from tests.k8s.render import Object
 from tests.processes import ROOT
-from warm_dist.window import PLACES, SUMS
+from warm_dist.training.step_metrics import PLACES, SUMS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -57,13 +57,13 @@ def _assigned(path: str, function: str, variable: str) -> set[str]:
 def exported() -> set[str]:
     """Every gauge of a run: warm_dist_KIND_NAME of what the trainer writes, warm_dist_rank_NAME, and what is followed."""
     names = {"warm_dist_train_nimg", "warm_dist_train_slowest_rank", "warm_dist_train_slowest_s"}
-    names |= {f"warm_dist_train_{key}" for key in _assigned("warm_dist/window.py", "flush", "line")}
-    names |= {f"warm_dist_rank_{key}" for key in _assigned("warm_dist/window.py", "flush", "mine")}
-    for call in _calls("warm_dist/trainer.py", "write"):
+    names |= {f"warm_dist_train_{key}" for key in _assigned("warm_dist/training/step_metrics.py", "flush", "line")}
+    names |= {f"warm_dist_rank_{key}" for key in _assigned("warm_dist/training/step_metrics.py", "flush", "mine")}
+    for call in _calls("warm_dist/training/trainer.py", "write"):
         kinds = [call.args[1].value] if isinstance(call.args[1], ast.Constant) else ["upload", "snapshot_upload"]
         for kind in set(kinds) - {"event"}:  # which has texts, no numbers
             names |= {f"warm_dist_{kind}_{word.arg}" for word in call.keywords if word.arg} | {f"warm_dist_{kind}_nimg"}
-    for path in ("launch/train.py", "warm_dist/trainer.py", "warm_dist/distributed/heartbeat.py"):
+    for path in ("launch/train.py", "warm_dist/training/trainer.py", "warm_dist/distributed/heartbeat.py"):
         for call in _calls(path, "follow"):
             if isinstance(call.args[0], ast.Constant):
                 names.add(f"warm_dist_{call.args[0].value}")

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from warm_dist.ema import EMA
-from warm_dist.engine import STATE, Engine
 from warm_dist.errors import CheckpointError, DataError, OutputError
 from warm_dist.files import write_json
 from warm_dist.store.base import Store
+from warm_dist.training.ema import EMA
+from warm_dist.training.engine import STATE, Engine
 
 FORMAT = 2
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from warm_dist.ema import EMA
-from warm_dist.engine import STATE, Engine
+from warm_dist.training.ema import EMA
+from warm_dist.training.engine import STATE, Engine
 
 # -- writing --------------------------------------------------------------------------------------------------------
 

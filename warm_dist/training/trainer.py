@@ -25,16 +25,15 @@ from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.heartbeat import Heartbeat
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.ema import averages, kind_of
-from warm_dist.engine import build_engine
 from warm_dist.errors import CheckpointError, Stopped
-from warm_dist.finite import FiniteGuard, Trace
 from warm_dist.networks.unet import build_network
-from warm_dist.prefetch import Prefetch
-from warm_dist.preparation import Prepared, prepare
 from warm_dist.runs.metrics import MetricsLog
+from warm_dist.training.deepspeed_engine import build_engine
+from warm_dist.training.ema import averages, kind_of
+from warm_dist.training.inputs import Prefetch, Prepared, prepare
+from warm_dist.training.nonfinite import NonFiniteGuard, Trace
 from warm_dist.training.state import ema_tensors, tensors_of
-from warm_dist.window import Window, progress
+from warm_dist.training.step_metrics import StepMetrics, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 """EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
@@ -78,8 +77,8 @@ class Trainer:
         self.emas = averages(self.engine.owned(), config.train)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
         self.loss = loss_function(config)
-        self.window = Window(config, world, say)
-        self.guard = FiniteGuard(world, config.train.max_nonfinite, self._report)
+        self.window = StepMetrics(config, world, say)
+        self.guard = NonFiniteGuard(world, config.train.max_nonfinite, self._report)
         self.log: MetricsLog | None = None
         self.nimg = self.num_steps = self.saved_nimg = 0
         self._safe_since = time.monotonic()

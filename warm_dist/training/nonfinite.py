@@ -22,7 +22,7 @@ class Trace(NamedTuple):
     totals: list[Tensor]
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Carries two facts of one rank to all, a step later: somebody asks to stop, and a step was non-finite.
 
     A non-finite update is left out by the engine; here it is counted and told to `report`, and `limit` of them in a row

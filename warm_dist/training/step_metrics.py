@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from warm_dist.diffusion.heads import Loss
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image, peak_flops
-from warm_dist.stopwatch import Stopwatch
 from warm_dist.tracking.machine_load import MachineLoad
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
 """What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""
+
+
 PLACES = ("data", "forward", "backward", "update", "ema")
+
+
 SLOW = 1.5  # a rank that takes so many times the median for its own part of the step is told of
 
 
@@ -35,7 +39,7 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
-class Window:
+class StepMetrics:
     """Sums stay on the device; `flush` is the one place that waits for it."""
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None]) -> None:
@@ -150,3 +154,43 @@ def progress(line: dict[str, Any], nimg: int, total_nimg: int) -> str:
         f"(blurry {line['loss_blurry']:.4f}, residual {line['loss_residual']:.4f})  {line['images_per_s']:.0f} images/s  "
         f"ETA {eta((total_nimg - nimg) / line['images_per_s'])}"
     )
+
+
+ON_HOST = ("data",)
+"""Places whose time is the host's waiting; on CUDA all others are timed by events on the stream."""
+
+
+class Stopwatch:
+    """`at(place)` begins a place and ends the one before; `read` gives the seconds of each since the last `read`.
+
+    On CUDA an event is recorded and nothing waits before `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self._place, self._since = "", time.perf_counter()
+
+    def at(self, place: str) -> None:
+        """Begin a place; "" belongs to nothing and is not reported."""
+        now = time.perf_counter()
+        if not self._cuda or self._place in ON_HOST:
+            self._seconds[self._place] += now - self._since
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((place, event))
+        self._place, self._since = place, now
+
+    def read(self) -> dict[str, float]:
+        """Seconds by place, closed places only; waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            for (place, begun), (_, ended) in zip(self._events, self._events[1:], strict=False):
+                if place not in ON_HOST:
+                    self._seconds[place] += begun.elapsed_time(ended) / 1000
+            del self._events[:-1]
+        out = {place: seconds for place, seconds in self._seconds.items() if place}
+        self._seconds.clear()
+        return out

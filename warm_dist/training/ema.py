@@ -12,7 +12,7 @@ from torch import Tensor
 
 from warm_dist.config.run import TrainConfig
 from warm_dist.distributed.world import World
-from warm_dist.engine import Fragment
+from warm_dist.training.engine import Fragment
 
 Decay = Callable[[int, int], float]
 """(nimg, num_images) → beta, the weight of the past after training on num_images more, up to nimg."""

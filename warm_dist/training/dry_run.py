@@ -8,7 +8,26 @@ from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import size_of
-from warm_dist.scaling import memory_bytes
+from warm_dist.scaling import forward_bytes
+
+SIZES = (1, 8, 64, 256, 1024)
+
+
+def memory_bytes(
+    parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
+) -> int:
+    """Bytes of weights, gradients, Adam and EMAs on a rank's device, activations not counted.
+
+    Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
+    offload: master, Adam and EMAs are the host's. Source: ZeRO (arXiv 1910.02054), section 5.
+    """
+    shard, each = parameters / size, forward_bytes(stage, precision)
+    weights = each * (shard if stage == 3 else parameters)
+    gradients = each * (shard if stage >= 2 else parameters)
+    adam = 8 * (shard if stage else parameters)
+    master = 4 * shard if stage else 0
+    state = 0 if offload else adam + master + 4 * num_emas * shard
+    return int(weights + gradients + state)
 
 
 def dry_run(config: Config, size: int) -> str:

@@ -1,0 +1,174 @@
+"""DeepSpeed's ZeRO stages 0 to 3 behind the engine protocol: the only place with deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from warm_dist.config.batch import micro_batches
+from warm_dist.config.run import Config
+from warm_dist.distributed.world import World
+from warm_dist.networks.blocks import Block
+from warm_dist.training.engine import (
+    BaseEngine,
+    Engine,
+    Fragment,
+    LocalEngine,
+    clip_and_guard,
+    ensure_state,
+    make_adam,
+    set_steps,
+    share_of,
+)
+
+
+class DeepSpeedEngine(BaseEngine):
+    """ZeRO stages 0-3 with torch's Adam; the one adapter to DeepSpeed 0.19.8's fragment attributes.
+
+    bf16 at stage 0 is torch autocast over float32 weights: DeepSpeed's own bf16 stage 0 loses accuracy.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        self.stage = config.parallel.zero_stage
+        bf16 = config.parallel.precision == "bf16"
+        super().__init__(module, config, world, autocast=bf16 and self.stage == 0)
+        deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        optimizer = make_adam(module.parameters(), config)
+        if self.stage == 3:
+            # a residual block is gathered as a whole, not layer by layer: a quarter of the processor's time less with accumulation
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size, sum(p.numel() for p in module.parameters())),
+            dist_init_required=False,
+        )
+        if config.parallel.compile:
+            module.compile()  # after DeepSpeed's hooks, which then stay outside of the graph
+        self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
+        self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
+        self._micro_step = 0
+
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
+        with self._precision():
+            return self.engine(x.to(self._dtype), c_noise, c_blur, *condition)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_step += 1
+        self.engine.backward(loss)
+        if self._micro_step < self.num_accumulation:
+            self.engine.step()  # counts the micro-step; the update is ours to time
+
+    def step(self, lr: float) -> Tensor:
+        self._micro_step = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = clip_and_guard(self.optimizer, list(self.module.parameters()), self.config.train.clip)
+            self.engine.step()
+            return norm
+        self.engine.step()  # a non-finite gradient is left out by ZeRO's overflow check
+        # a number after an overflow, and on the host with offload_optimizer
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32).detach()
+        return norm.to(self.world.device, non_blocking=True)
+
+    def fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return self._whole(self.optimizer)
+        flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        ensure_state(self.optimizer, flats)
+        parts = (self._fragment(name, p) for name, p in self.module.named_parameters())
+        return [part for part in parts if part is not None]
+
+    def _fragment(self, name: str, p: Any) -> Fragment | None:
+        if self.stage == 3:
+            group, offset, padded = self.zero.grad_position[self.zero.get_param_id(p)]
+            flat, start = self.zero.fp32_partitioned_groups_flat[group], self.world.rank * padded
+            count = max(0, min(p.ds_numel - start, padded))  # the last partition is padded
+        else:
+            mapping = p._hp_mapping
+            if mapping is None:
+                return None
+            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start = mapping.lp_fragment_address.start
+        if not count:
+            return None
+        state = self.optimizer.state[flat]
+        views = (
+            tensor.data.view(-1)[offset : offset + count] for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])
+        )
+        return Fragment(name, start, *views)
+
+    def owned(self) -> list[Fragment]:
+        if self.stage:
+            return self.fragments()
+        parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
+        return [part for part in parts if part is not None]
+
+    def loaded(self, num_steps: int) -> None:
+        set_steps(self.optimizer, num_steps)
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+                self.zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+                self.zero._unflatten_partitioned_parameters(index)
+
+
+def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """The DeepSpeed dict, computed: it is never written by hand."""
+    micro, accumulation = micro_batches(config, world_size)
+    stage = config.parallel.zero_stage
+    out: dict[str, Any] = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed takes memory for a whole bucket, 5e8 elements by default, whatever the size of the network
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(num_parameters, 500_000_000)},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if stage in (1, 2):
+        # its "reduce_scatter" all-reduces the bucket too, cut into a slice for every parameter and rank first: 6 % of a
+        # small network's step
+        out["zero_optimization"]["reduce_scatter"] = False
+    if stage == 3:
+        # no parameter stays gathered between steps: what a checkpoint writes into is then all there is
+        out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if config.parallel.offload_optimizer:
+        out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        out["zero_force_ds_cpu_optimizer"] = False  # its own would be compiled at the start; torch's is there
+    if stage and config.train.clip is not None:
+        out["gradient_clipping"] = config.train.clip
+    if stage and config.parallel.precision == "bf16":
+        out["bf16"] = {"enabled": True}
+    return out
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19.8 calls collectives that torch 2.14 renamed; nothing a user of ours could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory op for CPU inference would be compiled here for two minutes; training never calls it.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def build_engine(module: nn.Module, config: Config, world: World) -> Engine:
+    """The engine that `config.engine` names. The module's parameters are float32 and equal on all ranks."""
+    if config.engine == "local":
+        return LocalEngine(module, config, world)
+    return DeepSpeedEngine(module, config, world)
