@@ -51,7 +51,7 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 MLFLOW = ("warm_dist/tracking/client.py", "warm_dist/tracking/model.py", "warm_dist/tracking/mlflow_model.py")
 ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/evaluation/extractors.py",
            "boto3": "warm_dist/store/s3.py", "botocore": "warm_dist/store/s3.py",
-           "prometheus_client": "warm_dist/tracking/prometheus.py", "ray": ("warm_dist/sweep.py", "warm_dist/sweep_actors.py", "warm_dist/ray_cluster.py")}  # fmt: skip
+           "prometheus_client": "warm_dist/tracking/prometheus.py", "ray": ("warm_dist/sweeps/tune.py", "warm_dist/sweeps/actors.py", "warm_dist/sweeps/ray_cluster.py")}  # fmt: skip
 HEAVY = {
     "deepspeed",
     "mlflow",
@@ -67,7 +67,7 @@ HEAVY = {
 }
 LOADED_LATE = (
     "warm_dist/tracking/mlflow_model.py",
-    "warm_dist/sweep_actors.py",
+    "warm_dist/sweeps/actors.py",
 )  # a script of MLflow's; Ray's workers' module
 SOURCES = [
     path for package in ("warm_dist", "data_pipelines", "launch") for path in sorted((ROOT / package).glob("*.py"))
@@ -128,7 +128,7 @@ def test_importing_the_package_is_cheap():
 
 
 def test_a_trial_s_actor_does_without_torch():
-    code = "import sys, warm_dist.sweep_actors, data_pipelines.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, warm_dist.sweeps.actors, data_pipelines.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

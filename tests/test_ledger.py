@@ -9,9 +9,9 @@ import pytest
 
 from tests.test_space import BASE, sweep
 from warm_dist.errors import ConfigError, DataError
-from warm_dist.ledger import Ended, Ledger
-from warm_dist.space import trials
 from warm_dist.store.open import open_store
+from warm_dist.sweeps.record import Ended, SweepRecord
+from warm_dist.sweeps.trials import trials
 
 
 def make(grid, **more):
@@ -19,11 +19,11 @@ def make(grid, **more):
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(open_store(str(tmp_path / "out"), None))
+def ledger(tmp_path: Path) -> SweepRecord:
+    return SweepRecord(open_store(str(tmp_path / "out"), None))
 
 
-def begun(ledger: Ledger, found) -> dict:
+def begun(ledger: SweepRecord, found) -> dict:
     record = ledger.claim(found, resume=False)
     ledger.keep(record, found)
     ledger.write(f"trials/{found[0].name}/trial.json", {})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.processes import ROOT
 from warm_dist.config.identity import digest
 from warm_dist.config.sweep import SweepConfig
-from warm_dist.space import constant_bnr, points, short, trials
+from warm_dist.sweeps.trials import constant_bnr, points, short, trials
 
 BASE = json.loads((ROOT / "configs" / "quickstart.json").read_text())
 

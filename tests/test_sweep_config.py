@@ -11,7 +11,7 @@ import pytest
 from tests.processes import ROOT
 from warm_dist.config.sweep import json_schema, load_sweep
 from warm_dist.errors import ConfigError
-from warm_dist.space import trials
+from warm_dist.sweeps.trials import trials
 
 SWEEPS = sorted(path for path in (ROOT / "configs").glob("sweep_*.json") if path.name != "sweep_schema.json")
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.test_sweep_results import POWER, TOTAL, outcome
-from warm_dist.sweep_axes import Coordinate, coordinate, fanned, log_places, ticks
-from warm_dist.sweep_figures import bnr_curve, bnr_figure, curves, curves_figure, parallel, parallel_figure
-from warm_dist.sweep_results import Outcome
+from warm_dist.sweeps.figure_axes import Coordinate, coordinate, fanned, log_places, ticks
+from warm_dist.sweeps.figures import bnr_curve, bnr_figure, curves, curves_figure, parallel, parallel_figure
+from warm_dist.sweeps.ranking import Outcome
 
 DRAW: tuple[Callable[[Sequence[Outcome], Path], bool], ...] = (bnr_curve, curves, parallel)
 BNRS = (0.0, 0.1, 0.5, 2.0)

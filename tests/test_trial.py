@@ -17,9 +17,9 @@ from warm_dist import errors
 from warm_dist.config.load import validate
 from warm_dist.config.sweep import SweepConfig, TrialConfig, load_sweep
 from warm_dist.files import read_json
-from warm_dist.space import Trial, trials
 from warm_dist.store.open import open_store
-from warm_dist.trial import Place, TrialRun, command, environment, make_place, run_config
+from warm_dist.sweeps.trial_process import SweepPaths, TrialRun, command, environment, make_paths, run_config
+from warm_dist.sweeps.trials import Trial, trials
 
 ONE = TrialConfig()
 
@@ -70,7 +70,7 @@ def test_a_trial_s_config_is_a_run_s_in_its_place(tmp_path, manifest):
     sweep, trial = first(
         write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0.5]}}, {"tracking.mlflow_url": "http://127.0.0.1:1"})
     )
-    place = make_place(sweep, "f00d", "a" * 32)
+    place = make_paths(sweep, "f00d", "a" * 32)
     tree = run_config(trial, place)
     config = validate(tree)
     assert config.output == f"{tmp_path}/sweep/trials/{trial.name}"
@@ -81,7 +81,7 @@ def test_a_trial_s_config_is_a_run_s_in_its_place(tmp_path, manifest):
     far, trial = first(
         write_sweep(tmp_path, "s3://b/d/manifest.parquet", {}, output="s3://b/sweep/", endpoint_url="http://e:1")
     )
-    config = validate(run_config(trial, make_place(far, "f00d", None)))
+    config = validate(run_config(trial, make_paths(far, "f00d", None)))
     assert config.output == f"{tmp_path}/node/f00d/{trial.name}"
     assert (config.checkpoint.url, config.checkpoint.endpoint_url) == (
         f"s3://b/sweep/trials/{trial.name}",
@@ -109,7 +109,7 @@ def follow(run: TrialRun, timeout_s: float = 120) -> list[int]:
 def test_the_life_of_a_trial(tmp_path, manifest):
     """Killed at its first evaluation; started again; ended by its owner; finished. Each evaluation is told a driver once."""
     sweep, trial = first(write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0.5]}}))
-    place = make_place(sweep, "f00d", None)
+    place = make_paths(sweep, "f00d", None)
     make = lambda session: TrialRun(trial, place, ONE, session, open_store)  # noqa: E731
     run = make("one")
     run.start()
@@ -143,7 +143,7 @@ def test_the_life_of_a_trial(tmp_path, manifest):
 @pytest.mark.slow
 def test_the_last_evaluation_waits_for_the_weights(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
-    run = TrialRun(trial, make_place(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
     run.start()
     early: list[int] = []
 
@@ -161,7 +161,7 @@ def test_the_last_evaluation_waits_for_the_weights(tmp_path, manifest):
 @pytest.mark.slow
 def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, manifest, {}, {"train.total_nimg": 1_600_000, "train.log_nimg": 160}))
-    run = TrialRun(trial, make_place(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
     run.start()
     wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
     began = time.monotonic()
@@ -176,7 +176,7 @@ def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
 @pytest.mark.slow
 def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, str(tmp_path / "nowhere" / "manifest.parquet"), {}))
-    run = TrialRun(trial, make_place(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
     run.start()
     assert follow(run) == []
     end = run.end()
@@ -186,12 +186,11 @@ def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
 
 
 def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, manifest, monkeypatch):
-    from warm_dist import trial
     from warm_dist.errors import UnreachableError
     from warm_dist.runs.folder import claim_run
 
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
-    run = TrialRun(trial, make_place(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
     monkeypatch.setattr(trial, "FREE_S", 0.5)
     _, lock = claim_run(run.run)
     with lock, pytest.raises(UnreachableError, match="another process still trains in it"):
@@ -216,5 +215,5 @@ def children_of(run: TrialRun) -> list[int]:
 def test_relative_outputs_are_absolute_from_the_start(tmp_path, manifest, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep, _ = first(write_sweep(tmp_path, manifest, {}), "output=here/sweep", "node_dir=node")
-    place: Place = make_place(sweep, "f00d", None)
+    place: SweepPaths = make_paths(sweep, "f00d", None)
     assert (place.output, place.node_dir, place.cwd) == (f"{tmp_path}/here/sweep", f"{tmp_path}/node", str(tmp_path))

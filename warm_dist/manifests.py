@@ -20,7 +20,7 @@ from warm_dist.config.run import Config
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError, redact
-from warm_dist.space import trials
+from warm_dist.sweeps.trials import trials
 
 Object = dict[str, Any]
 

@@ -197,7 +197,7 @@ def _load(objects: list[Object], run: Run, args: argparse.Namespace) -> None:
     from warm_dist.config.batch import check_world_size
     from warm_dist.config.load import load_config
     from warm_dist.config.sweep import load_sweep
-    from warm_dist.space import trials
+    from warm_dist.sweeps.trials import trials
 
     with files(objects, run, args.config) as path:
         if run.module == "launch.sweep":

@@ -21,7 +21,7 @@ from warm_dist.config.load import load_config
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
 from warm_dist.manifests import Size
-from warm_dist.space import trials
+from warm_dist.sweeps.trials import trials
 
 IMAGENET = ["render", "--config", "configs/imagenet64.json", "--nodes", "4", "--gpus", "8"]
 STORED = ["--set", "checkpoint.url=s3://bucket/runs/imagenet64"]

@@ -8,11 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from warm_dist import sweep_results
-from warm_dist.sweep_results import short
+from warm_dist.sweeps import ranking
+from warm_dist.sweeps.ranking import short
 
 GAP = 0.045  # of an axis, between two labels at least
+
+
 _LOG_FROM = 20.0  # max/min from which a searched key's values get a log axis
+
+
 _MANY = 9  # so many values of a key do not get a tick each
 
 
@@ -72,7 +76,7 @@ def coordinate(name: str, values: Sequence[Any], log: bool = False) -> Coordinat
         places = log_places(ids) if log else {value: value for value in ids}
         labels = ticks(places, log, GAP * extent(places))
     else:  # numbers by size, then the rest by their text
-        ids, names = [*map(sweep_results.frozen, values)], [*map(short, values)]
+        ids, names = [*map(ranking.frozen, values)], [*map(short, values)]
         kinds = set(zip(numbers, ids, names, strict=True))
         order = sorted(kinds, key=lambda kind: (not kind[0], kind[1][1] if kind[0] else 0, kind[2]))
         places = {one: float(k) for k, (_, one, _) in enumerate(order)}

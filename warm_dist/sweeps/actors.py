@@ -16,22 +16,26 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from warm_dist import supervisor
 from warm_dist.config.sweep import TrialConfig
-from warm_dist.space import Trial
 from warm_dist.store.base import OpenStore
 from warm_dist.supervisor import free_port
-from warm_dist.trial import END_S, End, Place, TrialRun, start_node
+from warm_dist.sweeps.trial_process import END_S, End, SweepPaths, TrialRun, start_node
+from warm_dist.sweeps.trials import Trial
 
 POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen
+
+
 STEP_S = 2.0  # after which a step without news returns, so that Tune may end the trial
+
+
 START_S = 120.0  # for the actors of a trial's further machines
 
 
 @dataclass(frozen=True)
-class Job:
+class ActorJob:
     """What every trial's actor is given."""
 
     trials: dict[str, Trial]
-    place: Place
+    place: SweepPaths
     resources: TrialConfig
     session: str
     open_store: OpenStore
@@ -47,7 +51,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # ray's are untyped
     A result with "state" is the trial's last.
     """
 
-    def setup(self, config: dict[str, Any], job: Job) -> None:
+    def setup(self, config: dict[str, Any], job: ActorJob) -> None:
         """Start nothing yet: what fails here Tune does not try again."""
         self.job, self.trial = job, job.trials[config["trial"]]
         self.run: TrialRun | None = None
@@ -108,7 +112,7 @@ class NodeActor:
     """A further machine of a trial: it starts that machine's launcher, which ends with the actor."""
 
     def start(
-        self, config: dict[str, Any], place: Place, resources: TrialConfig, rank: int, address: str, port: int
+        self, config: dict[str, Any], place: SweepPaths, resources: TrialConfig, rank: int, address: str, port: int
     ) -> None:
         """See `start_node`."""
         self.process = start_node(config, place, resources, rank, address, port)

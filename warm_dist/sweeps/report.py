@@ -6,20 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from warm_dist import errors, supervisor, sweep_figures, sweep_results
+from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.sweep import SurfaceConfig, SweepConfig, parameters
 from warm_dist.errors import OutputError, UnreachableError
 from warm_dist.files import make_folder, write_json
-from warm_dist.ledger import Ledger
-from warm_dist.space import Trial, constant_bnr
-from warm_dist.sweep_results import Outcome
-from warm_dist.trial import Place
+from warm_dist.sweeps import figures, ranking
+from warm_dist.sweeps.ranking import Outcome
+from warm_dist.sweeps.record import SweepRecord
+from warm_dist.sweeps.trial_process import SweepPaths
+from warm_dist.sweeps.trials import Trial, constant_bnr
 
 PICTURES: dict[str, Callable[[list[Outcome], Path], bool]] = {
-    "bnr.png": sweep_figures.bnr_curve,
-    "curves.png": sweep_figures.curves,
-    "parallel.png": sweep_figures.parallel,
+    "bnr.png": figures.bnr_curve,
+    "curves.png": figures.curves,
+    "parallel.png": figures.parallel,
 }
 
 
@@ -27,7 +28,7 @@ class Report:
     """All of it is made from what lies in the sweep's output, so it can be made again."""
 
     def __init__(
-        self, sweep: SweepConfig, every: list[Trial], place: Place, ledger: Ledger, say: Callable[[str], None]
+        self, sweep: SweepConfig, every: list[Trial], place: SweepPaths, ledger: SweepRecord, say: Callable[[str], None]
     ) -> None:
         self.sweep, self.place, self.ledger, self.say = sweep, place, ledger, say
         self.trials = {trial.name: trial for trial in every}
@@ -43,13 +44,13 @@ class Report:
         """
         make_folder(self.folder)
         self.outcomes = [self._outcome(trial) for trial in self.trials.values()]
-        table = sweep_results.text(self.outcomes)
+        table = ranking.text(self.outcomes)
         (self.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-        sweep_results.write_csv(self.outcomes, self.folder / "table.csv")
-        sweep_results.write_parquet(self.outcomes, self.folder / "trials.parquet")
+        ranking.write_csv(self.outcomes, self.folder / "table.csv")
+        ranking.write_parquet(self.outcomes, self.folder / "trials.parquet")
         for name, draw in PICTURES.items():
             draw(self.outcomes, self.folder / name)
-        best = sweep_results.best(self.outcomes)
+        best = ranking.best(self.outcomes)
         if best is not None:
             self._write_best(self.trials[best.name])
         if whole:

@@ -14,20 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from warm_dist import sweep_results
 from warm_dist.files import replace_file
-from warm_dist.sweep_axes import GAP, Coordinate, coordinate, extent, fanned, log_places, ticks, wide
-from warm_dist.sweep_results import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
+from warm_dist.sweeps import ranking
+from warm_dist.sweeps.figure_axes import GAP, Coordinate, coordinate, extent, fanned, log_places, ticks, wide
+from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
+
+
 _PALE, _GREY = "#bbbbbb", "#666666"
+
+
 _NAMED = 10  # trials in a legend
+
+
 _DARK_PART = 0.93  # of viridis: its end is hard to see on white
+
+
 _LOG_FROM = 4.0  # max/min from which distances get a log axis
+
+
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+
+
 _STATES: dict[str, tuple[str, str, str]] = {  # in the legend, at the end of a line, the line itself
     FINISHED: ("finished", "o", "-"),
     STOPPED: ("stopped early", "x", "--"),
@@ -80,7 +93,7 @@ def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[floa
     low, high = place(min(values)), place(max(values))
     room = max(high - low, 0.02 if log else 0.02 * abs(high), 1e-9)
     lines = []
-    floor = next((found for one in records if (found := sweep_results.finite(one.get("floor"))) is not None), None)
+    floor = next((found for one in records if (found := ranking.finite(one.get("floor"))) is not None), None)
     if floor is not None:
         below = place(floor) < low - 0.5 * room
         low, high = min(low, low if below else place(floor)), max(high, place(floor))
@@ -100,20 +113,20 @@ def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[floa
 
 def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     """What `bnr_curve` writes."""
-    found = [group for group in sweep_results.groups(outcomes) if group.outcomes[0].bnr is not None]
+    found = [group for group in ranking.groups(outcomes) if group.outcomes[0].bnr is not None]
     places = log_places([_bnr(group) for group in found])
     if len(places) < 2:
         return None
     settings: dict[Any, list[Group]] = {}  # the best first, as groups are
     for group in found:
         others = {key: value for key, value in group.values.items() if key != BNR}
-        settings.setdefault(sweep_results.frozen(others), []).append(group)
+        settings.setdefault(ranking.frozen(others), []).append(group)
     lines = [line for line in settings.values() if len(line) > 1][: len(_COLOURS)]
     rest = [line for line in settings.values() if line not in lines]
     figure, axes = _figure(9, 5.2)
     _bnr_axis(axes, places)
-    keys = [key for key in sweep_results.searched(outcomes) if key != BNR]
-    alone = "mean ± std over seeds" if sweep_results.several_seeds(outcomes) else "trials"
+    keys = [key for key in ranking.searched(outcomes) if key != BNR]
+    alone = "mean ± std over seeds" if ranking.several_seeds(outcomes) else "trials"
     pale, what = (_PALE, "other settings") if lines else (_COLOURS[0], "settings")
     for line in rest:
         _bnr_line(axes, line, places, pale)
@@ -122,14 +135,14 @@ def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
         axes.plot([], [], "o-", color=colour, label=_caption(line[0].values, keys) or alone)
     if rest:
         axes.plot([], [], "o", color=pale, label=f"{len(rest)} {what}")
-    top, spread = found[0], "" if found[0].std is None else f" ± {sweep_results.amount(found[0].std)}"
+    top, spread = found[0], "" if found[0].std is None else f" ± {ranking.amount(found[0].std)}"
     axes.plot(places[_bnr(top)], top.mean, "*", color="gold", markeredgecolor="black", markersize=14, zorder=5,
-              label=f"best: BNR {short(_bnr(top))}, {sweep_results.amount(top.mean)}{spread}")  # fmt: skip
+              label=f"best: BNR {short(_bnr(top))}, {ranking.amount(top.mean)}{spread}")  # fmt: skip
     if any(group.missing for group in found):
         axes.plot([], [], "o", color=_GREY, markerfacecolor="white", label="hollow: not every seed finished")
     values = [value for group in found for value in (group.low, group.high)]
     _distance_axis(axes, outcomes, values, wide(values, _LOG_FROM))
-    axes.legend(fontsize=8, title=sweep_results.cut(", ".join(sweep_results.headings(keys)), 44), title_fontsize=8)
+    axes.legend(fontsize=8, title=ranking.cut(", ".join(ranking.headings(keys)), 44), title_fontsize=8)
     return figure
 
 
@@ -165,27 +178,25 @@ def _bnr_axis(axes: Any, places: dict[float, float]) -> None:
 
 
 def _caption(values: dict[str, Any], keys: Sequence[str]) -> str:
-    return sweep_results.cut(", ".join(short(values[key]) for key in keys if key in values), 44)
+    return ranking.cut(", ".join(short(values[key]) for key in keys if key in values), 44)
 
 
 def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     """What `curves` writes."""
     from matplotlib import colormaps
 
-    drawn = [
-        (rank, one, points) for rank, one in enumerate(sweep_results.ranked(outcomes), 1) if (points := _points(one))
-    ]
+    drawn = [(rank, one, points) for rank, one in enumerate(ranking.ranked(outcomes), 1) if (points := _points(one))]
     if not drawn:
         return None
     figure, axes = _figure(12, 5.6)
-    keys = [*sweep_results.searched(outcomes), *[SEED] * sweep_results.several_seeds(outcomes)]
+    keys = [*ranking.searched(outcomes), *[SEED] * ranking.several_seeds(outcomes)]
     named, lines = min(_NAMED, len(drawn)), []
     for k, (rank, one, points) in enumerate(drawn):
         colour = colormaps["viridis"](_DARK_PART * k / max(1, named - 1)) if k < named else _PALE
         lines += axes.plot(*zip(*points, strict=True), color=colour, zorder=4 - k / len(drawn),
                            linewidth=3.2 if k == 0 else 1.6 if k < named else 0.8)  # fmt: skip
         name = _caption(one.values | {SEED: one.seed}, keys)
-        lines[-1].set_label(f"{rank}.  {sweep_results.amount(points[-1][1])}  {name}")
+        lines[-1].set_label(f"{rank}.  {ranking.amount(points[-1][1])}  {name}")
         end = "tab:red" if one.state == FAILED else colour if k < named else _GREY
         axes.plot(*points[-1], _STATES[one.state][1], color=end, markersize=5 + 3 * (k == 0), zorder=5 - k / len(drawn))
     if len(drawn) > named:
@@ -194,14 +205,14 @@ def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     axes.set_xlabel("nimg (images trained on)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     handles = [*lines[: named + 1], *_state_handles(outcomes, [one for _, one, _ in drawn], markers=True), *floor]
-    title = sweep_results.cut("rank.  distance  " + ", ".join(sweep_results.headings(keys)), 60)
+    title = ranking.cut("rank.  distance  " + ", ".join(ranking.headings(keys)), 60)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     return figure
 
 
 def _points(outcome: Outcome) -> list[tuple[int, float]]:
     """(nimg, distance) where a log axis has a place for it."""
-    found = [(record["nimg"], sweep_results.finite(record.get("frechet"))) for record in outcome.evaluations]
+    found = [(record["nimg"], ranking.finite(record.get("frechet"))) for record in outcome.evaluations]
     return [(nimg, value) for nimg, value in found if value is not None and value > 0]
 
 
@@ -226,15 +237,15 @@ def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
-    keys = sweep_results.searched(outcomes)
-    drawn = [one for one in reversed(sweep_results.ranked(outcomes)) if one.distance is not None]  # the best on top
+    keys = ranking.searched(outcomes)
+    drawn = [one for one in reversed(ranking.ranked(outcomes)) if one.distance is not None]  # the best on top
     if not keys or not drawn:
         return None
     distances = [one.distance for one in drawn if one.distance is not None]
     name, log = f"last {drawn[-1].evaluations[-1]['name']}", wide(distances, _LOG_FROM)
     columns = [coordinate(heading, [one.values.get(key) for one in drawn], key == BNR)
-               for heading, key in zip(sweep_results.headings(keys), keys, strict=True)]  # fmt: skip
-    columns += [coordinate("seed", [one.seed for one in drawn])] * sweep_results.several_seeds(outcomes)
+               for heading, key in zip(ranking.headings(keys), keys, strict=True)]  # fmt: skip
+    columns += [coordinate("seed", [one.seed for one in drawn])] * ranking.several_seeds(outcomes)
     last = coordinate(name, distances, log)
     bar_ticks = [float(label) for _, label in last.ticks]
     columns += [last._replace(ticks=[(place, f"{float(label):.4g}") for place, label in last.ticks])]

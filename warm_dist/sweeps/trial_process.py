@@ -26,9 +26,9 @@ from warm_dist.errors import Stopped, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, read_json, write_json
 from warm_dist.runs.folder import end_since, write_end
 from warm_dist.runs.metrics import read_metrics
-from warm_dist.space import Trial
 from warm_dist.store.base import OpenStore, Store
 from warm_dist.supervisor import free_port
+from warm_dist.sweeps.trials import Trial
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not
 
@@ -51,7 +51,7 @@ _PUBLISHED = ("config.json", "run.json", "metrics.jsonl", "mirror.json", "exit.j
 
 
 @dataclass(frozen=True)
-class Place:
+class SweepPaths:
     """Where a sweep's trials lie, as far as a machine can tell that has its config. cwd: what relative paths start from."""
 
     sweep_id: str
@@ -75,15 +75,15 @@ class Place:
         return Path(self.node_dir) / self.sweep_id / name if self.remote else Path(self.url(name))
 
 
-def make_place(sweep: SweepConfig, sweep_id: str, parent_run_id: str | None) -> Place:
+def make_paths(sweep: SweepConfig, sweep_id: str, parent_run_id: str | None) -> SweepPaths:
     """Of a sweep that starts in this process's working folder. A relative output is absolute from then on."""
     remote = "://" in sweep.output
     output = sweep.output.rstrip("/") if remote else str(Path(sweep.output).expanduser().resolve())
     node_dir = str(Path(sweep.node_dir).expanduser().resolve())
-    return Place(sweep_id, output, sweep.endpoint_url, node_dir, os.getcwd(), parent_run_id)
+    return SweepPaths(sweep_id, output, sweep.endpoint_url, node_dir, os.getcwd(), parent_run_id)
 
 
-def run_config(trial: Trial, place: Place) -> dict[str, Any]:
+def run_config(trial: Trial, place: SweepPaths) -> dict[str, Any]:
     """The trial's config.json: its own output, its checkpoints' store, its parent in MLflow, the machine's caches."""
     tree = dump(trial.config)
     tree["output"] = str(place.run(trial.name))
@@ -119,7 +119,9 @@ def environment(resources: TrialConfig) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}, **ours}
 
 
-def start_node(config: dict[str, Any], place: Place, resources: TrialConfig, rank: int, address: str, port: int) -> Any:
+def start_node(
+    config: dict[str, Any], place: SweepPaths, resources: TrialConfig, rank: int, address: str, port: int
+) -> Any:
     """Start one machine's share of a trial, supervised: it ends when this process does. Raises OutputError."""
     run = Path(config["output"])
     make_folder(run)
@@ -158,7 +160,9 @@ class TrialRun:
     also after a crash: by rising nimg.
     """
 
-    def __init__(self, trial: Trial, place: Place, resources: TrialConfig, session: str, open_store: OpenStore) -> None:
+    def __init__(
+        self, trial: Trial, place: SweepPaths, resources: TrialConfig, session: str, open_store: OpenStore
+    ) -> None:
         self.trial, self.resources, self.place, self.session = trial, resources, place, session
         self.run, self.config = place.run(trial.name), run_config(trial, place)
         self.store: Store = open_store(place.url(trial.name), place.endpoint_url if place.remote else None)

@@ -9,8 +9,8 @@ from typing import Any
 
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.runs.metrics import parse_records
-from warm_dist.space import Trial
 from warm_dist.store.base import Store
+from warm_dist.sweeps.trials import Trial
 
 RECORD = "sweep.json"
 
@@ -24,7 +24,7 @@ class Ended:
     nimg: int
 
 
-class Ledger:
+class SweepRecord:
     """What the output knows of the sweep: who it is, and which trials have ended. Each file is replaced as a whole."""
 
     def __init__(self, store: Store) -> None:

@@ -18,18 +18,18 @@ from typing import Any
 
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.errors import Stopped, WarmDistError
-from warm_dist.ledger import RECORD, Ended, Ledger
-from warm_dist.ray_cluster import check_resources, connected
-from warm_dist.space import Trial
 from warm_dist.store.base import OpenStore
-from warm_dist.trial import Place, patiently
+from warm_dist.sweeps.ray_cluster import check_resources, connected
+from warm_dist.sweeps.record import RECORD, Ended, SweepRecord
+from warm_dist.sweeps.trial_process import SweepPaths, patiently
+from warm_dist.sweeps.trials import Trial
 
 
 def run(
     sweep: SweepConfig,
     pending: list[Trial],
-    place: Place,
-    ledger: Ledger,
+    place: SweepPaths,
+    ledger: SweepRecord,
     open_store: OpenStore,
     say: Callable[[str], None],
 ) -> None:
@@ -42,11 +42,11 @@ def run(
         check_resources(ray, sweep, say)
         from ray import tune
 
-        from warm_dist.sweep_actors import Job, TrialActor
+        from warm_dist.sweeps.actors import ActorJob, TrialActor
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of what `_watch` tells in a line
         trials = {trial.name: trial for trial in pending}
-        job = Job(trials, place, sweep.trial, secrets.token_hex(8), open_store)
+        job = ActorJob(trials, place, sweep.trial, secrets.token_hex(8), open_store)
         scheduler = _scheduler(sweep, pending, ledger)
         bundles = tune.PlacementGroupFactory(
             [sweep.trial.bundle] * sweep.trial.nodes, strategy="STRICT_SPREAD" if sweep.trial.nodes > 1 else "PACK"
@@ -79,7 +79,7 @@ def run(
         raise Stopped(f"stopped with {len(left)} trials not ended; the same command with --resume goes on")
 
 
-def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: Ledger) -> Any:
+def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: SweepRecord) -> Any:
     """None, or ASHA that remembers the trials which have ended."""
     from ray.tune.schedulers import ASHAScheduler
 
@@ -103,7 +103,7 @@ def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: Ledger) -> Any:
     return asha
 
 
-def _watch(ledger: Ledger, say: Callable[[str], None]) -> Any:
+def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
     """Tune's callback: tells of each trial, and writes down how it ended."""
     from ray import tune
 

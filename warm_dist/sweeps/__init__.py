@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune: trials, their processes, ranking, pictures."""
