@@ -145,10 +145,10 @@ class Quickstart:
             subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
 
     def _write_report(self) -> None:
-        from warm_dist import report
+        from warm_dist.report.page import write_report
 
         if (self.output / "config.json").exists():
-            report.write([self.output], [], self.output / "report.html")
+            write_report([self.output], [], self.output / "report.html")
 
     def _metrics(self, kind: str) -> list[dict[str, Any]]:
         return [r for r in read_metrics(self.output / "metrics.jsonl") if r["kind"] == kind]

@@ -17,9 +17,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: report.html")
     args = parser.parse_args()
 
-    from warm_dist import report
+    from warm_dist.report.page import write_report
 
-    report.write(args.runs, args.evaluation, args.out)
+    write_report(args.runs, args.evaluation, args.out)
     print(
         f"{args.out}: {len(args.runs)} run{'s' * (len(args.runs) > 1)}, {args.out.stat().st_size / 1e6:.1f} MB; open it in a browser"
     )

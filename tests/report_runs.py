@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.processes import ROOT
-from warm_dist import report
 from warm_dist.config.load import dump, load_config
 from warm_dist.figures import save_grid
+from warm_dist.report.page import write_report
 
 EVIL = '<img src=x onerror="document.title=1">'
 STEPS = (0, 16_000, 32_000)
@@ -92,5 +92,5 @@ def make(folder: Path) -> Made:
     }
     (evaluation / "results.json").write_text(json.dumps(results))
     page = folder / "report.html"
-    report.write(runs, [evaluation], page)
+    write_report(runs, [evaluation], page)
     return Made(runs, evaluation, page)

@@ -11,14 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warm_dist import report_charts, report_facts
 from warm_dist.files import replace_file
-from warm_dist.report_charts import Look, Series
-from warm_dist.report_facts import Result, Run
+from warm_dist.report import charts, facts
+from warm_dist.report.charts import Look, Series
+from warm_dist.report.facts import Result, Run
 
 MOST_STEPS = 12  # grids a run: a page of ten runs stays below some 30 MB
+
+
 _MOST_CHARTS = 6  # of the BNR; beyond these, evaluations' results without company stay in their table
+
+
 _MOST_PX = 1024  # a wider grid is shrunk, for the same reason
+
+
 _CURVES = (
     ("loss_blurry", "Training loss, blurry head", "network units", "log"),
     ("loss_residual", "Training loss, residual head", "network units", "log"),
@@ -26,6 +32,8 @@ _CURVES = (
     ("grad_norm", "Gradient norm", "norm, before clipping", "log"),
     ("images_per_s", "Speed", "images/s", "linear"),
 )
+
+
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -48,19 +56,19 @@ class Picture(NamedTuple):
     height: int
 
 
-def write(runs: Sequence[Path], evaluations: Sequence[Path], out: Path) -> None:
+def write_report(runs: Sequence[Path], evaluations: Sequence[Path], out: Path) -> None:
     """Read the folders and replace `out` by the page. Raises ConfigError for a folder of another kind, OutputError."""
-    text = render(facts(runs, evaluations))
+    text = render(shown_facts(runs, evaluations))
     # "replace": JSON may hold half a surrogate pair, which no encoding has
     replace_file(out, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
 
 
-def facts(folders: Sequence[Path], evaluations: Sequence[Path]) -> dict[str, Any]:
+def shown_facts(folders: Sequence[Path], evaluations: Sequence[Path]) -> dict[str, Any]:
     """All that the template shows. Raises ConfigError for a folder that is not a run's or an evaluation's."""
-    runs = report_facts.read_runs(folders)
-    measured = [result for folder in evaluations for result in report_facts.read_evaluation(folder, runs)]
+    runs = facts.read_runs(folders)
+    measured = [result for folder in evaluations for result in facts.read_evaluation(folder, runs)]
     names = list(dict.fromkeys([*(run.name for run in runs), *(result.network for result in measured)]))
-    looks = {name: report_charts.look(k) for k, name in enumerate(names)}
+    looks = {name: charts.look(k) for k, name in enumerate(names)}
     pictures = {run.name: sample_grids(run.folder) for run in runs}
     return {
         "title": f"Comparison of {len(runs)} runs" if len(runs) > 1 else f"Run {runs[0].name}",
@@ -73,10 +81,10 @@ def facts(folders: Sequence[Path], evaluations: Sequence[Path]) -> dict[str, Any
         "bnr_charts": _bnr_charts(runs, measured, looks),
         "evaluated": [name for name in names if any(result.network == name for result in measured)],
         "matrices": matrices(measured),
-        "alone": [group[0] for group in report_facts.by_measure(measured).values() if len(group) == 1],
+        "alone": [group[0] for group in facts.by_measure(measured).values() if len(group) == 1],
         "pictures": {name: found for name, found in pictures.items() if found},
         "steps": sorted({picture.nimg for found in pictures.values() for picture in found}),
-        "differing": report_facts.differing([run.config for run in runs]),
+        "differing": facts.differing([run.config for run in runs]),
         "configs": {run.name: json.dumps(run.config, indent=2, ensure_ascii=False) for run in runs},
     }
 
@@ -106,15 +114,15 @@ def _header(run: Run) -> dict[str, Any]:
         "state": state,
         "reason": reason,
         "nimg": run.nimg(),
-        "total": report_facts.whole(run.section("train").get("total_nimg")),
-        "attempt": report_facts.whole(run.info.get("attempt")),
-        "bnr": report_facts.bnr_text(run.section("process").get("bnr")),
-        "parameters": report_facts.whole(run.info.get("num_parameters")),
-        "commit": report_facts.as_text(run.info.get("commit")),
-        "fingerprint": report_facts.as_text(run.info.get("fingerprint")),
-        "world_size": report_facts.whole(run.info.get("world_size")),
-        "device": report_facts.as_text(run.info.get("device")),
-        "zero": "none, engine local" if engine == "local" else report_facts.as_text(stage),
+        "total": facts.whole(run.section("train").get("total_nimg")),
+        "attempt": facts.whole(run.info.get("attempt")),
+        "bnr": facts.bnr_text(run.section("process").get("bnr")),
+        "parameters": facts.whole(run.info.get("num_parameters")),
+        "commit": facts.as_text(run.info.get("commit")),
+        "fingerprint": facts.as_text(run.info.get("fingerprint")),
+        "world_size": facts.whole(run.info.get("world_size")),
+        "device": facts.as_text(run.info.get("device")),
+        "zero": "none, engine local" if engine == "local" else facts.as_text(stage),
         "speed": run.speed(),
     }
 
@@ -124,12 +132,12 @@ def result_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     finals = [results[-1] for run in runs if (results := run.results())]
     speeds = {run.name: run.speed() for run in runs}
     groups: list[dict[str, Any]] = []
-    for measure, results in report_facts.by_measure(finals).items():
+    for measure, results in facts.by_measure(finals).items():
         rows = [
             {"result": result, "rank": rank, "speed": speeds[result.network]}
-            for result, rank in zip(results, report_facts.ranks(results), strict=True)
+            for result, rank in zip(results, facts.ranks(results), strict=True)
         ]
-        best = next((row["result"] for row in rows if row["rank"] == report_facts.BEST), None)
+        best = next((row["result"] for row in rows if row["rank"] == facts.BEST), None)
         groups.append({"measure": measure, "rows": rows, "best": best, "first": results[0]})
     return groups
 
@@ -137,10 +145,10 @@ def result_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
     """For each network and measure of several results, a table of (method, NFE) × BNR; a measure's best one is marked."""
     tables: list[dict[str, Any]] = []
-    for measure, results in report_facts.by_measure(measured).items():
+    for measure, results in facts.by_measure(measured).items():
         if len(results) < 2:
             continue
-        marks = dict(zip(map(id, results), report_facts.ranks(results), strict=True))
+        marks = dict(zip(map(id, results), facts.ranks(results), strict=True))
         for network in dict.fromkeys(result.network for result in results):
             mine = [result for result in results if result.network == network]
             columns = sorted({result.bnr for result in mine}, key=_bnr_order)
@@ -154,7 +162,7 @@ def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _bnr_order(text: str) -> tuple[float, str]:
-    place = report_facts.bnr_range(text)
+    place = facts.bnr_range(text)
     return (float("inf") if place is None else place[0], text)
 
 
@@ -168,17 +176,17 @@ def _curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Chart]:
         if have:
             series = [Series(looks[run.name], points) for run, points in have]
             ends = [f"{run.name} {number(points[-1][1])} at nimg {grouped(points[-1][0])}" for run, points in have]
-            svg = report_charts.curves(key, series, unit, axis == "log", noisy=axis != "exact")
+            svg = charts.curves(key, series, unit, axis == "log", noisy=axis != "exact")
             out.append(Chart(title, svg, f"{title} over nimg. Last values: {'; '.join(ends)}."))
     losses = sum(chart.title.startswith("Training loss") for chart in out)
     results = [result for run in runs for result in run.results() if result.nimg is not None]
-    for k, (measure, group) in enumerate(report_facts.by_measure(results).items()):
+    for k, (measure, group) in enumerate(facts.by_measure(results).items()):
         series = [
             Series(looks[name], [(float(one.nimg or 0), one.frechet) for one in mine], [one.spread for one in mine])
             for name in looks
             if (mine := [result for result in group if result.network == name])
         ]
-        svg = report_charts.distances(f"frechet{k}", series, group[0].name, _floors(group))
+        svg = charts.distances(f"frechet{k}", series, group[0].name, _floors(group))
         out.insert(losses + k, _distance_chart(f"{group[0].name} over nimg", measure, group, svg))
     return out
 
@@ -197,7 +205,7 @@ def _floors(group: Sequence[Result]) -> list[float]:
 def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str, Look]) -> list[Chart]:
     """One chart a measure: a run's last result is a point, an evaluation's of one sampler are a line over the BNR."""
     finals = [results[-1] for run in runs if (results := run.results())]
-    groups = report_facts.by_measure([*finals, *measured])
+    groups = facts.by_measure([*finals, *measured])
     if (
         len(groups) > _MOST_CHARTS
     ):  # spec hashes of old evaluations: each result its own measure, all of them in a table
@@ -207,7 +215,7 @@ def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str
         lines: dict[tuple[str, str, int | None, bool], list[tuple[tuple[float, float], Result]]] = {}
         paths: list[str] = []
         for result in group:
-            place = report_facts.bnr_range(result.bnr)
+            place = facts.bnr_range(result.bnr)
             if place is None:
                 paths.append(f"{result.network}, BNR {result.bnr or 'not told'}: {distance(result.frechet)}")
             else:
@@ -222,7 +230,7 @@ def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str
         note = f"The large marks: {' and '.join(owns)}." if owns else ""
         note += f" Not one number, so not on the axis: {'; '.join(paths)}." if paths else ""
         if series:
-            svg = report_charts.distances(f"bnr{k}", series, group[0].name, _floors(group), bnr=True)
+            svg = charts.distances(f"bnr{k}", series, group[0].name, _floors(group), bnr=True)
             out.append(_distance_chart(f"{group[0].name} over BNR", measure, group, svg, note.strip()))
     return out
 
