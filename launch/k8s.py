@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import pack
-from warm_dist import errors, manifests
+from warm_dist import errors
 from warm_dist.config.load import load_config, read_tree
 from warm_dist.errors import ConfigError
-from warm_dist.manifests import Job, Size
+from warm_dist.kubernetes import checks, jobs
+from warm_dist.kubernetes.jobs import JobSize, RenderedJob
 
 BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
 EXAMPLES = {
@@ -47,7 +48,7 @@ def main() -> int:
     render.add_argument("--gpus", type=int, default=0, help="a node; 0 (default): processes on the CPU")
     render.add_argument("--jobset", action="store_true", help="a JobSet, for a cluster without Kubeflow Trainer")
     args = parser.parse_args()
-    manifests.check_image(args.image)
+    checks.check_image(args.image)
     job = _render(args) if args.command == "render" else _pack(args)
     sys.stdout.write(_yaml(job.objects))
     print(job.summary, file=sys.stderr)
@@ -57,23 +58,23 @@ def main() -> int:
     return errors.EXIT_OK
 
 
-def _render(args: argparse.Namespace) -> Job:
+def _render(args: argparse.Namespace) -> RenderedJob:
     size = _size(args, args.gpus)
     name = args.name or _name(Path(args.config).stem)
     if "space" not in (tree := read_tree(args.config)) and "base" not in tree:
         config = load_config(args.config, args.set)
         runtime = _template("training/runtime.yaml")
-        job = manifests.training(config, name, size, _template("training/trainjob.yaml"), runtime, args.image)
-        return manifests.without_trainer(job, runtime) if args.jobset else job
+        job = jobs.training(config, name, size, _template("training/trainjob.yaml"), runtime, args.image)
+        return jobs.without_trainer(job, runtime) if args.jobset else job
     if args.jobset:
         raise ConfigError("--jobset is for a training; a sweep is a RayJob")
     from warm_dist.config.sweep import load_sweep
 
     settings, base = load_sweep(args.config, args.set)
-    return manifests.sweep(settings, base, name, size, _template("tuning/rayjob.yaml"), args.image)
+    return jobs.sweep(settings, base, name, size, _template("tuning/rayjob.yaml"), args.image)
 
 
-def _pack(args: argparse.Namespace) -> Job:
+def _pack(args: argparse.Namespace) -> RenderedJob:
     asked = pack.parse(args.arguments)
     workers = [word for word in args.arguments if word.startswith("--w") and "--workers".startswith(word.split("=")[0])]
     if asked.part or workers:
@@ -81,14 +82,14 @@ def _pack(args: argparse.Namespace) -> Job:
     name = args.name or _name(f"pack-{asked.out_url.rstrip('/').rpartition('/')[2]}")
     template = _template("data/pack.yaml")
     size, words = _size(args, 0), args.arguments
-    return manifests.packing(asked.source, asked.out_url, asked.endpoint_url, words, name, size, template, args.image)
+    return jobs.packing(asked.source, asked.out_url, asked.endpoint_url, words, name, size, template, args.image)
 
 
-def _size(args: argparse.Namespace, gpus: int) -> Size:
+def _size(args: argparse.Namespace, gpus: int) -> JobSize:
     processes = args.processes if args.processes is not None else max(gpus, 1)
     cpus = args.cpus if args.cpus is not None else 8 if gpus else 1
     memory = args.memory if args.memory is not None else 64 if gpus else 4
-    return Size(args.nodes, gpus, processes, cpus, memory)
+    return JobSize(args.nodes, gpus, processes, cpus, memory)
 
 
 def _name(stem: str) -> str:

@@ -8,22 +8,15 @@ Kubeflow Trainer sets them. It can be a container's first process.
 from __future__ import annotations
 
 import ctypes
-import os
-import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from launch.train import parse
 from warm_dist import errors
 from warm_dist.config.load import load_config
+from warm_dist.kubernetes.node import _PR_SET_CHILD_SUBREAPER, FINISHED_S, STOPPED_S, torchrun, wait_for_orphans
 from warm_dist.runs.folder import end_since
-
-# What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
-STOPPED_S, FINISHED_S = 45.0, 600.0
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main() -> int:
@@ -32,43 +25,13 @@ def main() -> int:
     run = Path(config.output)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they do to a first process
     began = time.time()
-    code = _torchrun(sys.argv[1:])
+    code = torchrun(sys.argv[1:])
     end = end_since(run, began)
-    _wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
+    wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
     if code and end and end["code"]:  # torchrun's own says only that a rank has failed
         print(f"node: {end['reason']}", file=sys.stderr, flush=True)
         return int(end["code"])
     return code if code >= 0 else 128 - code
-
-
-def _torchrun(arguments: list[str]) -> int:
-    """Its exit code, negative after a signal; SIGTERM and SIGINT reach it."""
-    told = {signal.SIGTERM, signal.SIGINT}
-    train = str(Path(__file__).resolve().with_name("train.py"))
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)  # until there is somebody to pass them to
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", train, *arguments],
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),
-    )
-    for signum in told:
-        signal.signal(signum, lambda number, _: process.send_signal(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
-    return process.wait()
-
-
-def _wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
-    """Until all have ended, or somebody asks to stop, again or only now."""
-    asked: list[int] = []
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, _: asked.append(number))
-    known = stop_file is not None and os.path.exists(stop_file)
-    deadline = time.monotonic() + longest_s
-    with suppress(ChildProcessError):
-        while time.monotonic() < deadline and not asked:
-            if not known and stop_file is not None and os.path.exists(stop_file):
-                return
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from launch import k8s
 from tests.k8s.expand import expand, jobset_of
 from tests.k8s.render import K8S, Object, parse
 from tests.processes import ROOT
-from warm_dist import manifests
 from warm_dist.config.load import load_config
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
-from warm_dist.manifests import Size
+from warm_dist.kubernetes import checks
+from warm_dist.kubernetes.jobs import JobSize
 from warm_dist.sweeps.trials import trials
 
 IMAGENET = ["render", "--config", "configs/imagenet64.json", "--nodes", "4", "--gpus", "8"]
@@ -92,7 +92,7 @@ def test_memory_is_written_as_kubernetes_itself_would(capsys, monkeypatch):
 
 @pytest.mark.parametrize("image", ["a/b:1", "reg.example:5000/a/b:1.2-x", f"a/b@sha256:{'0' * 64}"])
 def test_images_with_a_tag_or_a_digest(image):
-    manifests.check_image(image)
+    checks.check_image(image)
 
 
 def test_examples_are_named(capsys, monkeypatch):
@@ -232,5 +232,5 @@ def test_the_overlays_jobs_are_what_the_readme_s_commands_print(capsys, monkeypa
 def test_sizes_are_checked_where_they_are_made():
     for wrong in ({"nodes": 0}, {"gpus": -1}, {"processes": 0}, {"cpus": 0}, {"memory_gib": 0}, {"gpus": 3}):
         with pytest.raises(WarmDistError):
-            Size(**{"nodes": 1, "gpus": 0, "processes": 2, "cpus": 1, "memory_gib": 1, **wrong})
-    assert manifests.check_name("a" * 40) is None
+            JobSize(**{"nodes": 1, "gpus": 0, "processes": 2, "cpus": 1, "memory_gib": 1, **wrong})
+    assert checks.check_name("a" * 40) is None

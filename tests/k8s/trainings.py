@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from launch.node import STOPPED_S
 from tests.k8s.objects import containers, distinct, find, name_of, of_kind, owner, quantity, space_of
 from tests.k8s.programs import Run, commands, config_of, parse, runs, trial_of, variables
 from tests.k8s.render import Object
 from tests.k8s.trainer import RESERVED
 from warm_dist.config.batch import check_world_size
 from warm_dist.errors import WarmDistError
+from warm_dist.kubernetes.node import STOPPED_S
 
 GPU = "nvidia.com/gpu"
 TORCHRUN_S = 30  # torch.distributed.elastic gives its workers so long after SIGTERM, then SIGKILL

@@ -6,39 +6,44 @@ import copy
 import hashlib
 import json
 import posixpath
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
 from warm_dist.config.batch import batch_equation, check_world_size
-from warm_dist.config.load import assign, dump, flatten, validate_as
+from warm_dist.config.load import assign, dump, validate_as
 from warm_dist.config.run import Config
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.config.values import exact
-from warm_dist.errors import ConfigError, redact
+from warm_dist.errors import ConfigError
+from warm_dist.kubernetes.checks import SOURCES, check_name, check_reachable, check_secrets, check_store, check_visible
 from warm_dist.sweeps.trials import trials
 
 Object = dict[str, Any]
 
+
 SCRATCH = "/scratch"  # a pod's own disk, gone with it
+
+
 STOP_FILE = f"{SCRATCH}/stop"  # base/training's preStop hook makes it
+
+
 MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
+
+
 METRICS_PORT, MASTER_PORT = 9400, 29500
+
+
 GPU = "nvidia.com/gpu"
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with what controllers add to it, a pod's name has at most 63
-_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1?")
-_RESERVED = {"warm-dist", "mlflow", "postgres", "s3"}  # of standing objects, one of which a job would replace
-_IMAGE = re.compile(r"[\w.:/-]+(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})")
+
+
 _IMAGES = "/images"  # where the claim `images` is mounted
-_SOURCES = ("openmoji", "digits")  # that the image brings
 
 
 @dataclass(frozen=True)
-class Size:
+class JobSize:
     """What a job is given. gpus: a node, a process has one each; 0: processes on the CPU. cpus, memory_gib: a process."""
 
     nodes: int
@@ -74,31 +79,16 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderedJob:
     """Rendered objects, in the order to apply, and what to tell people of them."""
 
     objects: list[Object]
     summary: str
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError unless all objects of a job can be called after it."""
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"name {name!r}: needs at most 40 small letters, digits and hyphens, the first a letter, the last no hyphen; "
-            "--name gives another"
-        )
-    if name in _RESERVED:
-        raise ConfigError(f"name {name!r} is that of an object which all jobs share; --name gives another")
-
-
-def check_image(image: str | None) -> None:
-    """Raises ConfigError unless it is a name with a tag, not latest, or a digest."""
-    if image is not None and not _IMAGE.fullmatch(image):
-        raise ConfigError(f"image {image!r}: needs a tag other than latest, or a digest")
-
-
-def training(config: Config, name: str, size: Size, template: Object, runtime: Object, image: str | None) -> Job:
+def training(
+    config: Config, name: str, size: JobSize, template: Object, runtime: Object, image: str | None
+) -> RenderedJob:
     """ConfigMap and TrainJob of a run. template, runtime: k8s/base/training's TrainJob and TrainingRuntime.
 
     image: another than the runtime's; the run then gets a runtime of its own. Raises ConfigError for a config that pods
@@ -122,10 +112,10 @@ def training(config: Config, name: str, size: Size, template: Object, runtime: O
         _set_image(_pod_of(own["spec"]), image)
         job["spec"]["runtimeRef"]["name"] = name
         objects = [settings, own, job]
-    return Job(objects, f"{size} = {size.world} processes; {batch_equation(config, size.world)}")
+    return RenderedJob(objects, f"{size} = {size.world} processes; {batch_equation(config, size.world)}")
 
 
-def without_trainer(job: Job, runtime: Object) -> Job:
+def without_trainer(job: RenderedJob, runtime: Object) -> RenderedJob:
     """The same training for a cluster without Kubeflow Trainer: the JobSet that it would make. runtime: k8s/base/training's.
 
     Source: Kubeflow Trainer v2.3.0, plugins torch and jobset.
@@ -155,7 +145,7 @@ def without_trainer(job: Job, runtime: Object) -> Job:
     node["ports"] += [{"containerPort": MASTER_PORT}]
     head = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": train_job["metadata"]}
     rest = [other for other in job.objects if other["kind"] == "ConfigMap"]
-    return Job([*rest, {**head, "spec": {"suspend": True, **spec}}], job.summary)
+    return RenderedJob([*rest, {**head, "spec": {"suspend": True, **spec}}], job.summary)
 
 
 def in_pods(config: Config, name: str) -> Config:
@@ -166,9 +156,9 @@ def in_pods(config: Config, name: str) -> Config:
     tree = dump(config)
     if config.checkpoint.url is None:
         raise ConfigError(f"checkpoint.url is null: a pod's disk goes with it; set it to s3://your-bucket/runs/{name}")
-    _check_store("checkpoint.url", config.checkpoint.url)
-    _check_visible(config)
-    _check_secrets(tree)
+    check_store("checkpoint.url", config.checkpoint.url)
+    check_visible(config)
+    check_secrets(tree)
     tree["output"] = f"{SCRATCH}/{name}"
     tree["parallel"]["preemption_file"] = STOP_FILE
     tree["tracking"] |= {"prometheus_port": METRICS_PORT, "prometheus_host": "0.0.0.0"}
@@ -179,23 +169,23 @@ def in_pods(config: Config, name: str) -> Config:
 
 
 def sweep(
-    settings: SweepConfig, base: dict[str, JsonValue], name: str, size: Size, template: Object, image: str | None
-) -> Job:
+    settings: SweepConfig, base: dict[str, JsonValue], name: str, size: JobSize, template: Object, image: str | None
+) -> RenderedJob:
     """ConfigMap and RayJob of a sweep. base: its trials' config, as `load_sweep` gives it. template: k8s/base/tuning/rayjob.yaml.
 
     Raises ConfigError for a sweep that pods cannot run, or whose trials are larger than the job.
     """
     check_name(name)
-    _check_store("output", settings.output)
-    _check_reachable("endpoint_url", settings.endpoint_url)
+    check_store("output", settings.output)
+    check_reachable("endpoint_url", settings.endpoint_url)
     if settings.ray_address:
         raise ConfigError(f"ray_address {settings.ray_address}: a RayJob brings a Ray of its own; leave it null")
     base = copy.deepcopy(base)
     every = trials(settings, base)
     config = every[0].config
-    _check_visible(config)
+    check_visible(config)
     for part in (dump(settings), dump(config)):
-        _check_secrets(part)
+        check_secrets(part)
     assign(base, "tracking.mlflow_url", config.tracking.mlflow_url or MLFLOW_URL, name)
     at_once = _trials_at_once(settings, size)
     tree = dump(settings) | {"base": "base.json", "set": {}, "node_dir": f"{SCRATCH}/sweeps"}
@@ -212,10 +202,10 @@ def sweep(
     for pod in (worker, head, job["spec"]["submitterPodTemplate"]["spec"]):
         _set_image(pod, image)
     text = f"{len(every)} trials of {settings.trial.processes} processes, {at_once} at a time on {size}"
-    return Job([config_map, job], text)
+    return RenderedJob([config_map, job], text)
 
 
-def _trials_at_once(settings: SweepConfig, size: Size) -> int:
+def _trials_at_once(settings: SweepConfig, size: JobSize) -> int:
     trial, have = settings.trial, {"CPU": float(size.processes * size.cpus), "GPU": float(size.gpus)}
     per_node = int(min(have[kind] // amount for kind, amount in trial.bundle.items()))
     at_once = size.nodes // trial.nodes if trial.nodes > 1 else size.nodes * per_node
@@ -233,24 +223,24 @@ def packing(
     endpoint_url: str | None,
     arguments: Sequence[str],
     name: str,
-    size: Size,
+    size: JobSize,
     template: Object,
     image: str | None,
-) -> Job:
+) -> RenderedJob:
     """JobSet that packs a data set in size.nodes parts and makes them one. template: k8s/base/data/pack.yaml.
 
     source, out_url, endpoint_url: those of `arguments`, which are data_pipelines.pack's. A path is one in the
     PersistentVolumeClaim `images`, mounted at /images. Raises ConfigError for what no pod has.
     """
     check_name(name)
-    _check_store("out_url", out_url)
+    check_store("out_url", out_url)
     inside = posixpath.normpath(source)
     claimed = inside == _IMAGES or inside.startswith(f"{_IMAGES}/")
-    if not claimed and source not in _SOURCES:
+    if not claimed and source not in SOURCES:
         raise ConfigError(
-            f"source {source!r}: a pod has {', '.join(_SOURCES)}, and the claim `images` at {_IMAGES}; no other path of yours"
+            f"source {source!r}: a pod has {', '.join(SOURCES)}, and the claim `images` at {_IMAGES}; no other path of yours"
         )
-    _check_reachable("--endpoint-url", endpoint_url)
+    check_reachable("--endpoint-url", endpoint_url)
     job = _named(template, name)
     parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
     words = [*arguments, "--workers", str(size.processes)]
@@ -266,7 +256,7 @@ def packing(
     parts |= {"completions": size.nodes, "parallelism": size.nodes}
     script = f'exec python -m data_pipelines.pack "$@" --part "$((JOB_COMPLETION_INDEX + 1))/{size.nodes}"'
     parts["template"]["spec"]["containers"][0] |= {"command": ["sh", "-c", script, "pack"]}
-    return Job([job], f"{size.nodes} parts of {size.processes} processes each, then one data set: {out_url}")
+    return RenderedJob([job], f"{size.nodes} parts of {size.processes} processes each, then one data set: {out_url}")
 
 
 def _named(template: Object, name: str) -> Object:
@@ -299,39 +289,6 @@ def _set_image(pod: Object, image: str | None) -> None:
     if image:
         for container in (*pod["containers"], *pod.get("initContainers", ())):
             container["image"] = image
-
-
-def _check_visible(config: Config) -> None:
-    """Raises ConfigError for what a run reads or speaks to and a pod cannot see."""
-    _check_store("data.manifest", config.data.manifest)
-    if config.eval and config.eval.extractor_url and not re.match(r"(s3|https?)://", config.eval.extractor_url):
-        raise ConfigError(f"eval.extractor_url {config.eval.extractor_url} is a path, and no pod has it")
-    values = flatten(dump(config))
-    for key in ("data.endpoint_url", "checkpoint.endpoint_url", "tracking.mlflow_url"):
-        _check_reachable(key, values[key])
-    for key in ("data.cache_dir", "eval.cache_dir"):
-        folder = values.get(key)  # there is no eval.cache_dir without eval
-        if folder and not posixpath.normpath(folder).startswith(f"{SCRATCH}/"):
-            raise ConfigError(f"{key} {folder}: a pod can write below {SCRATCH} only")
-
-
-def _check_secrets(tree: Object) -> None:
-    """Raises ConfigError for a password or a signed link in an URL: everybody in the namespace reads ConfigMaps."""
-    for key, value in flatten(tree).items():
-        if key not in ("$schema", "description") and redact(value) != value:
-            raise ConfigError(f"{key} {redact(value)}: may hold a secret, which everybody could read in a ConfigMap")
-
-
-def _check_store(key: str, url: str) -> None:
-    if not re.match(r"s3://[^/]", url):
-        raise ConfigError(f"{key} {url!r}: a pod has no folder of yours; it needs s3://bucket/…")
-
-
-def _check_reachable(key: str, url: str | None) -> None:
-    if url and not re.match(r"https?://", url):
-        raise ConfigError(f"{key} {url}: needs http:// or https://")
-    if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
-        raise ConfigError(f"{key} {url}: in a pod that address is the pod itself")
 
 
 def _text(tree: Any) -> str:
