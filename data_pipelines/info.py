@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.manifest import Manifest, read_manifest
+from data_pipelines.shards.manifest import Manifest, read_manifest
 from warm_dist.errors import run
 
 

@@ -22,14 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipelines import parts
-from data_pipelines.index import Indexed, index_shard, merge
-from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifest
-from data_pipelines.parts import Part
-from data_pipelines.payload import PAYLOADS, encode
-from data_pipelines.sources import BadImage, Item, Sample, Source, open_source
-from data_pipelines.transform import RESIZE
-from data_pipelines.workers import in_processes, shared_store
+from data_pipelines.shards import packing_record
+from data_pipelines.shards.indexed import Indexed, index_shard, merge
+from data_pipelines.shards.manifest import NAME, Manifest, read_manifest, write_manifest
+from data_pipelines.shards.packing_record import Part
+from data_pipelines.shards.payload import PAYLOADS, encode
+from data_pipelines.shards.process_pool import in_processes, shared_store
+from data_pipelines.sources.base import BadImage, Item, Sample, Source
+from data_pipelines.sources.open import open_source
+from data_pipelines.sources.transform import RESIZE
 from warm_dist.errors import ConfigError, DataError, OutputError, run
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -116,19 +117,19 @@ class Packing:
         if not 1 <= share <= shares:
             raise ConfigError(f"part {share}/{shares}: needs 1 <= i <= n")
         ours = range(self.num_shards * (share - 1) // shares, self.num_shards * share // shares)
-        done = parts.finished(self.store, self.output.recipe)
+        done = packing_record.finished(self.store, self.output.recipe)
         progress(sum(self._count(number) for number in ours if number in done))
         missing = (self._shard(number) for number in ours if number not in done)
         for number in in_processes(partial(_make, self.output), missing, workers):
             progress(self._count(number))
-        return self.num_shards - len(parts.finished(self.store, self.output.recipe))
+        return self.num_shards - len(packing_record.finished(self.store, self.output.recipe))
 
     def finish(self) -> Manifest:
         """Merge the parts into the manifest, and remove what it does not name. See `pack`."""
-        records = parts.finished(self.store, self.output.recipe)
+        records = packing_record.finished(self.store, self.output.recipe)
         indexed: list[Indexed] = []
         bad: list[BadImage] = []
-        for part in parts.load_all(self.store, [records[number] for number in range(self.num_shards)]):
+        for part in packing_record.load_all(self.store, [records[number] for number in range(self.num_shards)]):
             bad.extend(part.bad)
             indexed += [part.indexed] if part.indexed else []
         _report(bad, self.store)
@@ -154,12 +155,14 @@ class Packing:
 
     def _clean(self, former: set[str], current: set[str]) -> None:
         """Remove the shards of the former manifest and of unfinished packings, and the records of the latter."""
-        records = list(self.store.list(f"{parts.FOLDER}/"))
-        abandoned = {name for path in records if OURS.fullmatch(name := parts.shard_of(path))}
+        records = list(self.store.list(f"{packing_record.FOLDER}/"))
+        abandoned = {name for path in records if OURS.fullmatch(name := packing_record.shard_of(path))}
         for name in [*sorted((former | abandoned) - current), *records]:
             self.store.delete(name)
         # nobody else's: the prefix may be a whole bucket
-        self.store.discard_partials(re.compile(rf"{OURS.pattern}|{parts.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}"))
+        self.store.discard_partials(
+            re.compile(rf"{OURS.pattern}|{packing_record.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}")
+        )
 
 
 def _make(output: _Output, shard: _Shard) -> int:
@@ -174,7 +177,7 @@ def _make(output: _Output, shard: _Shard) -> int:
             name = f"{shard.number:06d}-{indexed.shard.sha256[:12]}.tar"
             store.upload(name, local)
             indexed = replace(indexed, shard=indexed.shard._replace(name=name))
-    parts.save(store, output.recipe, shard.number, Part(indexed, bad))
+    packing_record.save(store, output.recipe, shard.number, Part(indexed, bad))
     return shard.number
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.index import sha256
-from data_pipelines.manifest import Manifest, Shard, read_manifest
-from data_pipelines.payload import decode
-from data_pipelines.workers import in_processes, shared_store
+from data_pipelines.shards.indexed import sha256
+from data_pipelines.shards.manifest import Manifest, Shard, read_manifest
+from data_pipelines.shards.payload import decode
+from data_pipelines.shards.process_pool import in_processes, shared_store
 from warm_dist.errors import DataError, run
 from warm_dist.store.base import split_url
 

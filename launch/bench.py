@@ -109,9 +109,9 @@ class DataBench:
         """Pack the real set and the warm-up set of every payload; yields after each of them."""
         import zlib
 
-        from data_pipelines.manifest import NAME, Manifest
         from data_pipelines.pack import pack
-        from data_pipelines.sources import Sample, Source
+        from data_pipelines.shards.manifest import NAME, Manifest
+        from data_pipelines.sources.base import Sample, Source
 
         photos = photographs()
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.manifest import read_manifest
+from data_pipelines.shards.manifest import read_manifest
 from warm_dist import supervisor
 from warm_dist.config.run import Config
 from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError

@@ -29,7 +29,7 @@ def main() -> int:
     if len(args.bnr) > 8 or any(not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr needs up to 8 ratios, finite and not negative")
 
-    from data_pipelines.manifest import read_manifest
+    from data_pipelines.shards.manifest import read_manifest
     from warm_dist.diffusion.analysis import suggested_bnr, suggested_path
     from warm_dist.diffusion.analysis_figure import spectrum_figure
     from warm_dist.files import make_folder, write_json

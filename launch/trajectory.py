@@ -45,7 +45,7 @@ def main() -> int:
     if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr must be finite and not negative")
 
-    from data_pipelines.loader import open_loader
+    from data_pipelines.reading.loader import open_loader
     from warm_dist.checkpoints.weights import load_weights
     from warm_dist.config.bnr import describe
     from warm_dist.distributed.world import set_threads

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data_pipelines.manifest import NAME, Manifest
+from data_pipelines.shards.manifest import NAME, Manifest
 from warm_dist.store.seaweedfs import S3Server
 
 # two workers on two cores: threads beyond these only wait for one another
@@ -71,7 +71,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def digits(s3: S3Server) -> Packed:
     """scikit-learn's 1,797 digits, 8x8 grey, 10 classes, in shards of 500."""
     from data_pipelines.pack import pack
-    from data_pipelines.sources import open_source
+    from data_pipelines.sources.open import open_source
 
     url = "s3://warm-dist/digits8"
     return Packed(url, s3.endpoint_url, pack(open_source("digits", 8), url, s3.endpoint_url, shard_size=500))

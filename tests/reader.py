@@ -9,8 +9,8 @@ import sys
 import zlib
 from contextlib import closing
 
-from data_pipelines.loader import Loader
-from data_pipelines.manifest import read_manifest
+from data_pipelines.reading.loader import Loader
+from data_pipelines.shards.manifest import read_manifest
 from warm_dist.store.base import split_url
 from warm_dist.store.open import open_store
 

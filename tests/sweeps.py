@@ -48,7 +48,7 @@ SMALL = {
 def pack_digits(folder: Path) -> str:
     """The manifest's path."""
     from data_pipelines.pack import pack
-    from data_pipelines.sources import open_source
+    from data_pipelines.sources.open import open_source
 
     pack(open_source("digits", 8), str(folder / "digits"), None, shard_size=500)
     return str(folder / "digits" / "manifest.parquet")

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.pack import pack
-from data_pipelines.sources import Sample, Source, open_source
+from data_pipelines.sources.base import Sample, Source
+from data_pipelines.sources.open import open_source
 from warm_dist.errors import ConfigError, DataError
 
 

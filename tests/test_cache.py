@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_pipelines.loader import open_loader
 from data_pipelines.pack import pack
-from data_pipelines.sources import open_source
+from data_pipelines.reading.loader import open_loader
+from data_pipelines.sources.open import open_source
 from tests.processes import ROOT
 from tests.test_loader import config, equal, loader, take
 from warm_dist.errors import DataError, OutputError

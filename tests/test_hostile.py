@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.index import index_shard, merge
-from data_pipelines.loader import Loader
-from data_pipelines.manifest import NAME, Manifest, read_manifest
 from data_pipelines.pack import pack
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.reading.loader import Loader
+from data_pipelines.shards.indexed import index_shard, merge
+from data_pipelines.shards.manifest import NAME, Manifest, read_manifest
+from data_pipelines.sources.base import BadImage, Sample, Source
+from data_pipelines.sources.open import open_source
 from data_pipelines.verify import verify
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.store.folder import FolderStore

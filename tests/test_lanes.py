@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_pipelines import lanes
-from data_pipelines.lanes import Order, rank_positions
+from data_pipelines.reading import lanes
+from data_pipelines.reading.lanes import Order, rank_positions
 from warm_dist import rng
 from warm_dist.config.batch import check_world
 from warm_dist.errors import WorldSizeError

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from data_pipelines.lanes import Order
-from data_pipelines.loader import Loader, open_loader
-from data_pipelines.manifest import Manifest
 from data_pipelines.pack import pack
-from data_pipelines.sources import Sample, Source, open_source
+from data_pipelines.reading.lanes import Order
+from data_pipelines.reading.loader import Loader, open_loader
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.sources.base import Sample, Source
+from data_pipelines.sources.open import open_source
 from warm_dist.config.load import validate
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError

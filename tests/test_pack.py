@@ -26,11 +26,12 @@ from PIL import Image
 from scipy.fft import dctn
 
 from data_pipelines import index, pack, verify
-from data_pipelines.index import index_shard
-from data_pipelines.manifest import NAME, Manifest, read_manifest, write_manifest
 from data_pipelines.pack import BAD, Packing, pack
-from data_pipelines.payload import PAYLOADS, decode
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.shards.indexed import index_shard
+from data_pipelines.shards.manifest import NAME, Manifest, read_manifest, write_manifest
+from data_pipelines.shards.payload import PAYLOADS, decode
+from data_pipelines.sources.base import BadImage, Sample, Source
+from data_pipelines.sources.open import open_source
 from data_pipelines.verify import verify
 from warm_dist.diffusion.spectrum import dct
 from warm_dist.errors import BucketError, ConfigError, DataError

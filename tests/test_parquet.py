@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.sources.base import BadImage, Sample, Source
+from data_pipelines.sources.open import open_source
 from warm_dist.errors import ConfigError, DataError
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.payload import MAX_PIXELS, PAYLOADS, decode, encode
+from data_pipelines.shards.payload import MAX_PIXELS, PAYLOADS, decode, encode
 
 SIZE = 24
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.manifest import NAME, read_manifest
-from data_pipelines.payload import decode
-from data_pipelines.transform import Transform, decode_image
+from data_pipelines.shards.manifest import NAME, read_manifest
+from data_pipelines.shards.payload import decode
+from data_pipelines.sources.transform import Transform, decode_image
 from tests.processes import ROOT, free_port
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.store.open import open_store

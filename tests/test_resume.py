@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import loader
-from data_pipelines.lanes import Order, rank_positions
-from data_pipelines.loader import Loader, open_loader
-from data_pipelines.manifest import NAME, Manifest, Shard, write_manifest
 from data_pipelines.pack import pack
-from data_pipelines.payload import encode
-from data_pipelines.sources import open_source
+from data_pipelines.reading import loader
+from data_pipelines.reading.lanes import Order, rank_positions
+from data_pipelines.reading.loader import Loader, open_loader
+from data_pipelines.shards.manifest import NAME, Manifest, Shard, write_manifest
+from data_pipelines.shards.payload import encode
+from data_pipelines.sources.open import open_source
 from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined

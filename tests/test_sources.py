@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import sources
-from data_pipelines.sources import BadImage, Sample, Source, open_source
+from data_pipelines.sources import base
+from data_pipelines.sources.base import BadImage, Sample, Source
+from data_pipelines.sources.open import open_source
 from warm_dist.errors import ConfigError, DataError
 
 
@@ -157,7 +158,7 @@ def test_files_that_no_picture_needs_are_bad_images(
         archive.writestr("a.png", bytes(5000))
         archive.writestr("b.png", encode(noise(0)))
     (tree / "ant" / "x.png").write_bytes(bytes(5000))
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr(base, "MAX_FILE_BYTES", 4000)
     for spec, name in ((tmp_path / "bomb.zip", "a.png"), (tree, "ant/x.png")):
         bad = [item for item in open_source(str(spec), 8) if isinstance(item, BadImage)]
         assert [item.key for item in bad] == [name]

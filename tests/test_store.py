@@ -377,7 +377,7 @@ def test_an_object_replaced_between_two_parts_is_not_glued_together() -> None:
 
 @pytest.mark.slow
 def test_only_the_store_knows_boto3_and_imports_are_cheap() -> None:
-    code = "import sys, data_pipelines.loader, data_pipelines.pack; print([m for m in ('boto3', 'pyarrow', 'webdataset', 'PIL') if m in sys.modules])"
+    code = "import sys, data_pipelines.reading.loader, data_pipelines.pack; print([m for m in ('boto3', 'pyarrow', 'webdataset', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     package = Path(__file__).parent.parent / "data_pipelines"
     knowing = {

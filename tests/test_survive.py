@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from data_pipelines.pack import pack
-from data_pipelines.sources import open_source
+from data_pipelines.sources.open import open_source
 from tests.processes import ROOT, free_port
 from tests.test_train import (
     BATCH,

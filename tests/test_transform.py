@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.transform import Transform, decode_image
+from data_pipelines.sources.transform import Transform, decode_image
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:

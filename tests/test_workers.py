@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.workers import in_processes
+from data_pipelines.shards.process_pool import in_processes
 from tests.processes import ROOT
 from warm_dist.errors import ConfigError, DataError, Stopped
 

@@ -12,8 +12,8 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from data_pipelines.loader import Loader
-from data_pipelines.manifest import read_manifest
+from data_pipelines.reading.loader import Loader
+from data_pipelines.shards.manifest import read_manifest
 from launch.peers.data import Clock, checksum, report
 from warm_dist.config.run import DataConfig
 from warm_dist.store.base import split_url

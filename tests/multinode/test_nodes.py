@@ -133,7 +133,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits in a local folder: no S3 server is needed inside the namespaces."""
     from data_pipelines.pack import pack
-    from data_pipelines.sources import open_source
+    from data_pipelines.sources.open import open_source
 
     folder = tmp_path_factory.mktemp("digits")
     pack(open_source("digits", 8), str(folder / "data"), None, shard_size=500)

@@ -60,7 +60,7 @@ class NetworkCells:
 
     def measure(self, stop: StopSignal, results: dict[str, Any]) -> list[dict[str, Any]]:
         """The lines of all samplers. Rank 0 keeps each block as soon as it is there: first one of each, then the next."""
-        from data_pipelines.loader import open_loader
+        from data_pipelines.reading.loader import open_loader
         from warm_dist.checkpoints.weights import load_weights
         from warm_dist.evaluation.evaluator import Evaluator
         from warm_dist.store.open import open_store

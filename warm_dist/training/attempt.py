@@ -90,7 +90,7 @@ class Attempt:
         return found
 
     def _train(self) -> None:
-        from data_pipelines.loader import open_loader
+        from data_pipelines.reading.loader import open_loader
         from warm_dist.checkpoints.manager import CheckpointManager
         from warm_dist.distributed.collectives import on_main
         from warm_dist.evaluation.evaluator import Evaluator

@@ -1,98 +1,27 @@
-"""Sources inside archives: zip, tar (trees of pictures, or WebDataset shards), and CIFAR's own. Nothing is extracted."""
+"""CIFAR's own archives as sources; their pickles are read without running anything in them."""
 
 from __future__ import annotations
 
 import codecs
 import io
-import os
 import pickle
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.sources import Record, Source, check_size, finished, is_picture, listed, listed_tree
-from data_pipelines.tars import members, read_label
-from data_pipelines.transform import Transform, fit
+from data_pipelines.sources.base import Record, Source, finished, listed
+from data_pipelines.sources.transform import Transform, fit
 from warm_dist.errors import DataError
 
 _CIFAR_BYTES = 256 << 20  # of one file in CIFAR's archives; the largest has 155 MB
+
+
 _CIFAR_IMAGE = 3 * 32 * 32
-
-
-@lru_cache(maxsize=64)
-def _opened(path: str, modified_ns: int) -> BinaryIO:
-    """One open file a process and version, since a part reads a thousand places of it."""
-    return open(path, "rb")
-
-
-@lru_cache(maxsize=4)
-def _opened_zip(path: str, modified_ns: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
-@dataclass(frozen=True)
-class _ZipMember:
-    path: str
-
-    def __call__(self, name: str) -> bytes:
-        try:
-            archive = _opened_zip(self.path, os.stat(self.path).st_mtime_ns)
-            check_size(name, archive.getinfo(name).file_size)
-            return archive.read(name)
-        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from None  # damaged, encrypted, or an unknown method
-
-
-def open_zip(path: Path, transform: Transform) -> Source:
-    """A zip of pictures. Raises DataError if it is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist() if not info.is_dir()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a readable zip archive ({error})") from None
-    sizes = [(name, size ^ crc << 64) for name, (size, crc) in files.items()]
-    return listed_tree(sizes, lambda name: name, _ZipMember(str(path)), transform, str(path))
-
-
-def _read_place(place: tuple[str, int, int]) -> bytes:
-    path, offset, size = place
-    check_size(path, size)
-    file = _opened(path, os.stat(path).st_mtime_ns)
-    file.seek(offset)
-    return file.read(size)
-
-
-def open_tars(paths: list[Path], transform: Transform) -> Source:
-    """Plain tars. With cls members their numbers are the labels, else folders as in any tree. Raises DataError."""
-    places: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
-    for path in paths:
-        for member in members(path, str(path)):
-            place = (str(path), member.offset, member.size)
-            stem, _, suffix = member.name.rpartition(".")
-            if suffix == "cls":
-                labels[stem] = read_label(_read_place(place), f"{path}: {member.name!r}")
-            elif is_picture(member.name):
-                if member.name in places:
-                    raise DataError(f"{path}: the picture {member.name[:80]!r} occurs twice")
-                places[member.name] = place
-    sizes = {name: place[2] for name, place in places.items()}
-    if not labels:
-        return listed_tree(sizes.items(), places.__getitem__, _read_place, transform, str(paths[0]))
-    bare = next((name for name in places if name.rpartition(".")[0] not in labels), None)
-    if bare is not None:
-        raise DataError(f"{places[bare][0]}: {bare!r} has no cls member, others have")
-    records = [Record(name, labels[name.rpartition(".")[0]], place) for name, place in places.items()]
-    names = [str(number) for number in range(max(record.label for record in records) + 1)]
-    return listed(records, _read_place, transform, names, str(paths[0]), sizes.values())
 
 
 def open_cifar(path: Path, transform: Transform) -> Source:

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.sources import BadImage, Item, Sample, Source
-from data_pipelines.transform import Transform, decode_image
+from data_pipelines.sources.base import BadImage, Item, Sample, Source
+from data_pipelines.sources.transform import Transform, decode_image
 from warm_dist.errors import DataError
 
 LABELS = ("label", "labels", "fine_label")
+
+
 _BATCH_ROWS = 64  # decoded from a row group at a time, so that groups of any size fit into memory
 
 

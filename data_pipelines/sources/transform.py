@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
+
 RESIZE = ("box", "lanczos", "adm")
 
 

@@ -16,17 +16,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.index import Indexed
-from data_pipelines.manifest import Shard
-from data_pipelines.measure import Measure
-from data_pipelines.sources import BadImage
+from data_pipelines.shards.indexed import Indexed
+from data_pipelines.shards.manifest import Shard
+from data_pipelines.shards.statistics import Statistics
+from data_pipelines.sources.base import BadImage
 from warm_dist.errors import DataError
 from warm_dist.store.base import Store
 
 FOLDER = "parts"
+
+
 EMPTY = "empty"  # in the place of the shard's name where no image was good
+
+
 _READERS = 8
+
+
 _ROWS = ("label", "offset", "length", "crc32")
+
+
 _SUMS = ("total", "squares", "products")
 
 
@@ -86,7 +94,7 @@ def _load(store: Store, path: str) -> Part:
                 tuple(head["shape"]),
                 tuple(head["payloads"]),
                 tuple(head["keys"]),
-                measure=Measure(head["count"], *(arrays[name] for name in _SUMS)),
+                measure=Statistics(head["count"], *(arrays[name] for name in _SUMS)),
                 **{name: arrays[name] for name in _ROWS},
             )
             return Part(indexed, bad)

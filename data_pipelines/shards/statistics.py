@@ -14,7 +14,7 @@ from warm_dist.data import LOW_MODES, DataInfo
 BATCH_BYTES = 16 << 20  # of float64 pixels
 
 
-class Measure:
+class Statistics:
     """Sums in float64, by one thread: the same images give the same bits however many processes pack them.
 
     count: images. total: (C, H, W), of pixels in [-1, 1]. squares: (C, H, W), of orthonormal DCT-II coefficients.
@@ -42,9 +42,9 @@ class Measure:
             u = dctn(x, axes=(2, 3), norm="ortho")
             low = u[..., :LOW_MODES, :LOW_MODES].reshape(len(u), -1)
             # einsum, since a matrix product's rounding may depend on the number of BLAS threads
-            self.merge(Measure(len(x), x.sum(0), (u**2).sum(0), np.einsum("ni,nj->ij", low, low)))
+            self.merge(Statistics(len(x), x.sum(0), (u**2).sum(0), np.einsum("ni,nj->ij", low, low)))
 
-    def merge(self, other: Measure) -> None:
+    def merge(self, other: Statistics) -> None:
         """Take in the sums of other images of the same shape."""
         self.count += other.count
         self.total = self.total + other.total

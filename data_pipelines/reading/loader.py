@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import RLock
 
 import numpy as np
-from isal.isal_zlib import crc32  # ten times as fast as zlib's
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from data_pipelines.lanes import Order, rank_positions
-from data_pipelines.manifest import Manifest, read_manifest
-from data_pipelines.payload import decode
+from data_pipelines.reading.lanes import Order, rank_positions
+from data_pipelines.shards.manifest import Manifest, read_manifest
+from data_pipelines.shards.payload import decode
 from warm_dist.config.batch import check_world
 from warm_dist.config.run import Config
 from warm_dist.data import Batch
@@ -31,10 +31,16 @@ from warm_dist.store.cache import CachedStore
 from warm_dist.store.open import open_store
 
 _RAMP = 4  # blocks grow by this factor, so that the first batch waits for little
+
+
 # A request costs about as long as this many bytes take, so smaller gaps are read and thrown away.
 # Derived: 3 ms a request (measured, SeaweedFS on loopback) at 20 MB/s for each thread.
 _GAP_BYTES = 64 << 10
+
+
 _GET_BYTES = 8 << 20  # of one GET at most, so that threads share a large block
+
+
 _REPACK = "if `python -m data_pipelines.verify` finds the same, pack the data again"
 
 

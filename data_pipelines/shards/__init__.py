@@ -1,0 +1,1 @@
+"""WebDataset shards and their manifest: encoding, indexing, statistics."""
