@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from launch.bench import BATCH, DataBench, Spread, crop, photographs
-from launch.bench_features import FeaturesBench
-from launch.bench_features import table as features_table
-from launch.bench_step import StepBench
-from launch.bench_step import table as step_table
+from launch.benchmarks.data import BATCH, DataBench
+from launch.benchmarks.features import FeaturesBench
+from launch.benchmarks.features import table as features_table
+from launch.benchmarks.pictures import crop, photographs
+from launch.benchmarks.result import Spread
+from launch.benchmarks.step import StepBench
+from launch.benchmarks.step import table as step_table
 from tests.processes import ROOT
 from warm_dist.errors import ConfigError, WarmDistError
 
@@ -90,7 +92,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataBench:
 
 
 def test_the_table_has_the_figures(measured: DataBench) -> None:
-    from launch.bench import table
+    from launch.benchmarks.data import table
 
     assert len(list(measured.measure(2))) == 2 * 3 * 4
     report = measured.report()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from launch.bench_features import pictures, random_inception
+from launch.benchmarks.features import pictures, random_inception
 from tests.test_downloads import MemoryStore
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.evaluation.extractors import Lite0, Pixels, features, make_extractor
@@ -120,7 +120,7 @@ class Weights(nn.Module):
 
 def clean_fid(folder: Path, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
     """Features by clean-fid's own resize, layout, batch and network, from `inception-2015-12-05.pt` in this folder."""
-    from launch.peers.clean_fid import CleanFid
+    from launch.benchmarks.peers.clean_fid import CleanFid
 
     return CleanFid(folder)(torch.as_tensor(images))
 

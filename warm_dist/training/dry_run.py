@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
+from launch.benchmarks.scaling import forward_bytes
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import size_of
-from warm_dist.scaling import forward_bytes
 
 SIZES = (1, 8, 64, 256, 1024)
 

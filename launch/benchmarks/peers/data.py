@@ -1,4 +1,4 @@
-"""Read one epoch as a peer's own documentation shows: `python launch/peers/data.py JOB.json`, started by launch/bench.py.
+"""Read one epoch as a peer's own documentation shows: `python launch/benchmarks/peers/data.py JOB.json`, started by launch/bench.py.
 
 Standalone: it runs in the peers' environment and imports nothing of ours. Everybody gives uint8 batches in numpy, in one
 process. The clocks start after the imports and a small warm-up set, and stop at the last image of the real one.
@@ -24,8 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]  # (B, H, W, C)
+
+
 Job = dict[str, Any]
+
+
 PACKAGES = ("pillow", "numpy", "boto3", "webdataset", "awscli", "mosaicml-streaming")
+
+
 MDS = {"npy": "ndarray:uint8:{0},{0},3", "png": "png", "jpg": "jpeg"}  # Streaming's encodings
 
 

@@ -1,4 +1,4 @@
-"""Read one epoch with our own loader: `python launch/peers/ours.py JOB.json`, started by launch/bench.py.
+"""Read one epoch with our own loader: `python launch/benchmarks/peers/ours.py JOB.json`, started by launch/bench.py.
 
 The loader never ends and reads ahead, across epochs too. So a whole epoch is the warm-up, and the clocks run from the
 first batch of the second epoch to the first of the third: as much is ready at the one as at the other.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipelines.reading.loader import Loader
 from data_pipelines.shards.manifest import read_manifest
-from launch.peers.data import Clock, checksum, report
+from launch.benchmarks.peers.data import Clock, checksum, report
 from warm_dist.config.run import DataConfig
 from warm_dist.store.base import split_url
 from warm_dist.store.open import open_store

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from warm_dist.distributed.world import World
     from warm_dist.training.trainer import Trainer
 
+
 MIRROR_S = 120.0  # the longest to wait for the mirror to find its server, or to send the last line
 
 

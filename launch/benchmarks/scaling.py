@@ -5,9 +5,11 @@ P parameters, W ranks, A accumulations. Weights and gradients take `forward_byte
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
 
+from warm_dist import errors
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import NetworkSize
 from warm_dist.training.dry_run import SIZES, memory_bytes
@@ -144,3 +146,16 @@ def table(config: Config, network: NetworkSize) -> str:
                 row + "".join(f"{1e3 * s.seconds:28.1f}{s.images_per_s:10.0f}{s.efficiency:9.1%}" for s in steps)
             )
     return "\n".join(lines)
+
+
+SCALES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the photographs that crops are taken from
+
+
+def scaling(args: argparse.Namespace) -> int:
+    """The subcommand `scaling`."""
+    from warm_dist.config.load import load_config
+    from warm_dist.networks.flops import size_of
+
+    config = load_config(args.config, args.set)
+    print(table(config, size_of(config)))
+    return errors.EXIT_OK

@@ -17,16 +17,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.bench import ROOT, Spread
+from launch.benchmarks.result import ROOT, Spread, verdict
 from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, WarmDistError
 
 if TYPE_CHECKING:
     from warm_dist.config.run import Config
 
+
 SIDE_TARGET = 0.02  # of the step's processor time, for EMAs, metrics and their mirror together
+
+
 SPEEDUP_TARGET = 0.9  # of `ranks` times one rank's images a second
+
+
 JOB_S = 900  # the longest that one measurement may take
+
+
 ALONE = ("bare", "one", "mirror")  # one rank: only the network; with EMAs and metrics; and with MLflow's mirror
 
 
@@ -141,8 +148,8 @@ class StepBench:
 
         Expected: one rank's step, longer where ranks share a core, and the bytes of its stage at an all-reduce's speed.
         """
+        from launch.benchmarks.scaling import sent_bytes
         from warm_dist.config.load import load_config
-        from warm_dist.scaling import sent_bytes
 
         pairs = list(zip(self.runs[f"{size} ranks"], self.runs["one"], strict=True))
         found = verdict(
@@ -158,13 +165,6 @@ class StepBench:
             expected.append(one["wall_s"] / step_s)
             cpu.append(one["process_s"] / many["process_s"])
         return found | {"expected": asdict(Spread.of(expected)), "processor": asdict(Spread.of(cpu))}
-
-
-def verdict(values: list[float], target: float, below: bool) -> dict[str, Any]:
-    """Spread, target, and whether the median reaches it."""
-    spread = Spread.of(values)
-    met = spread.median <= target if below else spread.median >= target
-    return asdict(spread) | {"target": target, "met": met}
 
 
 def _line(name: str, found: dict[str, Any], scale: float = 1.0, digits: int = 3) -> str:
@@ -198,7 +198,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(_line("once, the mirror's start, s", report["runs"]["mirror"]["mirror_start_s"], 1, 1))
     lines += ["", "images/s over as many times one rank's"]
     for name, found in report["speedup"].items():
-        lines += [_line(name, found), _line("  expected by warm_dist/scaling.py", found["expected"])]
+        lines += [_line(name, found), _line("  expected by launch/benchmarks/scaling.py", found["expected"])]
         lines.append(_line("  processor time of one rank over theirs", found["processor"]))
     return "\n".join(lines)
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each measures one part against its target."""
