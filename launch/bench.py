@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.benchmarks.data import data
 from launch.benchmarks.result import ROOT
+from launch.benchmarks.scaling import scaling
 from warm_dist import errors
 
 

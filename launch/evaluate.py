@@ -13,17 +13,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch import sampling
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.evaluation import surface_table
 from warm_dist.evaluation.surface import NetworkCells, open_results
-
-if TYPE_CHECKING:
-    pass
-
 
 PATIENCE_S = 3600  # of a rank with a batch less, or whose file is cached: a batch of a large network takes minutes
 

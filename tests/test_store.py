@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import store
 from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
-from warm_dist.store import s3
+from warm_dist.store import base, s3
 from warm_dist.store.base import Store, split_url
 from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store
@@ -58,7 +57,7 @@ def test_upload_and_download_of_a_file_in_several_parts(
     data = os.urandom(9 << 20)  # boto3 sends 8 MiB a part
     (tmp_path / "local").write_bytes(data)
     store.upload("big.bin", tmp_path / "local")
-    monkeypatch.setattr(store, "PIECE_BYTES", 2_000_000)
+    monkeypatch.setattr(base, "PIECE_BYTES", 2_000_000)
     store.download("big.bin", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
 

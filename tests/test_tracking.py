@@ -271,9 +271,9 @@ def test_outages_and_lost_replies(running: Services, client: Any, run: Path, mon
     proxy.close()
     log(run, STEPS[30:])
     end(run, 0)
-    monkeypatch.setattr(mirror, "LAST_TRIES", 1)
+    monkeypatch.setattr(follow, "LAST_TRIES", 1)
     with pytest.raises(UnreachableError, match=r"python launch/mirror\.py"):
-        mirror._finish(Mirror(run, proxy.url, run.parent.name), 1, None)
+        follow._finish(Mirror(run, proxy.url, run.parent.name), 1, None)
     assert catch_up(run, running.mlflow_url).returncode == 0
     assert history(client, run) == [(n, 1 / n) for n in STEPS]
     assert found(client, run).info.status == "FINISHED"

@@ -188,10 +188,11 @@ def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
 def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, manifest, monkeypatch):
     from warm_dist.errors import UnreachableError
     from warm_dist.runs.folder import claim_run
+    from warm_dist.sweeps import trial_process
 
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
     run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
-    monkeypatch.setattr(trial, "FREE_S", 0.5)
+    monkeypatch.setattr(trial_process, "FREE_S", 0.5)
     _, lock = claim_run(run.run)
     with lock, pytest.raises(UnreachableError, match="another process still trains in it"):
         run.start()
