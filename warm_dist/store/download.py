@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import os
 import tempfile
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
