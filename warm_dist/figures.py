@@ -12,11 +12,7 @@ from PIL import Image
 from warm_dist.files import replace_file
 
 _GAP_PX = 2
-
-
 _GAP_COLOUR = 208  # light grey: visible beside images on white and on black
-
-
 _GRID_PX = 512
 
 

@@ -3,63 +3,91 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from warm_dist.errors import OutputError
 
+_LOCK_POLL_S = 0.05
+
 
 def make_folder(path: Path) -> None:
-    """Make a folder unless it exists. Raises OutputError: better now than after hours of work."""
+    """Create a folder and its parents unless they exist. Raises OutputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Replace a file as a whole: it is never seen half-written. Raises OutputError if the folder refuses."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then rename it to `path`; the folder is created if missing.
+
+    Readers see the old file or the new one, never a part. Raises OutputError.
+    """
+    make_folder(path.parent)
+    _replace(path, write)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        write(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # after success there is nothing to remove
+            temporary.unlink()
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replace a JSON file as a whole in a folder that exists. Raises OutputError."""
+    text = json.dumps(tree, indent=2) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """The file's content, or None when it does not exist or holds no JSON."""
+    """The file's content, or None if it does not exist or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there as a whole. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone after success; without a folder there is nothing to remove
-            temporary.unlink()
+def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
+    """Open a file for reading and writing, created if missing, and lock it: `with locked(path): ...`.
 
-
-_BLOCK_BYTES = 1 << 20
+    The lock belongs to the open file: closing it, or the end of the process however it ends, releases it.
+    wait_s: how long to wait for another holder, seconds (math.inf: without limit). Raises BlockingIOError if another
+    process still holds the lock then, other OSErrors as `open` does.
+    """
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait_s == math.inf else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise
+        except OSError:
+            file.close()
+            raise
+        time.sleep(_LOCK_POLL_S)
 
 
 def file_sha256(path: Path) -> str:
-    """64 hex digits."""
+    """The sha256 of a file's content, 64 hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 
@@ -40,4 +39,6 @@ def uniforms(seed: int, purpose: str, indices: Sequence[int], count: int) -> NDA
 
 def seed_torch(seed: int, nimg: int, rank: int) -> None:
     """Seed torch's own generators (dropout) from (seed, nimg, rank): bit-exact resumes at the same world size."""
+    import torch  # here alone: packing and a trial's actor do without its 450 MB
+
     torch.manual_seed(int(generator(seed, f"torch/{rank}", nimg).integers(2**63)))

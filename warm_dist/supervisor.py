@@ -19,17 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OWNER = "WARM_DIST_OWNER"  # "pid:start time in clock ticks since boot"
-
-
 WATCH_S = 0.2  # how soon the end of the owner is noticed
-
-
 GRACE_S = 5.0  # between SIGTERM and SIGKILL once the owner is gone
-
-
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-
-
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 

@@ -31,16 +31,10 @@ from warm_dist.store.cache import CachedStore
 from warm_dist.store.open import open_store
 
 _RAMP = 4  # blocks grow by this factor, so that the first batch waits for little
-
-
 # A request costs about as long as this many bytes take, so smaller gaps are read and thrown away.
 # Derived: 3 ms a request (measured, SeaweedFS on loopback) at 20 MB/s for each thread.
 _GAP_BYTES = 64 << 10
-
-
 _GET_BYTES = 8 << 20  # of one GET at most, so that threads share a large block
-
-
 _REPACK = "if `python -m data_pipelines.verify` finds the same, pack the data again"
 
 

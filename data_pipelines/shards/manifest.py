@@ -19,17 +19,9 @@ from warm_dist.store.base import Store, split_url
 from warm_dist.store.open import open_store
 
 NAME = "manifest.parquet"
-
-
 VERSION = 2
-
-
 _HEADER = b"warm-dist"  # the key of the JSON header in the Parquet schema's metadata
-
-
 _ARRAYS = ("mean_image", "power_spectrum", "low_mean", "low_covariance")
-
-
 _COLUMNS = {
     "shard": "int32",
     "key": "string",
@@ -38,8 +30,6 @@ _COLUMNS = {
     "length": "int64",
     "crc32": "uint32",
 }
-
-
 _FEW_ROWS = 1 << 20  # so many rows fit into memory whatever the file claims
 
 

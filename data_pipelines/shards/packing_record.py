@@ -24,17 +24,9 @@ from warm_dist.errors import DataError
 from warm_dist.store.base import Store
 
 FOLDER = "parts"
-
-
 EMPTY = "empty"  # in the place of the shard's name where no image was good
-
-
 _READERS = 8
-
-
 _ROWS = ("label", "offset", "length", "crc32")
-
-
 _SUMS = ("total", "squares", "products")
 
 

@@ -16,35 +16,17 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 PAYLOADS = ("npy", "png", "jpg", "webp")
-
-
 MAX_PIXELS = 1 << 26  # of a picture whose shape nobody knows beforehand: 256 MiB as PIL holds it
-
-
 _JPEG = {"quality": 95, "subsampling": 0}  # 4:4:4; below 64 px halved colour is visible
-
-
 _WEBP = {"lossless": True, "quality": 75, "method": 4}
-
-
 _NPY_HEADER = 1024  # bytes; numpy writes 128 for an image
-
-
 # (bits, colour type) of PNG's IHDR → PIL's mode and raw mode. Alpha and 16 bits are left out: they would lose something
 _PNG = {(1, 0): ("1", "1"), (2, 0): ("L", "L;2"), (4, 0): ("L", "L;4"), (8, 0): ("L", "L"), (8, 2): ("RGB", "RGB"),
         (1, 3): ("P", "P;1"), (2, 3): ("P", "P;2"), (4, 3): ("P", "P;4"), (8, 3): ("P", "P")}  # fmt: skip
-
-
 # first column and row, and their steps, of the seven passes of an interlaced PNG (its specification, section 8.2)
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-
-
 _IHDR = struct.Struct(">8s8sIIBBBBB")
-
-
 _CHUNK = struct.Struct(">I4s")
-
-
 _SOF = struct.Struct(">BHHB")
 
 

@@ -18,8 +18,6 @@ from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
 Task = TypeVar("Task")
-
-
 Result = TypeVar("Result")
 
 

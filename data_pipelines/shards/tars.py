@@ -11,11 +11,7 @@ from typing import IO, NamedTuple
 from warm_dist.errors import DataError
 
 IMAGES = ("npy", "png", "jpg", "jpeg", "webp")  # suffixes of what a sample may hold
-
-
 _PIECE_BYTES = 1 << 20
-
-
 MAX_LABEL = 1 << 20  # a class number beyond a million is damage
 
 

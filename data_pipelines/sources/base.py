@@ -14,8 +14,6 @@ from data_pipelines.sources.transform import Transform, decode_image
 from warm_dist.rng import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
 MAX_FILE_BYTES = 256 << 20  # a picture file beyond it is a mistake or an attack
 
 

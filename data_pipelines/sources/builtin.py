@@ -12,8 +12,6 @@ from data_pipelines.sources.transform import Transform
 from warm_dist.errors import ConfigError
 
 RASTER_PX = 64  # OpenMoji is drawn at this size and box-averaged from there
-
-
 SKIN_TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")  # Unicode's Fitzpatrick modifiers, in the files' names
 
 

@@ -19,8 +19,6 @@ from data_pipelines.sources.transform import Transform, fit
 from warm_dist.errors import DataError
 
 _CIFAR_BYTES = 256 << 20  # of one file in CIFAR's archives; the largest has 155 MB
-
-
 _CIFAR_IMAGE = 3 * 32 * 32
 
 

@@ -14,8 +14,6 @@ from data_pipelines.sources.transform import Transform, decode_image
 from warm_dist.errors import DataError
 
 LABELS = ("label", "labels", "fine_label")
-
-
 _BATCH_ROWS = 64  # decoded from a row group at a time, so that groups of any size fit into memory
 
 

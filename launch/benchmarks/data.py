@@ -24,22 +24,14 @@ if TYPE_CHECKING:
 
 
 SIZE, BATCH = 64, 256
-
-
 PAYLOADS = {"npy": "raw", "png": "PNG", "jpg": "JPEG"}
-
-
 OURS, PEERS = "ours", ("pipe:aws", "boto3", "streaming")
-
-
 NAMES = {
     OURS: "ours",
     "pipe:aws": "webdataset, pipe:aws",
     "boto3": "webdataset, boto3 body",
     "streaming": "MosaicML Streaming",
 }
-
-
 # the better, the worse (payload and contender each), and the ratio of CPU times that the former shall reach
 TARGETS = (
     (("png", OURS), ("png", "pipe:aws"), 0.45),

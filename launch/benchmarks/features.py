@@ -26,29 +26,13 @@ if TYPE_CHECKING:
 
 
 CLEAN_FID, FLOAT32, BF16 = "clean-fid", "ours", "ours, bf16"
-
-
 TARGETS = {FLOAT32: 0.80, BF16: 0.40}  # of clean-fid's processor time
-
-
 DISTANCE_TARGET_S = 3.0  # processor time of one distance
-
-
 DIMENSIONS, DISTANCE_ROWS = 2048, (4096, 1000)  # more and fewer images than features
-
-
 CALIBRATION = 32  # pictures that the random network's batch norms see
-
-
 WEIGHTS = "inception-2015-12-05.pt"  # the name that clean-fid asks for
-
-
 STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2")
-
-
 MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
-
-
 LAYERS = (*STEM, *(f"Mixed_{name}" for name in MIXED), "avgpool")  # torchvision's names, up to the pooled features
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 JOB_S = 300  # the longest that one contender may take
 
 

@@ -15,8 +15,6 @@ from warm_dist.networks.flops import NetworkSize
 from warm_dist.training.dry_run import SIZES, memory_bytes
 
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
-
-
 EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 
 
@@ -45,8 +43,6 @@ class Machine:
 # data sheet's 8 ConnectX-7 of 400 Gb/s a node, each carrying one of eight rings. Latency: an assumption.
 # MFU: EDM's README has this network at 2500 Mimg on 32 A100 in about 13 days: 0.147 of 312e12 operations a second.
 DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
-
-
 # The same GPUs in nodes with one network card of 100 Gb/s.
 ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
 

@@ -26,14 +26,8 @@ if TYPE_CHECKING:
 
 
 SIDE_TARGET = 0.02  # of the step's processor time, for EMAs, metrics and their mirror together
-
-
 SPEEDUP_TARGET = 0.9  # of `ranks` times one rank's images a second
-
-
 JOB_S = 900  # the longest that one measurement may take
-
-
 ALONE = ("bare", "one", "mirror")  # one rank: only the network; with EMAs and metrics; and with MLflow's mirror
 
 

@@ -26,14 +26,8 @@ from warm_dist.training.ema import EMA
 from warm_dist.training.engine import STATE, Engine
 
 FORMAT = 2
-
-
 COMPLETE = "COMPLETE"
-
-
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # all of the state, kept for a while; some EMAs, kept for ever
-
-
 _GET_BYTES = 32 << 20  # neighbouring tensors are read together up to so many
 
 

@@ -40,14 +40,8 @@ from warm_dist.runs.metrics import last_attempt
 from warm_dist.store.base import OpenStore, Store
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
-
-
 PROBE = f"{CHECKPOINTS}/.probe"
-
-
 METRICS = "metrics.jsonl"
-
-
 _VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
 
 

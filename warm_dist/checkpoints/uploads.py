@@ -17,8 +17,6 @@ from warm_dist.errors import DataError, UnreachableError, WarmDistError
 from warm_dist.store.base import Store
 
 MAX_PAUSE_S = 10.0  # between two attempts at a store that does not answer; the wait is uniform up to that
-
-
 _POLL_S = 0.2  # how often rank 0 looks whether the other ranks' files have come
 
 

@@ -145,26 +145,12 @@ def _kind(value: Any) -> str:
 
 
 Number = Annotated[NonNegative, Tag("number")]
-
-
 Power = Annotated[PowerBNR, Tag("power")]
-
-
 Table = Annotated[TableBNR, Tag("table")]
-
-
 Uniform = Annotated[UniformBNR, Tag("uniform")]
-
-
 LogUniform = Annotated[LogUniformBNR, Tag("log_uniform")]
-
-
 PathBNR = Annotated[Number | Power | Table, Discriminator(_kind)]
-
-
 AnyBNR = Annotated[Number | Power | Table | Uniform | LogUniform | Annotated[Cold, Tag("cold")], Discriminator(_kind)]
-
-
 KINDS = ("number", "power", "table", "uniform", "log_uniform", "cold")
 """What an error's location may name besides keys."""
 

@@ -124,8 +124,6 @@ class CheckpointConfig(Section):
 
 
 Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
-
-
 Grid = Annotated[
     Annotated[Literal["edm", "log_linear"], Tag("grid name")] | Annotated[Levels, Tag("grid list")],
     Discriminator(lambda value: "grid list" if isinstance(value, list | tuple) else "grid name"),

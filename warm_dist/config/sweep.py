@@ -13,17 +13,9 @@ from warm_dist.config.values import NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # nearer to 1 there would be thousands of rungs
-
-
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
-
-
 Seed = Annotated[int, Field(ge=0)]
-
-
 SEED = "train.seed"
 
 

@@ -7,14 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 Positive = Annotated[int, Field(gt=0)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

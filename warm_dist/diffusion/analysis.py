@@ -15,8 +15,6 @@ from warm_dist.config.bnr import Path, TableBNR
 from warm_dist.diffusion.spectrum import eigenvalues, fallback_spectrum
 
 Array = NDArray[np.float64]
-
-
 SIGMAS = np.geomspace(0.002, 80.0, 64)
 """Levels to look at: EDM's range."""
 

@@ -15,11 +15,7 @@ from warm_dist.diffusion.spectrum import fallback_spectrum
 from warm_dist.files import replace_file
 
 _SNR_SIGMAS = (0.05, 0.5, 5.0)
-
-
 _STYLES = (":", "--", "-")
-
-
 _COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 
 

@@ -24,11 +24,7 @@ from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct, unblurred
 from warm_dist.errors import DataError
 
 Denoise = Callable[[Tensor, Level], Heads]
-
-
 Noise = Callable[[int], Tensor]
-
-
 Sampler = Callable[[Denoise, Tensor, Sequence[Point], Noise], Tensor]
 
 

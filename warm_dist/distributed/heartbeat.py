@@ -23,12 +23,8 @@ from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 
 PLACES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
 """Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
-
-
 NEWS_RANKS = 64
 """All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
-
-
 _PLURAL = {"is": "are", "has been": "have been"}
 
 

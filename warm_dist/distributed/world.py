@@ -20,15 +20,9 @@ from torch.distributed import distributed_c10d
 from warm_dist.errors import PortError, UnreachableError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 JOIN_S = 180  # nodes start at different speeds: a collective's patience would be too short
-
-
 NCCL_GRACE = timedelta(seconds=30)
 """NCCL's watchdog aborts the process without a word: gloo, which raises, is to run out of patience first."""
-
-
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 

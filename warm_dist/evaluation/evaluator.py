@@ -36,15 +36,9 @@ from warm_dist.store.base import OpenStore
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
-
-
 IMAGES_PER_FEATURE = 1.6
 """Below so many images for each feature the covariance is too uncertain for a Fréchet distance to rank models."""
-
-
 MEASURES = ("frechet", "kid", "precision", "recall")
-
-
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 

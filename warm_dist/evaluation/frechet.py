@@ -17,8 +17,6 @@ from threadpoolctl import threadpool_limits
 from warm_dist import rng
 
 MEASURE = ("extractor", "extractor_sha256", "resize", "num_images", "kid_images", "reference")
-
-
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 """Of inception-2015-12-05.pt as StyleGAN2-ADA published it; k-diffusion checks the same digest."""
 

@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.floating[Any]]
-
-
 _BLOCK = 1024  # rows of a distance matrix at a time: the largest piece is 80 MB with 10,000 columns
 
 

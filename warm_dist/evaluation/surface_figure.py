@@ -11,8 +11,6 @@ from typing import Any
 from warm_dist.files import replace_file
 
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of each decade
-
-
 Line = dict[str, Any]
 """A cell: weights, bnr (text), method, nfe, measure, name, frechet, spread and floor, as launch/evaluate.py keeps it."""
 

@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-
-
 COLUMNS = ("weights", "bnr", "method", "nfe", "frechet", "spread", "blocks", "floor", "floor_n", "num_images", "kid",
            "precision", "recall", "name", "measure", "spec", "sha256")  # fmt: skip
-
-
 MEASURES = ("frechet", "spread", "kid", "precision", "recall", "floor")
 
 

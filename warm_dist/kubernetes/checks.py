@@ -12,17 +12,9 @@ from warm_dist.errors import ConfigError, redact
 from warm_dist.kubernetes.jobs import SCRATCH, Object
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with what controllers add to it, a pod's name has at most 63
-
-
 _LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1?")
-
-
 _RESERVED = {"warm-dist", "mlflow", "postgres", "s3"}  # of standing objects, one of which a job would replace
-
-
 IMAGE = re.compile(r"[\w.:/-]+(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})")
-
-
 SOURCES = ("openmoji", "digits")  # that the image brings
 
 

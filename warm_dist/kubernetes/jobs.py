@@ -22,23 +22,11 @@ from warm_dist.kubernetes.checks import SOURCES, check_name, check_reachable, ch
 from warm_dist.sweeps.trials import trials
 
 Object = dict[str, Any]
-
-
 SCRATCH = "/scratch"  # a pod's own disk, gone with it
-
-
 STOP_FILE = f"{SCRATCH}/stop"  # base/training's preStop hook makes it
-
-
 MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
-
-
 METRICS_PORT, MASTER_PORT = 9400, 29500
-
-
 GPU = "nvidia.com/gpu"
-
-
 _IMAGES = "/images"  # where the claim `images` is mounted
 
 

@@ -17,8 +17,6 @@ from pathlib import Path
 
 # What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
 STOPPED_S, FINISHED_S = 45.0, 600.0
-
-
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 

@@ -16,8 +16,6 @@ from warm_dist.networks.blocks import Block
 from warm_dist.networks.unet import UNet
 
 _FOURIER = "map_noise.freqs"
-
-
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 

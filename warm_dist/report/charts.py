@@ -10,27 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 _INK = "#010203"  # a colour that nothing else has: becomes currentColor, so that the page's scheme decides
-
-
 # Relative luminance 0.15 to 0.30: at least 3:1 (WCAG 1.4.11) against the page's white and against its dark ground.
 _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
-
-
 _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
-
-
 _MOST_POINTS = 300  # a curve's in the page: half a point a pixel
-
-
 _LOG_FROM = 8.0  # max/min of the values above which a distance gets a log axis: a linear one would hide the end
-
-
 _SIZE = (6.0, 3.3)  # inches; 72 units each in the SVG's own coordinates
-
-
 _LABEL_GAP = 9.0  # points from one label to the next, their font's height
-
-
 _RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "warm-dist",

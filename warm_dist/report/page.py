@@ -17,14 +17,8 @@ from warm_dist.report.charts import Look, Series
 from warm_dist.report.facts import Result, Run
 
 MOST_STEPS = 12  # grids a run: a page of ten runs stays below some 30 MB
-
-
 _MOST_CHARTS = 6  # of the BNR; beyond these, evaluations' results without company stay in their table
-
-
 _MOST_PX = 1024  # a wider grid is shrunk, for the same reason
-
-
 _CURVES = (
     ("loss_blurry", "Training loss, blurry head", "network units", "log"),
     ("loss_residual", "Training loss, residual head", "network units", "log"),
@@ -32,8 +26,6 @@ _CURVES = (
     ("grad_norm", "Gradient norm", "norm, before clipping", "log"),
     ("images_per_s", "Speed", "images/s", "linear"),
 )
-
-
 _DASHES = ("-", "--", ":", "-.")
 
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 from warm_dist.errors import DataError, OutputError
 
 PIECE_BYTES = 32 << 20  # of a download
-
-
 PARTIAL = ".partial"  # the name of a file until it is whole
 
 

@@ -23,8 +23,6 @@ from warm_dist.errors import OutputError
 from warm_dist.store.base import PARTIAL, Stat, Store
 
 PAGE_BYTES = 256 << 10  # a request costs about as much as 60 KiB of transfer, so the ends of a GET are no burden
-
-
 _PAGES, _ACCOUNT = ".pages", "warm-dist.account"  # names of ours in a folder that may hold anything else
 
 

@@ -24,29 +24,15 @@ from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, O
 from warm_dist.store.base import Stat, Store, too_short
 
 ATTEMPTS = 5  # of one request, by boto3, which never repeats a body
-
-
 CONNECT_S, READ_S = 5, 10  # silence after which an attempt is given up
-
-
 BODY_S = 30  # a body that takes longer is a trickle; another connection may be faster
-
-
 PRESIGNED_S = 3600  # life of a URL; renewed at half of it
-
-
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 8.0  # doubles with each failure; the wait is uniform between 0 and that
-
-
 # A read is given up after PATIENCE_S, and what its bytes so far need at SLOWEST. The last attempt begins at most 8 s later
 # and takes 5 + 10 + 30 s: 119 s for a GET of 8 MiB, less than parallel.timeout_s, so that a rank names its storage before
 # its peers miss it. Four stalls in a row are survived.
 PATIENCE_S = 45
-
-
 SLOWEST = 400_000  # bytes a second
-
-
 _PIECE_BYTES = 256 << 10  # read from a body at once
 
 

@@ -19,18 +19,10 @@ from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableErr
 from warm_dist.store.s3 import S3Store
 
 HOST = "127.0.0.1"
-
-
 START_S = 30.0
-
-
 STOP_S = 3.0  # weed may wait long for idle connections; its data survive the SIGKILL that follows
-
-
 # weed opens P..P+4 and each + 10000; this range keeps all of them clear of Linux's ephemeral ports (32768 and up)
 PORTS = range(10_000, 22_000)
-
-
 MAX_PORT = 55_000
 
 

@@ -22,11 +22,7 @@ from warm_dist.sweeps.trial_process import END_S, End, SweepPaths, TrialRun, sta
 from warm_dist.sweeps.trials import Trial
 
 POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen
-
-
 STEP_S = 2.0  # after which a step without news returns, so that Tune may end the trial
-
-
 START_S = 120.0  # for the actors of a trial's further machines
 
 

@@ -12,11 +12,7 @@ from warm_dist.sweeps import ranking
 from warm_dist.sweeps.ranking import short
 
 GAP = 0.045  # of an axis, between two labels at least
-
-
 _LOG_FROM = 20.0  # max/min from which a searched key's values get a log axis
-
-
 _MANY = 9  # so many values of a key do not get a tick each
 
 

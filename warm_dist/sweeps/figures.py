@@ -24,23 +24,11 @@ if TYPE_CHECKING:
 
 
 _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
-
-
 _PALE, _GREY = "#bbbbbb", "#666666"
-
-
 _NAMED = 10  # trials in a legend
-
-
 _DARK_PART = 0.93  # of viridis: its end is hard to see on white
-
-
 _LOG_FROM = 4.0  # max/min from which distances get a log axis
-
-
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-
-
 _STATES: dict[str, tuple[str, str, str]] = {  # in the legend, at the end of a line, the line itself
     FINISHED: ("finished", "o", "-"),
     STOPPED: ("stopped early", "x", "--"),

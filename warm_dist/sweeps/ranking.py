@@ -16,34 +16,18 @@ from warm_dist.errors import ConfigError
 from warm_dist.files import replace_file
 
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
-
-
 SEED, BNR = "train.seed", "process.bnr"
-
-
 _WIDTH, _REASON = 120, 28  # characters of a line for people, and of them at least for why a trial failed
-
-
 _CELL = (6, 36)  # characters of a searched value: no fewer, no more
-
-
 _DIGITS = 6  # a number of more characters is rounded for people
-
-
 _TRIAL = {"trial": "string", "state": "string", "reason": "string", "rank": "int64", "seed": "int64",
           "total_nimg": "int64", "bnr": "double", "log10_bnr": "double"}  # fmt: skip
-
-
 _EVALUATION = {"nimg": "int64", "attempt": "int64", "time": "timestamp", "frechet": "double", "spread": "double",
                "blocks": "int64", "floor": "double", "floor_n": "int64", "kid": "double", "precision": "double",
                "recall": "double", "num_images": "int64", "nfe": "int64", "sampled_bnr": "string", "method": "string",
                "metric_name": "string", "spec": "string", "measure": "string", "seconds": "double",
                "grid": "string"}  # fmt: skip
-
-
 _NAMES = {"sampled_bnr": "bnr", "metric_name": "name"}  # of an evaluation in metrics.jsonl, where others are a trial's
-
-
 Record = dict[str, Any]
 """A line of metrics.jsonl of kind "eval"."""
 

@@ -21,23 +21,15 @@ _ENVIRONMENT = {  # read when ray is imported
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in metrics.jsonl
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a step without an evaluation has no distance
 }
-
-
 _LOCAL = {  # for a Ray of our own, which is for this machine
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: named after the systems where that is the default
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",  # else 15, and training would have it from its worker
 }
-
-
 # One try, in which a head that does not answer has 40 s, not 20 tries (that is what the number means there: a refused
 # token would be tried for 20 s, an address where nobody listens for 14 minutes).
 _JOINED = {"RAY_gcs_server_port_wait_time_s": "1"}
-
-
 _CONNECT_S = 10.0
-
-
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing large travels
 
 

@@ -31,21 +31,11 @@ from warm_dist.supervisor import free_port
 from warm_dist.sweeps.trials import Trial
 
 END_S = 10.0  # from SIGTERM to SIGKILL: time to save a checkpoint, or not
-
-
 FREE_S = 20.0  # what a killed sweep's processes may take to be gone from a run's folder
-
-
 PATIENCE_S, RETRY_S = 600.0, 5.0  # with an output on S3 that does not answer
-
-
 LOOPBACK = "127.0.0.1"
-
-
 # Tried again it would fail again: the config, the data, a damaged checkpoint, non-finite numbers, the number of processes.
 _FINAL_CODES = {2, 3, 4, 5, 9}
-
-
 _PUBLISHED = ("config.json", "run.json", "metrics.jsonl", "mirror.json", "exit.json", "trial.log", "samples/*.png",
               "weights/*.safetensors")  # fmt: skip
 

@@ -19,17 +19,9 @@ from warm_dist.errors import ConfigError
 
 Values = dict[str, Any]
 """The searched keys, by dotted path, in the sweep's order, with a trial's values."""
-
-
 _OWN = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
-
-
 _MEASURE = "eval", "data.manifest", "data.resolution", "data.channels"
-
-
 _SECTIONS = {key.rpartition(".")[0] for key in known_keys()} - {""}
-
-
 _NAME_LENGTH = 80
 
 

@@ -24,23 +24,11 @@ CLIENT_ENV = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-
-
 RUN_TAG = "warm_dist.run"  # carries the identity by which a run is found again
-
-
 PARENT_TAG = "mlflow.parentRunId"
-
-
 MAX_METRICS, MAX_OTHERS = 1000, 100  # MLflow's limits for one log_batch
-
-
 MAX_REASON = 300
-
-
 MAX_VALUE = 6000  # and for the length of a parameter; a tag may have 8000
-
-
 Point = tuple[str, int]
 """A metric's key, "train/loss", and its step."""
 

@@ -22,20 +22,10 @@ from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror, SendModel
 
 POLL_S = 1.0
-
-
 LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
-
-
 LAST_TRIES = 3
-
-
 EXIT_S = 5.0  # after its owner's end: a peer may still write why
-
-
 SILENCE_S = 60.0  # of a run's heartbeat, after which it is taken for dead
-
-
 LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at its last tries
 
 

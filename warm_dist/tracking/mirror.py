@@ -25,23 +25,11 @@ from warm_dist.tracking.client import (
 )
 
 GRIDS = "samples"  # the key of the sample grids, whose step is nimg
-
-
 _ZERO_BNR = 1e-3  # BNR 0 on a logarithmic axis
-
-
 _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
-
-
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
-
-
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
-
-
 _COPIES = 2  # of each image: MLflow keeps a small one beside it
-
-
 SendModel = Callable[[Any, str, Path, int], None]
 """Given the client, the run's id, the weights and their nimg: log the model, unless it is there."""
 

@@ -11,14 +11,8 @@ from typing import Any
 from warm_dist.tracking.client import patience
 
 PACKAGE = Path(__file__).resolve().parent
-
-
 NAME = "ema"
-
-
 _NIMG_TAG = "warm_dist.nimg"
-
-
 # what sampling imports; warm_dist itself travels with the model
 _REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")
 

@@ -20,14 +20,8 @@ from warm_dist import rng
 from warm_dist.diffusion.spectrum import exact_float32
 
 SCALE_STD = 0.2  # of log2, isotropic and anisotropic alike
-
-
 TRANSLATE_STD = 0.125  # of the image's size
-
-
 ANISO_ROTATE_P = 0.5
-
-
 _TAPS = 12  # of the low-pass filter between the picture and its double
 
 

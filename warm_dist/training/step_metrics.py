@@ -24,11 +24,7 @@ from warm_dist.tracking.machine_load import MachineLoad
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
 """What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""
-
-
 PLACES = ("data", "forward", "backward", "update", "ema")
-
-
 SLOW = 1.5  # a rank that takes so many times the median for its own part of the step is told of
 
 

@@ -110,12 +110,10 @@ class Trainer:
                 f"{saved}: made from data {meta['fingerprint'][:12]}, this run reads {self.info.fingerprint[:12]}; "
                 "point data.manifest at the former, or output at a new folder"
             )
-        theirs, ours = meta["config"], dump(self.config)
-        for name in RESUMED:
-            a, b = (value_at(tree, name) for tree in (theirs, ours))
-            if a != b:
-                raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
-        if new := set(self.config.train.ema_lengths) - set(theirs["train"].get("ema_lengths", ())):
+        if difference := first_difference(meta["config"], self.config):
+            name, a, b = difference
+            raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
+        if new := set(self.config.train.ema_lengths) - set(meta["config"]["train"].get("ema_lengths", ())):
             raise CheckpointError(
                 f"{saved}: holds no EMA of length {min(new):g}, and one cannot begin in mid-run; take it out of "
                 "train.ema_lengths, or give the run a new output folder"

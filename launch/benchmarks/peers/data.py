@@ -24,14 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]  # (B, H, W, C)
-
-
 Job = dict[str, Any]
-
-
 PACKAGES = ("pillow", "numpy", "boto3", "webdataset", "awscli", "mosaicml-streaming")
-
-
 MDS = {"npy": "ndarray:uint8:{0},{0},3", "png": "png", "jpg": "jpeg"}  # Streaming's encodings
 
 
