@@ -13,13 +13,16 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch import sampling
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.evaluation import surface_table
-from warm_dist.evaluation.surface import NetworkCells, open_results
+from warm_dist.runs.folder import MIRROR
+
+if TYPE_CHECKING:
+    from warm_dist.evaluation.surface import NetworkCells
 
 PATIENCE_S = 3600  # of a rank with a batch less, or whose file is cached: a batch of a large network takes minutes
 
@@ -70,18 +73,34 @@ def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list
 
 def main() -> int:
     args = parse()
+    from data_pipelines.reading.loader import open_loader
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, set_threads, shutdown
+    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, open_results
 
     stop = StopSignal().install()
     set_threads()
     world = join(PATIENCE_S)
     results = on_main(world, lambda: open_results(args.out))
-    networks = [NetworkCells(weights, args, world) for weights in args.weights]  # all are legal before any is sampled
+    options = SurfaceOptions(
+        out=args.out,
+        method=tuple(args.method),
+        bnr=tuple(args.bnr),
+        nfe=tuple(args.nfe),
+        overrides=tuple(args.set),
+        blocks=args.blocks,
+        num_images=args.num_images,
+        batch_size=args.batch_size,
+        manifest=args.manifest,
+        endpoint_url=args.endpoint_url,
+    )
+    networks = [
+        NetworkCells(weights, options, world) for weights in args.weights
+    ]  # all are checked before any is sampled
     found: list[list[dict[str, Any]]] = []
     for network in networks:
-        found.append(network.measure(stop, results))
+        found.append(network.measure(stop, results, open_loader))
         lines = [line for part in found for line in part]
         on_main(world, lambda lines=lines: surface_table.write(lines, args.out))  # type: ignore[misc]
     shutdown()
@@ -101,7 +120,7 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
     url = tracking.mlflow_url if args.mlflow_url is None else args.mlflow_url
     if not url:
         return
-    parent = (read_json(network.weights / "mirror.json") or {}).get("run_id") if network.weights.is_dir() else None
+    parent = (read_json(network.weights / MIRROR) or {}).get("run_id") if network.weights.is_dir() else None
     facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")}
     facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
     cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks are another mean

@@ -7,31 +7,17 @@ Kubeflow Trainer sets them. It can be a container's first process.
 
 from __future__ import annotations
 
-import ctypes
 import sys
-import time
-from pathlib import Path
 
 from launch.train import parse
 from warm_dist import errors
 from warm_dist.config.load import load_config
-from warm_dist.kubernetes.node import _PR_SET_CHILD_SUBREAPER, FINISHED_S, STOPPED_S, torchrun, wait_for_orphans
-from warm_dist.runs.folder import end_since
+from warm_dist.kubernetes.node import run_node
 
 
 def main() -> int:
     args = parse()
-    config = load_config(args.config, args.set)
-    run = Path(config.output)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they do to a first process
-    began = time.time()
-    code = torchrun(sys.argv[1:])
-    end = end_since(run, began)
-    wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
-    if code and end and end["code"]:  # torchrun's own says only that a rank has failed
-        print(f"node: {end['reason']}", file=sys.stderr, flush=True)
-        return int(end["code"])
-    return code if code >= 0 else 128 - code
+    return run_node(load_config(args.config, args.set), sys.argv[1:])
 
 
 if __name__ == "__main__":

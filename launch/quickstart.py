@@ -23,6 +23,7 @@ from warm_dist.config.load import dump, load_config
 from warm_dist.config.run import Config
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.files import read_json
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS
 from warm_dist.runs.metrics import read_metrics
 
 LAUNCH = Path(__file__).resolve().parent
@@ -98,7 +99,7 @@ class Quickstart:
         command += ["--master_port", str(free_port()), str(LAUNCH / "train.py"), "--config", str(self.config_path)]
         command += [part for setting in [*self.overrides, *settings] for part in ("--set", setting)]
         print(f"quickstart: {' '.join(command)}", flush=True)
-        exit_file = self.output / "exit.json"
+        exit_file = self.output / EXIT
         before = _modified(exit_file)
         process = supervisor.start([*PATIENT, *command], self._environment())
         try:
@@ -116,7 +117,7 @@ class Quickstart:
 
     def _finished(self) -> bool:
         """Did this very config end well? Only our servers' addresses may differ."""
-        end, tree = read_json(self.output / "exit.json"), read_json(self.output / "config.json")
+        end, tree = read_json(self.output / EXIT), read_json(self.output / CONFIG)
         if not (end and tree and end["code"] == errors.EXIT_OK):
             return False
         ours = dump(self.config)
@@ -141,17 +142,17 @@ class Quickstart:
 
     def _catch_up(self, servers: Services) -> None:
         """What the run's own mirror has not sent yet, while the server is still there."""
-        if (self.output / "config.json").exists():
+        if (self.output / CONFIG).exists():
             subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
 
     def _write_report(self) -> None:
         from warm_dist.report.page import write_report
 
-        if (self.output / "config.json").exists():
+        if (self.output / CONFIG).exists():
             write_report([self.output], [], self.output / "report.html")
 
     def _metrics(self, kind: str) -> list[dict[str, Any]]:
-        return [r for r in read_metrics(self.output / "metrics.jsonl") if r["kind"] == kind]
+        return [r for r in read_metrics(self.output / METRICS) if r["kind"] == kind]
 
     def _report(self, total_s: float) -> str:
         phases = "   ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())

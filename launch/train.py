@@ -6,8 +6,8 @@ import argparse
 import os
 
 from warm_dist import errors
+from warm_dist.config.batch import check_world_size
 from warm_dist.config.load import load_config
-from warm_dist.training.attempt import Attempt
 
 
 def parse() -> argparse.Namespace:
@@ -31,14 +31,16 @@ def main() -> int:
     args = parse()
     config = load_config(args.config, args.set)
     size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    from warm_dist.config.batch import check_world_size
-    from warm_dist.training.dry_run import dry_run
-
     if args.dry_run:
+        from warm_dist.training.dry_run import dry_run
+
         print(dry_run(config, size))
-    else:
-        check_world_size(config, size)
-        Attempt(config).run()
+        return errors.EXIT_OK
+    check_world_size(config, size)
+    from data_pipelines.reading.loader import open_loader
+    from warm_dist.training.attempt import Attempt
+
+    Attempt(config, open_loader).run()
     return errors.EXIT_OK
 
 

@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
         path, engine="local", train__total_nimg=BATCH * 200, train__save_nimg=BATCH * 100, train__log_nimg=BATCH * 100,
         train__ema_lengths=[0.05, 0.1], train__snapshot_nimg=BATCH * 10, checkpoint__keep_last=1,
     )  # fmt: skip
-    storage = CheckpointManager(path, ALONE, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(path, ALONE, settings.checkpoint, print)
     trainer = Trainer(settings, ALONE, info(), lambda text: None, storage)
     direct = {kind_of(s): EMA(trainer.engine.owned(), partial(power, exponent_of(s))) for s in TRACKED}
     trainer.restore()
@@ -161,6 +161,6 @@ def test_a_length_cannot_begin_in_mid_run(run):
     changed = trainer.config.model_copy(
         update={"train": trainer.config.train.model_copy(update={"ema_lengths": (0.05, 0.2)})}
     )
-    storage = CheckpointManager(path, ALONE, open_store, changed.checkpoint, print)
+    storage = CheckpointManager(path, ALONE, changed.checkpoint, print)
     with pytest.raises(CheckpointError, match=r"holds no EMA of length 0\.2"):
         Trainer(changed, ALONE, info(), print, storage).restore()

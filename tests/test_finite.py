@@ -14,7 +14,6 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import NumericsError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.store.open import open_store
 from warm_dist.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -23,7 +22,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 def train(run: Path, poisoned: set[int], said: list[str], **changes: Any) -> tuple[Trainer, list[list[float]]]:
     """20 steps; the steps numbered in `poisoned` see a NaN. Returns the first parameter after every step too."""
     settings = config(run, engine="local", train__total_nimg=BATCH * 20, train__save_nimg=BATCH * 20, **changes)
-    storage = CheckpointManager(run, ALONE, open_store, settings.checkpoint, said.append)
+    storage = CheckpointManager(run, ALONE, settings.checkpoint, said.append)
     trainer = Trainer(settings, ALONE, info(), said.append, storage)
     step, after = trainer.step, []
 

@@ -24,7 +24,6 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
 from warm_dist.evaluation.generate import generate, sample_labels
 from warm_dist.networks.unet import build_network
-from warm_dist.store.open import open_store
 from warm_dist.tracking import model
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror
@@ -54,7 +53,7 @@ def weights(tmp_path: Path) -> Path:
     settings = config(tmp_path / "run", data__endpoint_url="https://key:hunter2@s3.example/?X-Amz-Signature=hunter2")
     path = tmp_path / "run" / "weights" / "ema.safetensors"
     tensors = {f"ema/{name}@0": value.flatten() for name, value in build_network(settings).state_dict().items()}
-    storage = CheckpointManager(tmp_path / "run", ALONE, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(tmp_path / "run", ALONE, settings.checkpoint, print)
     meta = {"num_steps": 1, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
     storage.save(CHECKPOINTS, 1280, tensors, meta)
     export_weights([(storage.saved(1280), "ema", 1.0)], path)

@@ -52,7 +52,7 @@ class Fixture:
 
     def __init__(self, run: Path, said: list[str], **settings: Any) -> None:
         self.said = said
-        self.storage = CheckpointManager(run, ALONE, open_store, CheckpointConfig(**settings), said.append)
+        self.storage = CheckpointManager(run, ALONE, CheckpointConfig(**settings), said.append)
         self.loaded: list[int] = []
 
     def save(self, nimg: int, group: str = CHECKPOINTS) -> None:
@@ -367,7 +367,7 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
             tmp_path / "run", engine="local", train__total_nimg=BATCH * 100_000, train__save_nimg=BATCH * 10,
             checkpoint__url="s3://warm-dist/run", checkpoint__endpoint_url=server.endpoint_url,
         )  # fmt: skip
-        place = CheckpointManager(tmp_path / "run", ALONE, open_store, settings.checkpoint, said.append)
+        place = CheckpointManager(tmp_path / "run", ALONE, settings.checkpoint, said.append)
         trainer = Trainer(settings, ALONE, info(), said.append, place)
         trainer.restore()
         stop, down, marks = StopSignal(), [True], {}
@@ -397,7 +397,7 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
         store = open_store("s3://warm-dist/run", server.endpoint_url)
         names = complete_names(store, CHECKPOINTS)
         assert nimg_of(names[-1]) == trainer.nimg
-        fresh = CheckpointManager(tmp_path / "fresh", ALONE, open_store, settings.checkpoint, said.append)
+        fresh = CheckpointManager(tmp_path / "fresh", ALONE, settings.checkpoint, said.append)
         other = Trainer(settings, ALONE, info(), said.append, fresh)
         other.restore()
         assert other.nimg == trainer.nimg

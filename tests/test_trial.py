@@ -17,7 +17,6 @@ from warm_dist import errors
 from warm_dist.config.load import validate
 from warm_dist.config.sweep import SweepConfig, TrialConfig, load_sweep
 from warm_dist.files import read_json
-from warm_dist.store.open import open_store
 from warm_dist.sweeps.trial_process import SweepPaths, TrialRun, command, environment, make_paths, run_config
 from warm_dist.sweeps.trials import Trial, trials
 
@@ -110,7 +109,7 @@ def test_the_life_of_a_trial(tmp_path, manifest):
     """Killed at its first evaluation; started again; ended by its owner; finished. Each evaluation is told a driver once."""
     sweep, trial = first(write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0.5]}}))
     place = make_paths(sweep, "f00d", None)
-    make = lambda session: TrialRun(trial, place, ONE, session, open_store)  # noqa: E731
+    make = lambda session: TrialRun(trial, place, ONE, session)  # noqa: E731
     run = make("one")
     run.start()
     wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
@@ -143,7 +142,7 @@ def test_the_life_of_a_trial(tmp_path, manifest):
 @pytest.mark.slow
 def test_the_last_evaluation_waits_for_the_weights(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
-    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     run.start()
     early: list[int] = []
 
@@ -161,7 +160,7 @@ def test_the_last_evaluation_waits_for_the_weights(tmp_path, manifest):
 @pytest.mark.slow
 def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, manifest, {}, {"train.total_nimg": 1_600_000, "train.log_nimg": 160}))
-    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     run.start()
     wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
     began = time.monotonic()
@@ -176,7 +175,7 @@ def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
 @pytest.mark.slow
 def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
     sweep, trial = first(write_sweep(tmp_path, str(tmp_path / "nowhere" / "manifest.parquet"), {}))
-    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     run.start()
     assert follow(run) == []
     end = run.end()
@@ -191,7 +190,7 @@ def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, ma
     from warm_dist.sweeps import trial_process
 
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
-    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one", open_store)
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     monkeypatch.setattr(trial_process, "FREE_S", 0.5)
     _, lock = claim_run(run.run)
     with lock, pytest.raises(UnreachableError, match="another process still trains in it"):

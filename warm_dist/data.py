@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,30 @@ class DataInfo:
         """Raises TypeError for missing or unknown keys."""
         values: dict[str, Any] = {k: np.asarray(v, np.float64) if isinstance(v, list) else v for k, v in tree.items()}
         return DataInfo(**values)
+
+
+class Reader(Protocol):
+    """What training and evaluation need of a data set's reader (`data_pipelines.reading.loader.Loader` is one)."""
+
+    @property
+    def info(self) -> DataInfo:
+        """The data set's statistics."""
+
+    def batches(self, nimg: int) -> Iterator[Batch]:
+        """This rank's batches from global position nimg on, without end."""
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images by their row in the manifest, (len(rows), C, H, W)."""
+
+    def describe(self) -> list[str]:
+        """Lines for people: threads, memory, what was checked."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes held at once so far."""
+
+    def close(self) -> None:
+        """End the threads."""
 
 
 def centre(images: Tensor, channel_mean: Tensor) -> Tensor:

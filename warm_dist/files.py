@@ -68,7 +68,7 @@ def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
     wait_s: how long to wait for another holder, seconds (math.inf: without limit). Raises BlockingIOError if another
     process still holds the lock then, other OSErrors as `open` does.
     """
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115  # the caller's
     deadline = time.monotonic() + wait_s
     while True:
         try:

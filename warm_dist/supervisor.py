@@ -97,17 +97,28 @@ def alive(who: str) -> bool:
     return bool(who) and identity(int(who.partition(":")[0])) == who
 
 
+def become_subreaper() -> None:
+    """Have the kernel make orphans among this process's descendants its own children (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of this address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
 def _supervise(command: list[str], owner: str) -> int:
-    libc = ctypes.CDLL(None)
     # whatever CMD leaves behind becomes our child, also what left its group: "no children" then means "nothing left"
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    become_subreaper()
     # signals are blocked and fetched one by one, so none is lost between two lines, nor between fork and exec
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     supervisor = os.getpid()
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # for a kill -9 of the supervisor
+        end_with_parent(signal.SIGKILL)  # for a kill -9 of the supervisor
         if os.getppid() != supervisor:
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -160,6 +171,8 @@ class _Family:
 
     def end(self, grace_s: float) -> None:
         """SIGTERM to the group, after `grace_s` SIGKILL to the group and to those that left it; gives up at the undying."""
+        import psutil
+
         self.send(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while self.reap():
@@ -167,21 +180,10 @@ class _Family:
                 return
             if time.monotonic() >= deadline:
                 self.send(signal.SIGKILL)
-                for pid in _children(os.getpid()):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                for child in psutil.Process().children():
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
             signal.sigtimedwait({signal.SIGCHLD}, 0.05)
-
-
-def _children(parent: int) -> list[int]:
-    out = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                stat = (entry / "stat").read_text()
-                if int(stat[stat.rindex(")") + 2 :].split()[1]) == parent:
-                    out.append(int(entry.name))
-    return out
 
 
 def main() -> int:
@@ -197,10 +199,3 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def free_port(address: str) -> int:
-    """A port of this machine that nobody listens on, for the rendezvous of a trial's ranks."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from data_pipelines.reading.lanes import Order, rank_positions
 from data_pipelines.shards.manifest import Manifest, read_manifest
 from data_pipelines.shards.payload import decode
-from warm_dist.config.batch import check_world
+from warm_dist.config.batch import check_lanes
 from warm_dist.config.run import Config
-from warm_dist.data import Batch
+from warm_dist.data import Batch, DataInfo
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.store.base import Store, split_url
 from warm_dist.store.cache import CachedStore
@@ -45,7 +45,7 @@ def open_loader(config: Config, rank: int, world: int) -> Loader:
     data.cache_dir that cannot be written, and what the store raises.
     """
     data, train = config.data, config.train
-    check_world(train.batch_size, data.num_lanes, world)
+    check_lanes(train.batch_size, data.num_lanes, world)
     manifest = read_manifest(data.manifest, data.endpoint_url)
     info = manifest.info
     for name in ("resolution", "channels", "num_classes"):
@@ -110,7 +110,7 @@ class Loader:
         threads: int,
         buffer_bytes: int,
     ) -> None:
-        check_world(batch_size, num_lanes, world)
+        check_lanes(batch_size, num_lanes, world)
         self.manifest, self.store = manifest, store
         self.batch_size, self.num_lanes, self.rank, self.world = batch_size, num_lanes, rank, world
         self.order = Order([shard.num_images for shard in manifest.shards], seed, num_lanes, chunk, window)
@@ -134,6 +134,24 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._etags: dict[int, str] = {}
         self.check()
+
+    @property
+    def info(self) -> DataInfo:
+        """The data set's statistics, from the manifest."""
+        return self.manifest.info
+
+    def describe(self) -> list[str]:
+        """Lines for people: threads, memory, shards, and whether a larger buffer would save requests."""
+        lines = [
+            f"reader: {self.threads} threads, at most {self.most_bytes / 1e6:.0f} MB a rank, "
+            f"{len(self.manifest.shards):,} shards checked"
+        ]
+        if self.pieces > 1:
+            lines.append(
+                f"reader: a window comes in {self.pieces} pieces, and a chunk is fetched up to as often; "
+                f"data.buffer_bytes={self.whole_bytes} would hold it whole"
+            )
+        return lines
 
     @property
     def peak_bytes(self) -> int:

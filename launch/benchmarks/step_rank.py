@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from warm_dist.errors import WarmDistError
 from warm_dist.files import read_json
+from warm_dist.runs.folder import METRICS, MIRROR
 
 if TYPE_CHECKING:
     from warm_dist.config.run import Config
@@ -62,14 +63,14 @@ def rank(job: dict[str, Any]) -> None:
     run = Path(config.output)
     world = join(config.parallel.timeout_s)
     trainer = Trainer(config, world, made_up(config), lambda text: None)
-    log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
+    log = MetricsLog(run / METRICS, 1) if world.is_main else None
     side = Side()
     if job["kind"] == "bare":
         strip(trainer)
     else:
         for ema in trainer.emas.values():
             side.wrap(ema, "update")
-        for owner, name in ((trainer.window.watch, "at"), (trainer.window, "add"), (trainer.window, "flush")):
+        for owner, name in ((trainer.metrics.watch, "at"), (trainer.metrics, "add"), (trainer.metrics, "flush")):
             side.wrap(owner, name)
         if log is not None:
             side.wrap(log, "write")
@@ -85,28 +86,28 @@ def rank(job: dict[str, Any]) -> None:
     clocks = {"wall_s": time.perf_counter, "process_s": time.process_time, "main_s": time.thread_time}
     clocks |= {"side_s": lambda: side.seconds, "mirror_s": lambda: _cpu_s(mirror.pid) if mirror else 0.0}
     marks: list[dict[str, float]] = []
-    flush = trainer.window.flush
+    flush = trainer.metrics.flush
 
     def marked(*args: Any) -> Any:
         result = flush(*args)
         marks.append({name: clock() for name, clock in clocks.items()})
         return result
 
-    trainer.window.flush = marked  # type: ignore[assignment, method-assign]
+    trainer.metrics.flush = marked  # type: ignore[assignment, method-assign]
     barrier(world, "start")
     trainer.fit(_images(config, world), log, StopSignal(), None, set())
     if mirror is not None:
-        _wait(lambda: _sent(run) == (run / "metrics.jsonl").stat().st_size, "the mirror to send the last line")
+        _wait(lambda: _sent(run) == (run / METRICS).stat().st_size, "the mirror to send the last line")
         marks[-1]["mirror_s"] = _cpu_s(mirror.pid)
         write_end(run, 1, trainer.nimg, None)
     parameters = sum(shape.numel() for shape in trainer.shapes.values())
     speed = _bandwidth(world, parameters)
     if world.is_main:
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"][1:]
+        lines = [line for line in read_metrics(run / METRICS) if line["kind"] == "train"][1:]
         steps = (len(marks) - 1) * config.train.log_nimg // config.train.batch_size
         found: dict[str, float] = {name: (marks[-1][name] - marks[0][name]) / steps for name in clocks}
         found |= {f"{place}_s": statistics.mean(line[f"{place}_s"] for line in lines) for place in PLACES}
-        found |= {"parameters": parameters, "flops": trainer.window.flops, "bandwidth": speed}
+        found |= {"parameters": parameters, "flops": trainer.metrics.flops, "bandwidth": speed}
         found |= {"mirror_start_s": marks[0]["mirror_s"], "images_per_s": config.train.batch_size / found["wall_s"]}
         Path(job["out"]).write_text(json.dumps(found))
     shutdown()
@@ -119,8 +120,8 @@ def strip(trainer: Trainer) -> None:
         pass
 
     trainer.emas = {}
-    trainer.window.add = nothing  # type: ignore[assignment, method-assign]
-    trainer.window.watch.at = nothing  # type: ignore[assignment, method-assign]
+    trainer.metrics.add = nothing  # type: ignore[assignment, method-assign]
+    trainer.metrics.watch.at = nothing  # type: ignore[assignment, method-assign]
 
 
 def made_up(config: Config) -> DataInfo:
@@ -179,7 +180,7 @@ def _cpu_s(pid: int) -> float:
 
 def _sent(run: Path) -> int:
     """Bytes of metrics.jsonl that MLflow has."""
-    return int((read_json(run / "mirror.json") or {}).get("offset", 0))
+    return int((read_json(run / MIRROR) or {}).get("offset", 0))
 
 
 def _wait(done: Callable[[], bool], what: str) -> None:

@@ -22,7 +22,6 @@ from launch.benchmarks.result import verdict
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET = 1.05  # of the processor time by hand, start-up apart
 SEED = 0
 

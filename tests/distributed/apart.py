@@ -35,7 +35,7 @@ def train(world: World, root: Path, machine: str, steps: int) -> dict[str, Any]:
         checkpoint__url=str(root / "store"),
         checkpoint__keep_last=1,
     )
-    storage = CheckpointManager(output, world, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(output, world, settings.checkpoint, print)
     trainer = Trainer(settings, world, info(), lambda text: None, storage)
     trainer.restore()
     begin = trainer.nimg
@@ -72,7 +72,7 @@ def main() -> None:
     world = join(60)
     results: dict[str, Any] = {}
     try:
-        CheckpointManager(root / f"alone{world.rank}", world, open_store, config(root).checkpoint, print)
+        CheckpointManager(root / f"alone{world.rank}", world, config(root).checkpoint, print)
     except ConfigError as error:
         results["refused"] = str(error)
     results["first"] = train(world, root, "machine", 12)

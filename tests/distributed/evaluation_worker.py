@@ -71,7 +71,7 @@ def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[st
 
 def ends_together(world: World, folder: Path) -> list[str]:
     """One rank is told to stop, or meets an error: what every rank then raises, in turn."""
-    found = Evaluator(settings(folder, 4), world, info(), lambda rows: REAL[rows], folder / "run", print, open_store)
+    found = Evaluator(settings(folder, 4), world, info(), lambda rows: REAL[rows], folder / "run", print)
     last = world.rank == world.size - 1
     out: list[str] = []
 

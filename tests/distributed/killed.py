@@ -124,7 +124,7 @@ def attempt(phase: str, folder: Path, number: int, rank: int, port: int, killer_
     killer = Killer()
     if killer_of:
         PHASES[phase][1](killer)
-    place = manager.CheckpointManager(folder, world, open_store, settings.checkpoint, lambda text: None)
+    place = manager.CheckpointManager(folder, world, settings.checkpoint, lambda text: None)
     trainer = Trainer(settings, world, info(), lambda text: None, place)
     trainer.restore()
     (folder / f"from-{number}").write_text(str(trainer.nimg))

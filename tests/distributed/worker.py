@@ -27,7 +27,6 @@ from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.networks.unet import build
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.store.open import open_store
 from warm_dist.training.deepspeed_engine import build_engine
 from warm_dist.training.ema import EMA, half_life
 from warm_dist.training.inputs import prepare
@@ -94,7 +93,7 @@ def train(world: World, settings: Config, until: int | None = None) -> tuple[Tra
     """Train from the newest checkpoint of the run (or from scratch); the losses of all its lines."""
     run = Path(settings.output)
     run.mkdir(parents=True, exist_ok=True)
-    storage = CheckpointManager(run, world, open_store, settings.checkpoint, print)
+    storage = CheckpointManager(run, world, settings.checkpoint, print)
     trainer = Trainer(settings, world, info(), lambda text: None, storage)
     trainer.restore()
     log = MetricsLog(run / "metrics.jsonl", 1) if world.is_main else None
@@ -150,7 +149,7 @@ def start(world: World, settings: Config) -> Trainer:
         world,
         info(),
         lambda text: None,
-        CheckpointManager(run, world, open_store, settings.checkpoint, print),
+        CheckpointManager(run, world, settings.checkpoint, print),
     )
     trainer.restore()
     return trainer

@@ -2,7 +2,7 @@
 
 It loads at any world size and ZeRO stage, and bit-exactly at the same ones. `checkpoints/000016000` holds
 rank_K.safetensors (tensors KIND/NAME@START), rank_K.done (their places and sha256) and COMPLETE (what it was made of, and
-the sha256 of every .done). It is read through a Store, so that a folder and S3 are one; `storage` decides what lies where.
+the sha256 of every .done). It is read through a Store, so that a folder and S3 are alike; `manager` decides what lies where.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from torch import Tensor
 from warm_dist.errors import CheckpointError, DataError, OutputError
 from warm_dist.files import write_json
 from warm_dist.store.base import Store
-from warm_dist.training.ema import EMA
-from warm_dist.training.engine import STATE, Engine
 
 FORMAT = 2
 COMPLETE = "COMPLETE"
@@ -184,20 +182,17 @@ def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor
         yield tensor, torch.frombuffer(part, dtype=torch.float32) if tensor.size else torch.empty(0)
 
 
+Targets = dict[tuple[str, str], list[tuple[int, Tensor]]]
+"""By (kind, parameter name): where the parameter's elements from a start on are wanted, flat float32 tensors."""
+
+
 @torch.no_grad()
-def load_saved(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) -> None:
-    """Fill the engine's and the EMAs' fragments from a checkpoint of any world size and stage, piece by piece.
+def load_saved(saved: Saved, rank: int, targets: Targets) -> None:
+    """Fill the targets from a checkpoint of any world size and ZeRO stage, piece by piece.
 
     Every value that is used is checked by its hash. The file of the same rank is read first: at the same world size and
-    stage it holds everything. Raises CheckpointError if something is damaged or missing; the state is then undefined.
+    stage it holds everything. Raises CheckpointError if anything is damaged or missing; the state is then undefined.
     """
-    targets: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
-    for f in engine.fragments():
-        for key in STATE:
-            targets.setdefault((key, f.name), []).append((f.start, getattr(f, key)))
-    for kind, ema in emas.items():
-        for f, value in zip(ema.fragments, ema.values, strict=True):
-            targets.setdefault((kind, f.name), []).append((f.start, value))
     missing = {key: sum(target.numel() for _, target in group) for key, group in targets.items()}
 
     def wanted(kind: str, name: str, start: int, stop: int) -> bool:
@@ -215,7 +210,6 @@ def load_saved(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) ->
     absent = [f"{kind}/{name}" for (kind, name), count in missing.items() if count]
     if absent:
         raise CheckpointError(f"{saved}: lacks {len(absent)} of this network's tensors, first {absent[0]}")
-    engine.loaded(saved.meta["num_steps"])
 
 
 def _until_whole(files: list[dict[str, Any]], missing: dict[Any, int]) -> Iterator[dict[str, Any]]:

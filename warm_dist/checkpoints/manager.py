@@ -36,8 +36,10 @@ from warm_dist.distributed.collectives import gather, on_main
 from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json
+from warm_dist.runs.folder import MIRROR
 from warm_dist.runs.metrics import last_attempt
-from warm_dist.store.base import OpenStore, Store
+from warm_dist.store.base import Store
+from warm_dist.store.open import open_store
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
 PROBE = f"{CHECKPOINTS}/.probe"
@@ -51,13 +53,11 @@ class CheckpointManager:
     Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
     """
 
-    def __init__(
-        self, run: Path, world: World, open_store: OpenStore, config: CheckpointConfig, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Path, world: World, config: CheckpointConfig, say: Callable[[str], None]) -> None:
         self.run, self.world, self.config, self.say = run, world, config, say
         make_folder(run)
         self.shared = self._prove_shared()
-        self.local = open_store(str(run), None)
+        self.local = open_store(str(run))
         self.remote: Store | None = open_store(config.url, config.endpoint_url) if config.url else None
         self.uploads = Uploads(self.remote, self._after_upload) if self.remote else None
         self._ended: list[Upload] = []
@@ -103,7 +103,7 @@ class CheckpointManager:
         with suppress(DataError):  # there is none
             self.local.write(there.name, self.remote.read(METRICS))
             if (last := last_attempt(there)) > here:
-                (self.run / "mirror.json").unlink(missing_ok=True)  # it counts the bytes of the other file
+                (self.run / MIRROR).unlink(missing_ok=True)  # it counts the bytes of the other file
                 there.replace(self.run / METRICS)
                 here = last
         there.unlink(missing_ok=True)

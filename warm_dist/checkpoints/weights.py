@@ -16,6 +16,7 @@ from warm_dist.config.run import Config, SamplerConfig
 from warm_dist.data import DataInfo
 from warm_dist.errors import CheckpointError, redact
 from warm_dist.networks.unet import build
+from warm_dist.runs.folder import WEIGHTS
 
 
 class Model(NamedTuple):
@@ -80,7 +81,7 @@ def weights_path(given: Path) -> Path:
     Raises CheckpointError for a damaged checkpoint.
     """
     if not (given / "COMPLETE").exists():
-        return given / "weights" / "ema.safetensors" if given.is_dir() else given
+        return given / WEIGHTS if given.is_dir() else given
     from warm_dist.checkpoints.format import open_saved
     from warm_dist.store.open import open_store
 

@@ -35,7 +35,7 @@ def batch_equation(config: Config, size: int) -> str:
     )
 
 
-def check_world(batch_size: int, num_lanes: int, world: int) -> None:
+def check_lanes(batch_size: int, num_lanes: int, world: int) -> None:
     """Raises WorldSizeError unless batch_size % num_lanes = 0 and num_lanes % world = 0; it lists the legal world sizes."""
     if batch_size % num_lanes:
         raise WorldSizeError(f"train.batch_size {batch_size} is not a multiple of data.num_lanes {num_lanes}")

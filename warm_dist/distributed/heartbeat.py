@@ -280,24 +280,12 @@ def deepspeed_runner() -> str:
 
     Killed, it leaves its launch.py alive, and the kernel tells a process of its parent's end only.
     """
-    launch = os.getppid()
-    if "deepspeed.launcher.launch" not in _command(launch):
-        return ""
-    runner = _parent(launch)
-    names = {Path(word).name for word in _command(runner)}
-    return supervisor.identity(runner) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
+    import psutil
 
-
-def _parent(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat[stat.rindex(")") + 2 :].split()[1])  # the name, in parentheses, may hold anything
-
-
-def _command(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
+    with suppress(psutil.Error):
+        launch = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" in launch.cmdline():
+            runner = psutil.Process(launch.ppid())
+            names = {Path(word).name for word in runner.cmdline()}
+            return supervisor.identity(runner.pid) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
+    return ""

@@ -32,7 +32,7 @@ from warm_dist.evaluation.reference import Reference, ReferenceSpec
 from warm_dist.evaluation.sampler_choice import describe_sampling
 from warm_dist.figures import save_grid
 from warm_dist.networks.unet import build_network
-from warm_dist.store.base import OpenStore
+from warm_dist.store.open import open_store
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """Rows of the data set → images (n, C, H, W) uint8."""
@@ -53,7 +53,6 @@ class Evaluator:
         read: Read,
         run: Path,
         say: Callable[[str], None],
-        open_store: OpenStore,
     ) -> None:
         assert config.eval is not None
         self.config, self.world, self.info, self.read, self.run, self.say = config, world, info, read, run, say
@@ -69,7 +68,7 @@ class Evaluator:
             world.device,
             bf16=settings.extractor_bf16,
             resolution=info.resolution,
-            open_store=lambda url: open_store(url, endpoint),
+            endpoint_url=endpoint,
         )
         folder = config.data.manifest.rpartition("/")[0] or "."
         self.cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else None

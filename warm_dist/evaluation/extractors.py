@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from torch.nn import functional
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.evaluation import efficientnet_lite0
 from warm_dist.files import file_sha256
-from warm_dist.store.base import Store
 from warm_dist.store.download import fetch
 
 Images = NDArray[np.uint8] | Tensor
@@ -49,11 +48,11 @@ def make_extractor(
     *,
     bf16: bool = False,
     resolution: int = 64,
-    open_store: Callable[[str], Store] | None = None,
+    endpoint_url: str | None = None,
 ) -> Extractor:
     """The extractor of `eval.extractor`; url and sha256 are those of Inception's and TorchScript's file.
 
-    bf16: convolutions and products in bfloat16. resolution: of the images, pixels. open_store: for an s3:// URL.
+    bf16: convolutions and products in bfloat16. resolution: of the images, pixels. endpoint_url: of an s3:// URL, if other than AWS's own.
     Raises ConfigError for an unknown name, a missing url or sha256, bf16 where it does nothing, and what `fetch` raises.
     """
     if name not in ("lite0", "pixels", "inception", "torchscript"):
@@ -67,7 +66,7 @@ def make_extractor(
             f"eval.extractor {name!r}: extractor_url {url}, extractor_sha256 {sha256}; it needs both, the sha256 as "
             "`sha256sum` prints it"
         )
-    path = fetch(url, sha256, open_store=open_store)
+    path = fetch(url, sha256, endpoint_url=endpoint_url)
     if name == "inception":
         return Inception(path, sha256, device, bf16)
     return TorchScript(path, sha256, device, bf16, resolution)

@@ -1,9 +1,4 @@
-"""What one node of a cluster runs: torchrun with the node's share of the ranks, and then the run's own exit code.
-
-`python launch/node.py --config …` takes launch/train.py's arguments. How many nodes and processes there are, and where
-rank 0 is, torchrun reads from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as
-Kubeflow Trainer sets them. It can be a container's first process.
-"""
+"""What one node of a cluster runs: torchrun with the node's share of the ranks, which ends with the run's own exit code."""
 
 from __future__ import annotations
 
@@ -15,18 +10,33 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from warm_dist.config.run import Config
+from warm_dist.runs.folder import read_end
+from warm_dist.supervisor import become_subreaper
+
 # What a run's MLflow mirror may still need at its end (a finished one's sends the model): it would go with the container.
 STOPPED_S, FINISHED_S = 45.0, 600.0
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
-def torchrun(arguments: list[str]) -> int:
+def run_node(config: Config, arguments: list[str]) -> int:
+    """Run `launch.train` with these arguments under torchrun; returns the run's exit code, or torchrun's if it left none."""
+    become_subreaper()  # orphans come to us, as they do to a container's first process
+    run, began = Path(config.output), time.time()
+    code = _torchrun(arguments)
+    end = read_end(run, since=began)
+    _wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
+    if code and end and end["code"]:  # torchrun's own code says only that a rank has failed
+        print(f"node: {end['reason']}", file=sys.stderr, flush=True)
+        return int(end["code"])
+    return code if code >= 0 else 128 - code
+
+
+def _torchrun(arguments: list[str]) -> int:
     """Its exit code, negative after a signal; SIGTERM and SIGINT reach it."""
     told = {signal.SIGTERM, signal.SIGINT}
-    train = str(Path(__file__).resolve().with_name("train.py"))
     signal.pthread_sigmask(signal.SIG_BLOCK, told)  # until there is somebody to pass them to
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", train, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "-m", "launch.train", *arguments],
         preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),
     )
     for signum in told:
@@ -35,7 +45,7 @@ def torchrun(arguments: list[str]) -> int:
     return process.wait()
 
 
-def wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
+def _wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
     """Until all have ended, or somebody asks to stop, again or only now."""
     asked: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):

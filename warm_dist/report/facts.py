@@ -17,6 +17,7 @@ from warm_dist.config.bnr import AnyBNR, describe
 from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, redact
 from warm_dist.files import read_json
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS, RUN
 from warm_dist.runs.metrics import read_metrics
 
 BEST, NEAR = "best", "within spread"
@@ -104,17 +105,17 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    config = redact(read_json(folder / "config.json"))
+    config = redact(read_json(folder / CONFIG))
     if not isinstance(config, dict):
         raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the folder that a run left")
-    end = read_json(folder / "exit.json")
+    end = read_json(folder / EXIT)
     return Run(
         name,
         folder,
         config,
-        _tree(redact(read_json(folder / "run.json"))),
+        _tree(redact(read_json(folder / RUN))),
         redact(end) if isinstance(end, dict) else None,
-        [redact(line) for line in _lines(folder / "metrics.jsonl")],
+        [redact(line) for line in _lines(folder / METRICS)],
     )
 
 

@@ -93,7 +93,7 @@ def render(page: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "distance": distance, "grouped": grouped, "digest": _digest}
-    return environment.get_template("report.html.j2").render(page)
+    return environment.get_template("page.html.j2").render(page)
 
 
 def _header(run: Run) -> dict[str, Any]:

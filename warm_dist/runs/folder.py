@@ -1,48 +1,58 @@
-"""A run's folder: claimed by one process at a time, and ending in exit.json whatever happens."""
+"""A run's folder: the names of its files, the lock of the one process that trains in it, and exit.json at its end."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.errors import OutputError, WarmDistError, redact
-from warm_dist.files import read_json, write_json
+from warm_dist.files import locked, read_json, write_json
+
+CONFIG = "config.json"  # every key, defaults included
+RUN = "run.json"  # the attempt and facts about it
+METRICS = "metrics.jsonl"
+EXIT = "exit.json"
+LOCK = ".lock"
+WEIGHTS = "weights/ema.safetensors"
+MIRROR = "mirror.json"  # what MLflow has received
 
 
-def claim_run(run: Path) -> tuple[int, TextIO]:
-    """Make the folder, take its lock, count the attempt, remove the last exit.json. Rank 0 only.
+def claim_run(run: Path) -> tuple[int, IO[str]]:
+    """Create the folder, take its lock, count the attempt, and remove the last exit.json. Rank 0 only.
 
-    Returns the attempt (1 the first time) and the open lock, held until the process ends.
-    Raises OutputError if it cannot be written or another process trains in it.
+    Returns the attempt (1 the first time) and the open lock, which the process holds until it ends.
+    Raises OutputError if the folder cannot be written or another process trains in it.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("a+")
+        lock = locked(run / LOCK)
+    except BlockingIOError:
+        raise OutputError(f"{run}: another process is training in it; wait for it, or set output elsewhere") from None
     except OSError as error:
         raise OutputError(f"{run}: cannot be written ({error.strerror}); set output to a folder of yours") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise OutputError(f"{run}: another process is training in it; wait for it, or set output elsewhere") from None
-    (run / "exit.json").unlink(missing_ok=True)
-    last = read_json(run / "run.json")
-    return (last["attempt"] if isinstance(last, dict) else 0) + 1, lock
+    (run / EXIT).unlink(missing_ok=True)
+    return attempt_of(run) + 1, lock
+
+
+def attempt_of(run: Path) -> int:
+    """The last attempt that run.json tells of, 0 if there is none."""
+    last = read_json(run / RUN)
+    return int(last.get("attempt", 0)) if isinstance(last, dict) else 0
 
 
 def describe_run(run: Path, config: Config, attempt: int, facts: dict[str, Any]) -> None:
-    """Write config.json (every key, defaults included) and run.json."""
-    write_json(run / "config.json", dump(config))
-    write_json(run / "run.json", {"attempt": attempt, "commit": git_commit(), **facts})
+    """Write config.json and run.json. Raises OutputError."""
+    write_json(run / CONFIG, dump(config))
+    write_json(run / RUN, {"attempt": attempt, "commit": git_commit(), **facts})
 
 
 def git_commit() -> str:
-    """The checked-out commit, "+" appended if files differ from it; "unknown" outside a git checkout."""
+    """The checked-out commit, with "+" appended if files differ from it; "unknown" outside a git checkout."""
     source = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -57,12 +67,18 @@ def git_commit() -> str:
         return "unknown"
 
 
-def end_since(run: Path, since: float) -> dict[str, Any] | None:
-    """exit.json, if it was written after `since` (seconds of the epoch): an earlier attempt's may still be there."""
-    told = read_json(run / "exit.json")
-    if not isinstance(told, dict) or (run / "exit.json").stat().st_mtime < since - 1:  # file systems' clocks are coarse
+def read_end(run: Path, *, attempt: int = 0, since: float = 0.0) -> dict[str, Any] | None:
+    """exit.json, if it is of this attempt or a later one and was written after `since` (seconds of the epoch), else None.
+
+    Without these conditions an earlier attempt's end could be taken for this one's.
+    """
+    end = read_json(run / EXIT)
+    if not isinstance(end, dict) or end.get("attempt", 0) < attempt:
         return None
-    return told
+    try:  # file systems' clocks are coarse
+        return end if (run / EXIT).stat().st_mtime >= since - 1 else None
+    except FileNotFoundError:  # a new attempt has just begun
+        return None
 
 
 def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:
@@ -78,7 +94,7 @@ def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -
     temporary = run / f".exit.{socket.gethostname()}.{os.getpid()}"  # two containers may share a pid
     try:
         write_json(temporary, tree)
-        os.link(temporary, run / "exit.json")  # fails if it exists, unlike a rename
+        os.link(temporary, run / EXIT)  # fails if it exists, unlike a rename
     except (FileExistsError, OutputError):
         pass
     finally:

@@ -7,17 +7,26 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from warm_dist.errors import OutputError
-from warm_dist.tracking.prometheus import Exporter
+
+
+class Listener(Protocol):
+    """Is shown what MetricsLog writes, and what is too much for the file."""
+
+    def show(self, kind: str, values: dict[str, Any]) -> None:
+        """One record, without time and attempt."""
+
+    def show_ranks(self, ranks: list[dict[str, float]]) -> None:
+        """Every rank's own figures, in the order of ranks."""
 
 
 class MetricsLog:
-    """Appends lines {"time", "attempt", "nimg", "kind", …}; used by rank 0 alone. exporter: is shown every line."""
+    """Appends records to metrics.jsonl; used by rank 0 alone. listener: is shown every record."""
 
-    def __init__(self, path: Path, attempt: int, exporter: Exporter | None = None) -> None:
-        self.path, self.attempt, self.exporter = path, attempt, exporter
+    def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
+        self.path, self.attempt, self.listener = path, attempt, listener
         _mend_last_line(path)
 
     def begin(self) -> None:
@@ -33,13 +42,13 @@ class MetricsLog:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
-        if self.exporter is not None:
-            self.exporter.show(kind, {"nimg": nimg, **values})
+        if self.listener is not None:
+            self.listener.show(kind, {"nimg": nimg, **values})
 
     def show_ranks(self, ranks: list[dict[str, float]]) -> None:
-        """Every rank's own figures: for the exporter only, there may be a thousand of them."""
-        if self.exporter is not None:
-            self.exporter.show_ranks(ranks)
+        """Every rank's own figures: for the listener only, since there may be a thousand of them."""
+        if self.listener is not None:
+            self.listener.show_ranks(ranks)
 
 
 def _mend_last_line(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +92,3 @@ def output(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
-
-
-OpenStore = Callable[[str, str | None], Store]
-"""warm_dist.store.open.open_store: (URL or folder, endpoint or None) → Store."""

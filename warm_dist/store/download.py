@@ -8,13 +8,14 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
-from warm_dist.files import _BLOCK_BYTES, file_sha256
-from warm_dist.store.base import Store
+from warm_dist.files import file_sha256
+from warm_dist.store.open import open_store
 
+_BLOCK_BYTES = 1 << 20
 _SILENCE_S = 60  # after which a web server is given up
 
 
@@ -22,13 +23,13 @@ def fetch(
     source: str,
     sha256: str,
     cache: Path | None = None,
-    open_store: Callable[[str], Store] | None = None,
+    endpoint_url: str | None = None,
     key: str = "eval.extractor_url",
 ) -> Path:
     """A local file with this sha256: `source` itself when it is a path, else its download (http, https, s3).
 
     cache: where downloads are kept, under their hash; else $XDG_CACHE_HOME/warm-dist, or ~/.cache/warm-dist.
-    open_store: opens the folder of an s3:// URL. key: what to correct, for messages.
+    endpoint_url: of an s3:// URL, if other than AWS's own. key: the config key to correct, for messages.
     Raises DataError on another hash (nothing is kept), UnreachableError when the server does not deliver, ConfigError
     when there is no such file, OutputError when the cache cannot be written; what else a store raises is its own.
     """
@@ -47,7 +48,7 @@ def fetch(
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may be fetching the same
             partial = Path(folder) / path.name
             if url.scheme == "s3":
-                _from_store(source, partial, open_store, key)
+                _from_store(source, partial, endpoint_url, key)
             else:
                 with partial.open("wb") as file:
                     file.writelines(_from_web(source, key))
@@ -79,11 +80,11 @@ def _from_web(source: str, key: str) -> Iterator[bytes]:
         raise (ConfigError if wrong else UnreachableError)(f"{key} {source}: {error}") from None
 
 
-def _from_store(source: str, target: Path, open_store: Callable[[str], Store] | None, key: str) -> None:
+def _from_store(source: str, target: Path, endpoint_url: str | None, key: str) -> None:
     folder, _, name = source.rpartition("/")
-    if open_store is None or not name or folder == "s3:/":
-        raise ConfigError(f"{key} {source}: needs s3://bucket/key and a command that reads S3; else give a local path")
-    store = open_store(folder)
+    if not name or folder == "s3:/":
+        raise ConfigError(f"{key} {source}: needs s3://bucket/key; else give a local path")
+    store = open_store(folder, endpoint_url)
     try:
         store.download(name, target)
     except DataError as error:

@@ -16,7 +16,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from warm_dist import supervisor
 from warm_dist.config.sweep import TrialConfig
-from warm_dist.store.base import OpenStore
 from warm_dist.supervisor import free_port
 from warm_dist.sweeps.trial_process import END_S, End, SweepPaths, TrialRun, start_node
 from warm_dist.sweeps.trials import Trial
@@ -34,7 +33,6 @@ class ActorJob:
     place: SweepPaths
     resources: TrialConfig
     session: str
-    open_store: OpenStore
 
 
 class TrialFailed(Exception):
@@ -73,7 +71,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # ray's are untyped
 
     def _start(self) -> TrialRun:
         job = self.job
-        self.run = run = TrialRun(self.trial, job.place, job.resources, job.session, job.open_store)
+        self.run = run = TrialRun(self.trial, job.place, job.resources, job.session)
         if job.resources.nodes == 1:
             run.start()
             return run

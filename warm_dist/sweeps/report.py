@@ -11,6 +11,7 @@ from warm_dist.config.load import dump
 from warm_dist.config.sweep import SurfaceConfig, SweepConfig, parameters
 from warm_dist.errors import OutputError, UnreachableError
 from warm_dist.files import make_folder, write_json
+from warm_dist.runs.folder import CONFIG
 from warm_dist.sweeps import figures, ranking
 from warm_dist.sweeps.ranking import Outcome
 from warm_dist.sweeps.record import SweepRecord
@@ -136,7 +137,7 @@ class Report:
         from warm_dist.tracking.follow import mirror_run
 
         run = self._run_folder(name, weights=register is not None)
-        if (run / "config.json").exists():  # else it never came as far as to have something to show
+        if (run / CONFIG).exists():  # else it never came as far as to have something to show
             mirror_run(run, self.trials[name].config.tracking.mlflow_url, register)
 
     def _log(self, url: str, best: Outcome | None) -> None:

@@ -51,7 +51,7 @@ class Session:
         stopped = None
         if pending:
             try:
-                tune.run(self.sweep, pending, place, self.ledger, open_store, say)
+                tune.run(self.sweep, pending, place, self.ledger, say)
             except (Stopped, AccessError, OutputError) as error:  # after some work: here is what came of it
                 stopped = error
         code = report.write(whole=stopped is None)

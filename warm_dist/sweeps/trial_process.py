@@ -24,9 +24,10 @@ from warm_dist.config.load import dump
 from warm_dist.config.sweep import SweepConfig, TrialConfig
 from warm_dist.errors import Stopped, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, read_json, write_json
-from warm_dist.runs.folder import end_since, write_end
+from warm_dist.runs.folder import EXIT, METRICS, RUN, read_end, write_end
 from warm_dist.runs.metrics import read_metrics
-from warm_dist.store.base import OpenStore, Store
+from warm_dist.store.base import Store
+from warm_dist.store.open import open_store
 from warm_dist.supervisor import free_port
 from warm_dist.sweeps.trials import Trial
 
@@ -150,9 +151,7 @@ class TrialRun:
     also after a crash: by rising nimg.
     """
 
-    def __init__(
-        self, trial: Trial, place: SweepPaths, resources: TrialConfig, session: str, open_store: OpenStore
-    ) -> None:
+    def __init__(self, trial: Trial, place: SweepPaths, resources: TrialConfig, session: str) -> None:
         self.trial, self.resources, self.place, self.session = trial, resources, place, session
         self.run, self.config = place.run(trial.name), run_config(trial, place)
         self.store: Store = open_store(place.url(trial.name), place.endpoint_url if place.remote else None)
@@ -188,7 +187,7 @@ class TrialRun:
         code = self._process.poll()
         if code is None:
             return None
-        told = end_since(self.run, self._begun)
+        told = read_end(self.run, since=self._begun)
         if told:
             return End(told["code"], str(told["reason"]), told["code"] in _FINAL_CODES)
         return End(
@@ -214,7 +213,7 @@ class TrialRun:
         return int(max((record["nimg"] for record in self._read()), default=0))
 
     def _read(self) -> list[dict[str, Any]]:
-        path = self.run / "metrics.jsonl"
+        path = self.run / METRICS
         with suppress(OSError):
             size = path.stat().st_size
             if size != self._size:
@@ -271,7 +270,7 @@ class TrialRun:
 
     def _tell_end(self) -> None:
         """A process that was killed before it could say so has ended, for MLflow and everybody else."""
-        described = read_json(self.run / "run.json")
-        if described and not (self.run / "exit.json").exists():
+        described = read_json(self.run / RUN)
+        if described and not (self.run / EXIT).exists():
             stopped = Stopped("ended by the sweep before it could save")
             write_end(self.run, described["attempt"], self.nimg(), stopped)

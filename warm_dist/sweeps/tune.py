@@ -18,7 +18,6 @@ from typing import Any
 
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.errors import Stopped, WarmDistError
-from warm_dist.store.base import OpenStore
 from warm_dist.sweeps.ray_cluster import check_resources, connected
 from warm_dist.sweeps.record import RECORD, Ended, SweepRecord
 from warm_dist.sweeps.trial_process import SweepPaths, patiently
@@ -30,7 +29,6 @@ def run(
     pending: list[Trial],
     place: SweepPaths,
     ledger: SweepRecord,
-    open_store: OpenStore,
     say: Callable[[str], None],
 ) -> None:
     """Train the pending trials until each has ended.
@@ -46,7 +44,7 @@ def run(
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of what `_watch` tells in a line
         trials = {trial.name: trial for trial in pending}
-        job = ActorJob(trials, place, sweep.trial, secrets.token_hex(8), open_store)
+        job = ActorJob(trials, place, sweep.trial, secrets.token_hex(8))
         scheduler = _scheduler(sweep, pending, ledger)
         bundles = tune.PlacementGroupFactory(
             [sweep.trial.bundle] * sweep.trial.nodes, strategy="STRICT_SPREAD" if sweep.trial.nodes > 1 else "PACK"

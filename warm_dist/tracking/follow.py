@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from typing import Any
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
-from warm_dist.files import read_json
+from warm_dist.files import locked, read_json
+from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, attempt_of, read_end
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror, SendModel
@@ -32,11 +32,11 @@ LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at
 def start_mirror(run: Path) -> subprocess.Popen[bytes]:
     """Start `launch/mirror.py RUN --follow` for the calling process; its messages go to RUN/mirror.log.
 
-    A session of its own keeps Ctrl-C away from it. Not through `owned.start`: after its owner's end it has work to do.
+    A session of its own keeps Ctrl-C away from it. Not through `supervisor.start`: it has work to do after its owner's end.
     """
     with (run / "mirror.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(run), "--follow"],
+            [sys.executable, "-m", "launch.mirror", str(run), "--follow"],
             env={
                 **CLIENT_ENV,
                 **os.environ,
@@ -65,7 +65,7 @@ def mirror_run(
     mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
     register = register or tracking.registered_model
     model = _send_model(register) if tracking.log_model or register else None
-    attempt = _attempt(run)
+    attempt = attempt_of(run)
     if owner:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
     with _only_mirror(run, owner):
@@ -97,7 +97,7 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendMod
     deadline = time.monotonic() + EXIT_S
     while owner and not _ended(mirror.run, None) and time.monotonic() < deadline:
         time.sleep(POLL_S / 4)
-    for trial in range(1, LAST_TRIES + 1):
+    for number in range(1, LAST_TRIES + 1):
         try:
             end = _end(mirror.run, attempt, owner)
             if end:
@@ -106,11 +106,11 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendMod
                 mirror.sync(running=False)
             return
         except UnreachableError as error:
-            if trial == LAST_TRIES or _attempt(mirror.run) > attempt:  # the next attempt's mirror waits for us
+            if number == LAST_TRIES or attempt_of(mirror.run) > attempt:  # the next attempt's mirror waits for us
                 raise UnreachableError(
                     f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
                 ) from None
-            time.sleep(trial)
+            time.sleep(number)
 
 
 def _send_model(register: str | None) -> SendModel:
@@ -126,7 +126,7 @@ def _curves(run: Path) -> list[Path]:
     from warm_dist.tracking.curve import loss_curve
 
     try:
-        loss_curve(read_metrics(run / "metrics.jsonl"), run / "curves.png")
+        loss_curve(read_metrics(run / METRICS), run / "curves.png")
     except OutputError as error:  # a full disk is no reason to say nothing of the run's end
         _say(str(error))
         return []
@@ -135,41 +135,35 @@ def _curves(run: Path) -> list[Path]:
 
 def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
     """Status, tags and time of the run's end; None while it goes on, or as far as anybody knows."""
-    exit_file = read_json(run / "exit.json")
-    if exit_file and exit_file.get("attempt", 0) >= _attempt(run):
-        status = {0: "FINISHED", 75: "KILLED"}.get(exit_file["code"], "FAILED")
-        tags = {"exit.code": str(exit_file["code"]), "exit.reason": str(exit_file["reason"])}
-        return status, tags, (run / "exit.json").stat().st_mtime
+    end = read_end(run, attempt=attempt_of(run))
+    if end:
+        status = {0: "FINISHED", 75: "KILLED"}.get(end["code"], "FAILED")
+        tags = {"exit.code": str(end["code"]), "exit.reason": str(end["reason"])}
+        return status, tags, (run / EXIT).stat().st_mtime
     gone = not supervisor.alive(owner) if owner else _abandoned(run)
-    if gone and _attempt(run) == attempt:
+    if gone and attempt_of(run) == attempt:
         return "KILLED", {"exit.reason": "the process ended without an exit.json"}, time.time()
     return None
 
 
 def _ended(run: Path, owner: str | None) -> bool:
-    exit_file = read_json(run / "exit.json")
-    return bool(exit_file and exit_file.get("attempt", 0) >= _attempt(run)) or (
-        owner is not None and not supervisor.alive(owner)
-    )
+    return read_end(run, attempt=attempt_of(run)) is not None or (owner is not None and not supervisor.alive(owner))
 
 
 def _abandoned(run: Path) -> bool:
     """Nobody trains there, as far as the run's lock and its first rank's heartbeat can tell; false for a folder without."""
     try:
         silent_s = time.time() - (run / "heartbeat" / "rank_0.json").stat().st_mtime
-        with (run / ".lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (run / LOCK).exists():
+            return False
+        locked(run / LOCK).close()
     except OSError:
         return False
     return silent_s > SILENCE_S
 
 
-def _attempt(run: Path) -> int:
-    return int((read_json(run / "run.json") or {}).get("attempt", 0))
-
-
 def _tracking(run: Path) -> TrackingConfig:
-    config = read_json(run / "config.json")
+    config = read_json(run / CONFIG)
     if not isinstance(config, dict):
         raise ConfigError(f"{run}: no config.json there; RUN is the folder that the config calls output")
     try:
@@ -181,20 +175,16 @@ def _tracking(run: Path) -> TrackingConfig:
 @contextlib.contextmanager
 def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
     """The run's lock. The mirror of an attempt that goes on waits for the one before, whose request may hang."""
-    deadline = time.monotonic() + LOCK_S
-    try:
-        lock = (run / "mirror.lock").open("a")
-    except OSError as error:
-        raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
+    deadline, lock = time.monotonic() + LOCK_S, None
+    while lock is None:
+        try:
+            lock = locked(run / "mirror.lock", POLL_S)
+        except BlockingIOError:
+            if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
+                raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
+        except OSError as error:
+            raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
     with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
-                    raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
-                time.sleep(POLL_S / 4)
         yield
 
 

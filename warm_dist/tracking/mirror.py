@@ -12,6 +12,7 @@ from typing import Any
 
 from warm_dist.errors import OutputError, UnreachableError, redact
 from warm_dist.files import read_json, write_json
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS, MIRROR, RUN, WEIGHTS
 from warm_dist.runs.metrics import parse_line
 from warm_dist.tracking.client import (
     PARENT_TAG,
@@ -94,9 +95,9 @@ class Mirror:
         with reaching(self.url):
             for path in files():
                 self._client.log_artifact(self._run_id, str(path))
-            weights = self.run / "weights" / "ema.safetensors"
+            weights = self.run / WEIGHTS
             if send_model and status == "FINISHED" and weights.exists():
-                nimg = (read_json(self.run / "exit.json") or {}).get("nimg", 0)
+                nimg = (read_json(self.run / EXIT) or {}).get("nimg", 0)
                 send_model(self._client, self._run_id, weights, nimg)
 
     def _send_values(self, status: str | None) -> int:
@@ -113,7 +114,7 @@ class Mirror:
         """The config and new sample grids. An artifact store that fails delays them, and no value."""
         with reaching(self.url):
             if self._grids is None:
-                text = json.dumps(redact(read_json(self.run / "config.json") or {}), indent=2)
+                text = json.dumps(redact(read_json(self.run / CONFIG) or {}), indent=2)
                 self._client.log_text(self._run_id, text + "\n", "config.json")
                 self._grids = self._list_grids()
             for path in sorted((self.run / "samples").glob("*.png")):
@@ -133,7 +134,7 @@ class Mirror:
         if self._connected:
             return
         self._client = self._client or client_of(self.url)
-        state = read_json(self.run / "mirror.json") or {}
+        state = read_json(self.run / MIRROR) or {}
         found = self._find(state.get("run_id", ""))
         self._run_id, self._status = str(found.info.run_id), found.info.status
         offset, sending, size = state.get("offset", 0), state.get("sending"), self._size()
@@ -155,11 +156,11 @@ class Mirror:
 
     def _describe(self, known: dict[str, str]) -> None:
         """Parameters and tags. MLflow never changes a parameter: a later attempt's value is a tag."""
-        config = redact(read_json(self.run / "config.json") or {})
+        config = redact(read_json(self.run / CONFIG) or {})
         # "$schema" is an editor's affair, and a name that MLflow refuses
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
         params |= _axis(config)
-        info = read_json(self.run / "run.json") or {}
+        info = read_json(self.run / RUN) or {}
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {"mlflow.source.git.commit": info["commit"]} if "commit" in info else {}
         tags |= {PARENT_TAG: self.parent} if self.parent else {}
@@ -182,7 +183,7 @@ class Mirror:
         self._offset, self._sending = offset, sending
         if offset >= self._asked_until:  # else: what the server holds beyond is known to this process alone
             with contextlib.suppress(OutputError):  # a full disk; the next one knows less, and sends more again
-                write_json(self.run / "mirror.json", {"run_id": self._run_id, "offset": offset, "sending": sending})
+                write_json(self.run / MIRROR, {"run_id": self._run_id, "offset": offset, "sending": sending})
 
     def _points(self, start: int, end: int) -> tuple[dict[Point, tuple[int, float, float]], dict[str, str]]:
         """Of the lines in these bytes: (attempt, time, value) of each point, the highest attempt's, and the texts."""
@@ -199,7 +200,7 @@ class Mirror:
         return dict(sorted(points.items())), tags
 
     def _records(self, start: int, end: int) -> list[dict[str, Any]]:
-        with (self.run / "metrics.jsonl").open("rb") as file:
+        with (self.run / METRICS).open("rb") as file:
             file.seek(start)
             lines = file.read(end - start).split(b"\n")
         records = [parse_line(line.decode(errors="replace")) for line in lines]
@@ -207,7 +208,7 @@ class Mirror:
 
     def _end_of_part(self) -> int:
         """Where the last whole line of the next piece of the file ends; what follows may still be being written."""
-        with (self.run / "metrics.jsonl").open("rb") as file:
+        with (self.run / METRICS).open("rb") as file:
             file.seek(self._offset)
             new = file.read(_PART_BYTES)
             while b"\n" not in new and (more := file.read(_PART_BYTES)):
@@ -216,7 +217,7 @@ class Mirror:
 
     def _size(self) -> int:
         try:
-            return (self.run / "metrics.jsonl").stat().st_size
+            return (self.run / METRICS).stat().st_size
         except OSError:
             return 0
 
@@ -253,7 +254,7 @@ class Mirror:
 
     def _first_line(self) -> bytes:
         try:
-            with (self.run / "metrics.jsonl").open("rb") as file:
+            with (self.run / METRICS).open("rb") as file:
                 line = file.readline()
         except OSError:
             return b""

@@ -10,18 +10,17 @@ from typing import Any
 
 from warm_dist.tracking.client import patience
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]  # warm_dist, which travels with the model
 NAME = "ema"
 _NIMG_TAG = "warm_dist.nimg"
-# what sampling imports; warm_dist itself travels with the model
-_REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")
+_REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")  # what sampling imports
 
 
 def send_model(client: Any, run_id: str, weights: Path, nimg: int, register: str | None = None) -> str:
-    """Log `weights` (of generate.export_weights) as the run's model at nimg, and register it; returns the model's id.
+    """Log `weights` (from `checkpoints.weights.export_weights`) as the run's model at nimg, and register it.
 
-    Done again it finds what is there; a model whose files did not all arrive is deleted and sent anew. Use it inside
-    `mlflow_client.reaching`.
+    Returns the model's id. Repeating the call finds the existing model; one whose files did not all arrive is deleted and
+    sent again. Call it inside `client.reaching`.
     """
     experiment = client.get_run(run_id).info.experiment_id
     ours = [
@@ -73,7 +72,7 @@ def save_model(path: Path, weights: Path, model: Any = None) -> None:
         mlflow.pyfunc.save_model(
             str(path),
             mlflow_model=model,
-            python_model=str(PACKAGE / "mlflow_model.py"),
+            python_model=str(PACKAGE / "tracking" / "mlflow_model.py"),
             artifacts={"weights": str(weights)},
             code_paths=[str(PACKAGE)],
             signature=ModelSignature(columns, images, ParamSchema(params)),

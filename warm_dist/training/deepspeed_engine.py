@@ -106,13 +106,13 @@ class DeepSpeedEngine(BaseEngine):
         )
         return Fragment(name, start, *views)
 
-    def owned(self) -> list[Fragment]:
+    def shard(self) -> list[Fragment]:
         if self.stage:
             return self.fragments()
         parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
         return [part for part in parts if part is not None]
 
-    def loaded(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         set_steps(self.optimizer, num_steps)
         if self.stage in (1, 2):
             self.zero.update_lp_params()

@@ -52,10 +52,10 @@ class Engine(Protocol):
     def fragments(self) -> list[Fragment]:
         """State that lies in this rank's memory: all of it at stage 0, 1/W of it above."""
 
-    def owned(self) -> list[Fragment]:
+    def shard(self) -> list[Fragment]:
         """The part of `fragments` that this rank answers for: over all ranks, every element exactly once."""
 
-    def loaded(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         """After fragments were written into: set the step count and rebuild the forward weights."""
 
 
@@ -157,9 +157,9 @@ class LocalEngine(BaseEngine):
     def fragments(self) -> list[Fragment]:
         return self._whole(self.optimizer)
 
-    def owned(self) -> list[Fragment]:
+    def shard(self) -> list[Fragment]:
         parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
         return [part for part in parts if part is not None]
 
-    def loaded(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         set_steps(self.optimizer, num_steps)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from warm_dist import rng
-from warm_dist.checkpoints.format import CHECKPOINTS, SNAPSHOTS, Saved, load_saved, nimg_of
+from warm_dist.checkpoints.format import CHECKPOINTS, SNAPSHOTS, Saved, nimg_of
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.batch import micro_batches
-from warm_dist.config.identity import RESUMED, value_at
+from warm_dist.config.identity import first_difference
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
@@ -32,7 +32,7 @@ from warm_dist.training.deepspeed_engine import build_engine
 from warm_dist.training.ema import averages, kind_of
 from warm_dist.training.inputs import Prefetch, Prepared, prepare
 from warm_dist.training.nonfinite import NonFiniteGuard, Trace
-from warm_dist.training.state import ema_tensors, tensors_of
+from warm_dist.training.state import ema_tensors, load_state, state_tensors
 from warm_dist.training.step_metrics import StepMetrics, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
@@ -55,9 +55,9 @@ def loss_function(config: Config) -> Callable[..., Loss]:
 
 
 class Trainer:
-    """Owns the state of a run: network, optimizer, EMAs, nimg, and the window of the metrics.
+    """Owns the state of a run: network, optimizer, EMAs, nimg, and the step metrics.
 
-    storage: where checkpoints go; None for a trainer that saves nothing. pulse: is told where this rank is.
+    checkpoints: None for a trainer that saves nothing. heartbeat: is told the phase this rank is in.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Trainer:
         world: World,
         info: DataInfo,
         say: Callable[[str], None],
-        storage: CheckpointManager | None = None,
-        pulse: Heartbeat | None = None,
+        checkpoints: CheckpointManager | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.config, self.world, self.info, self.say = config, world, info, say
-        self.storage, self.pulse = storage, pulse
+        self.checkpoints, self.heartbeat = checkpoints, heartbeat
         network = build_network(config)
         self.shapes = {name: p.shape for name, p in network.named_parameters()}
         self.engine = build_engine(network.train(), config, world)
-        self.emas = averages(self.engine.owned(), config.train)
+        self.emas = averages(self.engine.shard(), config.train)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
         self.loss = loss_function(config)
-        self.window = StepMetrics(config, world, say)
+        self.metrics = StepMetrics(config, world, say)
         self.guard = NonFiniteGuard(world, config.train.max_nonfinite, self._report)
         self.log: MetricsLog | None = None
         self.nimg = self.num_steps = self.saved_nimg = 0
@@ -91,17 +91,16 @@ class Trainer:
 
         Raises CheckpointError if it is another run's, or none is intact.
         """
-        assert self.storage is not None
+        assert self.checkpoints is not None
         self._at("restore")
-        saved = self.storage.restore(self._check, self._load)
+        saved = self.checkpoints.restore(
+            self._check, lambda saved: load_state(saved, self.world.rank, self.engine, self.emas)
+        )
         if saved is not None:
             self.nimg = self.saved_nimg = saved.meta["nimg"]
             self.num_steps = saved.meta["num_steps"]
-            self.window.load(saved.meta["window"])
+            self.metrics.load(saved.meta["window"])
             self.say(f"resumed at nimg {self.nimg} from {saved}")
-
-    def _load(self, saved: Saved) -> None:
-        load_saved(saved, self.world.rank, self.engine, self.emas)
 
     def _check(self, saved: Saved) -> None:
         meta = saved.meta
@@ -124,23 +123,23 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint at nimg. Only after the guard has settled. A collective."""
         self.saved_nimg = self.nimg
-        if self.storage is None:
+        if self.checkpoints is None:
             return
         self._at("save")
         begun = time.monotonic()
-        meta = self._meta() | {"window": gather(self.world, self.window.sums.tolist())}
-        size = self.storage.save(CHECKPOINTS, self.nimg, tensors_of(self.engine, self.emas), meta)
+        meta = self._meta() | {"window": gather(self.world, self.metrics.sums.tolist())}
+        size = self.checkpoints.save(CHECKPOINTS, self.nimg, state_tensors(self.engine, self.emas), meta)
         if self.config.checkpoint.url is None:
             self._safe_since = time.monotonic()
         if self.log is not None:
             self.log.write(self.nimg, "checkpoint", write_s=time.monotonic() - begun, bytes=size)
 
     def _snapshot(self) -> None:
-        if self.storage is None:
+        if self.checkpoints is None:
             return
         self._at("save")
         powers = {kind_of(length): self.emas[kind_of(length)] for length in self.config.train.ema_lengths}
-        self.storage.save(SNAPSHOTS, self.nimg, ema_tensors(powers), self._meta())
+        self.checkpoints.save(SNAPSHOTS, self.nimg, ema_tensors(powers), self._meta())
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -168,13 +167,13 @@ class Trainer:
             self._at("backward")
             self.engine.backward(result.total.mean())
             totals.append(result.total.detach())
-            self.window.add(result)
+            self.metrics.add(result)
         self._at("update")
         self.grad_norm = self.engine.step(learning_rate(self.config, self.nimg))
         trace = Trace(self.nimg, data.batch.keys, data.level.sigma, totals)
         self.nimg += train.batch_size
         self.num_steps += 1
-        self.window.num_steps += 1
+        self.metrics.num_steps += 1
         self._at("ema")
         for ema in self.emas.values():
             ema.update(self.nimg, train.batch_size)
@@ -185,10 +184,10 @@ class Trainer:
         finite = torch.stack([torch.isfinite(total).all() for total in trace.totals]).all()
         return ~(finite & torch.isfinite(self.grad_norm)).view(1)
 
-    def _at(self, place: str) -> None:
-        self.window.watch.at(place)
-        if self.pulse is not None:
-            self.pulse.at(place, self.nimg)
+    def _at(self, phase: str) -> None:
+        self.metrics.watch.at(phase)
+        if self.heartbeat is not None:
+            self.heartbeat.at(phase, self.nimg)
 
     def _report(self, nimg: int, text: str) -> None:
         self.say(text)
@@ -216,7 +215,7 @@ class Trainer:
             self._evaluate_if_due(stop, evaluate, evaluated)
             for _ in range(min(2, (total - self.nimg) // self.config.train.batch_size)):
                 ahead.start()
-            self.window.begin(self.nimg)
+            self.metrics.begin(self.nimg)
             while self.nimg < total:
                 self._at("data")
                 data = ahead.take()
@@ -240,7 +239,7 @@ class Trainer:
             return stopping
         if stopping or saving or snapshot:
             stopping |= self.guard.settle()
-        self.window.pause()
+        self.metrics.pause()
         if logging:
             self._flush()
         if snapshot:
@@ -249,16 +248,16 @@ class Trainer:
             self.save()
         if not stopping or last:  # the evaluation asks for itself whether to stop
             self._evaluate_if_due(stop, evaluate, evaluated)
-        self.window.resume()
+        self.metrics.resume()
         return stopping
 
     def _flush(self) -> None:
         """Reduce the window over ranks, write its line, show progress. A collective; the one place that syncs."""
         self._at("metrics")
-        line, ranks = self.window.flush(self.nimg, self.grad_norm)
-        machines = self.window.machines()
-        if self.pulse is not None:
-            self.pulse.facts.update(ranks[self.world.rank])
+        line, ranks = self.metrics.flush(self.nimg, self.grad_norm)
+        machines = self.metrics.machines()
+        if self.heartbeat is not None:
+            self.heartbeat.facts.update(ranks[self.world.rank])
         if self.log is None:
             return
         lr = learning_rate(self.config, self.nimg - self.config.train.batch_size)
@@ -270,7 +269,7 @@ class Trainer:
 
     def report_uploads(self) -> None:
         """Write down which checkpoints have arrived in the store meanwhile, and say which have not. Rank 0 only."""
-        for upload in self.storage.ended() if self.storage and self.log else ():
+        for upload in self.checkpoints.ended() if self.checkpoints and self.log else ():
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
             assert self.log is not None
