@@ -12,7 +12,7 @@ from warm_dist import errors
 
 
 def main() -> int:
-    from launch.benchmarks import features, step, sweep  # which import this module
+    from launch.benchmarks import features, step, sweep
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

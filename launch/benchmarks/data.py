@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.benchmarks.pictures import crop, photographs
+from launch.benchmarks.pictures import SIZE, crop, photographs
 from launch.benchmarks.result import JOB_S, ROOT, Spread
 from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, DataError, WarmDistError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from warm_dist.store.seaweedfs import S3Server
 
 
-SIZE, BATCH = 64, 256
+BATCH = 256
 PAYLOADS = {"npy": "raw", "png": "PNG", "jpg": "JPEG"}
 OURS, PEERS = "ours", ("pipe:aws", "boto3", "streaming")
 NAMES = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launch.benchmarks.data import SIZE
-from launch.benchmarks.scaling import SCALES
 from warm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+SIZE = 64  # pixels
+SCALES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the photographs that crops are taken from
 
 
 def photographs() -> list[list[NDArray[np.uint8]]]:

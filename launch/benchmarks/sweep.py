@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.benchmarks.result import verdict
+from launch.benchmarks.result import ROOT, verdict
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import posixpath
 import re
+from typing import Any
 from urllib.parse import urlsplit
 
 from warm_dist.config.load import dump, flatten
 from warm_dist.config.run import Config
 from warm_dist.errors import ConfigError, redact
-from warm_dist.kubernetes.jobs import SCRATCH, Object
 
+Object = dict[str, Any]
+"""A Kubernetes object, as YAML has it."""
+SCRATCH = "/scratch"  # a pod's own disk, gone with it
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with what controllers add to it, a pod's name has at most 63
 _LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1?")
 _RESERVED = {"warm-dist", "mlflow", "postgres", "s3"}  # of standing objects, one of which a job would replace

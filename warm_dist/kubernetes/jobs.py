@@ -18,11 +18,18 @@ from warm_dist.config.run import Config
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
-from warm_dist.kubernetes.checks import SOURCES, check_name, check_reachable, check_secrets, check_store, check_visible
+from warm_dist.kubernetes.checks import (
+    SCRATCH,
+    SOURCES,
+    Object,
+    check_name,
+    check_reachable,
+    check_secrets,
+    check_store,
+    check_visible,
+)
 from warm_dist.sweeps.trials import trials
 
-Object = dict[str, Any]
-SCRATCH = "/scratch"  # a pod's own disk, gone with it
 STOP_FILE = f"{SCRATCH}/stop"  # base/training's preStop hook makes it
 MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
 METRICS_PORT, MASTER_PORT = 9400, 29500

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
-from launch.benchmarks.scaling import forward_bytes
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import size_of
 
-SIZES = (1, 8, 64, 256, 1024)
+
+def forward_bytes(stage: int, precision: str) -> int:
+    """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
+    return 2 if precision == "bf16" and stage else 4
 
 
 def memory_bytes(
