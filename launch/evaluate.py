@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import sampling
+from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.evaluation import surface_table
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     many("--bnr", "default: the config's path")
     many("--method", "default: the config's")
     many("--nfe", "network evaluations an image; where a method cannot spend all, one less (heun's are odd)")
-    sampling.add_set(parser)
+    add_set(parser)
     parser.add_argument("--num-images", type=int, help="of a block; default: the config's eval.num_images, else 2048")
     parser.add_argument("--blocks", type=int, default=3, help="of seeds, for mean and spread (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size, else 64")

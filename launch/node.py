@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 
-from launch.train import parse
+from launch.arguments import parse_training
 from warm_dist import errors
 from warm_dist.config.load import load_config
 from warm_dist.kubernetes.node import run_node
 
 
 def main() -> int:
-    args = parse()
+    args = parse_training(__doc__)
     return run_node(load_config(args.config, args.set), sys.argv[1:])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch import sampling
+from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--method", help="heun, first_order, multistep, churn, ancestral or cold; default: the config's"
     )
-    sampling.add_set(parser)
+    add_set(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()

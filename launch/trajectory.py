@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import sampling
+from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--bnr", type=float, nargs="+", default=[None], help="constant paths; default: the run's own")
     parser.add_argument("--method", help="default: the config's")
     parser.add_argument("--nfe", type=int, help="default: the config's")
-    sampling.add_set(parser)
+    add_set(parser)
     parser.add_argument("--n", type=int, default=3, help="number of images")
     parser.add_argument("--columns", type=int, default=10, help="levels shown, evenly over the steps")
     parser.add_argument("--seed", type=int, default=0)

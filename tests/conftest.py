@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data_pipelines.shards.manifest import NAME, Manifest
+from data_pipelines.shards.manifest import Manifest, NAME
 from warm_dist.store.seaweedfs import S3Server
 
 # two workers on two cores: threads beyond these only wait for one another

@@ -26,7 +26,7 @@ from data_pipelines.sources.open import open_source
 from tests.processes import ROOT
 from tests.test_loader import config, equal, loader, take
 from warm_dist.errors import DataError, OutputError
-from warm_dist.store.cache import PAGE_BYTES, CachedStore
+from warm_dist.store.cache import CachedStore, PAGE_BYTES
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store

@@ -22,7 +22,8 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import AccessError, DataError, NumericsError, OutputError, Stopped
 from warm_dist.evaluation import frechet, reference
 from warm_dist.evaluation.evaluator import Evaluator
-from warm_dist.evaluation.extractors import Pixels, features
+from warm_dist.evaluation.extractors import Pixels
+from warm_dist.evaluation.feature_stream import features
 from warm_dist.evaluation.feature_stream import FeatureStream, batches_of
 from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.networks.unet import build_network

@@ -17,7 +17,8 @@ from launch.benchmarks.features import pictures, random_inception
 from tests.test_downloads import MemoryStore
 from warm_dist.errors import ConfigError, DataError
 from warm_dist.evaluation import efficientnet_lite0
-from warm_dist.evaluation.extractors import Lite0, Pixels, features, make_extractor
+from warm_dist.evaluation.extractors import Lite0, Pixels, make_extractor
+from warm_dist.evaluation.feature_stream import features
 from warm_dist.evaluation.frechet import Moments, frechet_distance
 from warm_dist.files import file_sha256
 

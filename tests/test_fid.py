@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from warm_dist.evaluation.frechet import INCEPTION_SHA256, MEASURE, FidSpec, Moments, floor_parts, frechet_distance
+from warm_dist.evaluation.frechet import FidSpec, INCEPTION_SHA256, MEASURE, Moments, floor_parts, frechet_distance
 
 SPEC = FidSpec("lite0", "ab" * 32, "bilinear", 2048, 5000, "cd" * 32, "heun 18 rho 7", 35, "half-life 44000", 0)
 

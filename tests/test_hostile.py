@@ -24,7 +24,7 @@ from PIL import Image
 from data_pipelines.pack import pack
 from data_pipelines.reading.loader import Loader
 from data_pipelines.shards.indexed import index_shard, merge
-from data_pipelines.shards.manifest import NAME, Manifest, read_manifest
+from data_pipelines.shards.manifest import Manifest, NAME, read_manifest
 from data_pipelines.sources.base import BadImage, Sample, Source
 from data_pipelines.sources.open import open_source
 from data_pipelines.verify import verify

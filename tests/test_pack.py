@@ -28,7 +28,7 @@ from scipy.fft import dctn
 from data_pipelines import index, pack, verify
 from data_pipelines.pack import BAD, Packing, pack
 from data_pipelines.shards.indexed import index_shard
-from data_pipelines.shards.manifest import NAME, Manifest, read_manifest, write_manifest
+from data_pipelines.shards.manifest import Manifest, NAME, read_manifest, write_manifest
 from data_pipelines.shards.payload import PAYLOADS, decode
 from data_pipelines.sources.base import BadImage, Sample, Source
 from data_pipelines.sources.open import open_source

@@ -23,14 +23,14 @@ from data_pipelines.pack import pack
 from data_pipelines.reading import loader
 from data_pipelines.reading.lanes import Order, rank_positions
 from data_pipelines.reading.loader import Loader, open_loader
-from data_pipelines.shards.manifest import NAME, Manifest, Shard, write_manifest
+from data_pipelines.shards.manifest import Manifest, NAME, Shard, write_manifest
 from data_pipelines.shards.payload import encode
 from data_pipelines.sources.open import open_source
 from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined
 from warm_dist.config.load import load_config
-from warm_dist.data import LOW_MODES, Batch, DataInfo
+from warm_dist.data import Batch, DataInfo, LOW_MODES
 from warm_dist.store.base import Stat, Store
 from warm_dist.store.folder import FolderStore
 from warm_dist.store.s3 import S3Store

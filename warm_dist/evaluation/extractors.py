@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from warm_dist.errors import ConfigError, DataError
+from warm_dist.errors import ConfigError
 from warm_dist.evaluation import efficientnet_lite0
+from warm_dist.evaluation.feature_stream import Extractor
 from warm_dist.files import file_sha256
 from warm_dist.store.download import fetch
 
-Images = NDArray[np.uint8] | Tensor
 # Images at a time on a CPU, where activations shall stay in the caches. Measured on one thread of an EPYC (Zen 4):
 # Lite0 16 ms an image against 22 at 16; Inception 118 against 131 at 32, and in bfloat16 62 against 67 at 16.
 _CPU_CHUNK = 4
-
-
-class Extractor(Protocol):
-    """Turns images into feature vectors. sha256 covers the weights; resize says how an image gets to the input's size."""
-
-    name: str
-    sha256: str
-    resize: str
-    num_features: int
-
-    def __call__(self, images: Tensor) -> NDArray[np.float32]:
-        """images: (B, C, H, W) uint8, C = 1 or 3. Returns (B, num_features) float32."""
-        ...
 
 
 def make_extractor(
@@ -200,33 +187,6 @@ class TorchScript(_Network):
         x = _rgb(images.to(self.device)).contiguous(memory_format=torch.channels_last)
         out: Tensor = self.layers(x)
         return out.flatten(1) if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2:] == (1, 1) else out
-
-
-def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[np.float32]:
-    """Features of any number of images: (N, C, H, W) uint8 → (N, num_features) float32.
-
-    Raises ValueError for floats, DataError if the network gives another number of rows or features than it promised,
-    or such as are not finite.
-    """
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, needs uint8 (N, C, H, W)")
-    out = np.empty((len(images), extractor.num_features), np.float32)
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        rows = extractor(part)
-        if rows.shape != (len(part), extractor.num_features):
-            raise DataError(
-                f"{extractor.name}: {rows.shape} for {len(part)} images, needs ({len(part)}, {extractor.num_features}); "
-                "the network of eval.extractor_url must treat every image alone"
-            )
-        if sick := int((~np.isfinite(rows)).any(axis=1).sum()):
-            raise DataError(
-                f"{extractor.name} gives features that are not finite for {sick} of {len(part)} images; "
-                "use other weights, or float32 (eval.extractor_bf16 false)"
-            )
-        out[start : start + batch_size] = rows
-    return out
 
 
 def _named(name: str, bf16: bool) -> str:

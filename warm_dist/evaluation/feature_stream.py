@@ -3,16 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from warm_dist.distributed.collectives import add_up, collect, gather
 from warm_dist.distributed.world import World
-from warm_dist.errors import WarmDistError
-from warm_dist.evaluation.extractors import Extractor, features
+from warm_dist.errors import DataError, WarmDistError
 from warm_dist.evaluation.frechet import Moments
+
+Images = NDArray[np.uint8] | Tensor
+
+
+class Extractor(Protocol):
+    """Turns images into feature vectors. sha256 covers the weights; resize says how an image gets to the input's size."""
+
+    name: str
+    sha256: str
+    resize: str
+    num_features: int
+
+    def __call__(self, images: Tensor) -> NDArray[np.float32]:
+        """images: (B, C, H, W) uint8, C = 1 or 3. Returns (B, num_features) float32."""
+        ...
+
+
+def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[np.float32]:
+    """Features of any number of images: (N, C, H, W) uint8 → (N, num_features) float32.
+
+    Raises ValueError for floats, DataError if the network gives another number of rows or features than it promised,
+    or such as are not finite.
+    """
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, needs uint8 (N, C, H, W)")
+    out = np.empty((len(images), extractor.num_features), np.float32)
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        rows = extractor(part)
+        if rows.shape != (len(part), extractor.num_features):
+            raise DataError(
+                f"{extractor.name}: {rows.shape} for {len(part)} images, needs ({len(part)}, {extractor.num_features}); "
+                "the network of eval.extractor_url must treat every image alone"
+            )
+        if sick := int((~np.isfinite(rows)).any(axis=1).sum()):
+            raise DataError(
+                f"{extractor.name} gives features that are not finite for {sick} of {len(part)} images; "
+                "use other weights, or float32 (eval.extractor_bf16 false)"
+            )
+        out[start : start + batch_size] = rows
+    return out
+
 
 Rows = NDArray[np.float32]
 

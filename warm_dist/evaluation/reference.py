@@ -19,8 +19,7 @@ from warm_dist import rng
 from warm_dist.distributed.world import World
 from warm_dist.errors import WarmDistError
 from warm_dist.evaluation import frechet
-from warm_dist.evaluation.extractors import Extractor
-from warm_dist.evaluation.feature_stream import FeatureStream, Rows, each_batch
+from warm_dist.evaluation.feature_stream import Extractor, FeatureStream, Rows, each_batch
 from warm_dist.evaluation.frechet import Moments
 from warm_dist.store.base import Store
 
