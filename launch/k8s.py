@@ -14,7 +14,8 @@ from typing import Any
 
 from data_pipelines import pack
 from warm_dist import errors
-from warm_dist.config.load import load_config, read_tree
+from warm_dist.config.load import read_tree
+from warm_dist.config.run import load_config
 from warm_dist.errors import ConfigError
 from warm_dist.kubernetes import checks, jobs
 from warm_dist.kubernetes.jobs import JobSize, RenderedJob

@@ -11,7 +11,7 @@ import sys
 
 from launch.arguments import parse_training
 from warm_dist import errors
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.kubernetes.node import run_node
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from launch.services import Services, free_port, pack_openmoji, services
 from warm_dist import errors, supervisor
-from warm_dist.config.load import dump, load_config
-from warm_dist.config.run import Config
+from warm_dist.config.load import dump
+from warm_dist.config.run import Config, load_config
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.files import read_json
 from warm_dist.runs.folder import CONFIG, EXIT, METRICS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.services import Services, pack_openmoji, services
 from warm_dist import errors, supervisor
-from warm_dist.config.load import validate
+from warm_dist.config.run import validate
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
 

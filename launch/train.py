@@ -7,7 +7,7 @@ import os
 from launch.arguments import parse_training
 from warm_dist import errors
 from warm_dist.config.batch import check_world_size
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.processes import ROOT
-from warm_dist.config.load import dump, load_config
+from warm_dist.config.load import dump
+from warm_dist.config.run import load_config
 from warm_dist.figures import save_grid
 from warm_dist.report.page import write_report
 

@@ -98,7 +98,7 @@ def test_command_writes_picture_and_numbers(digits, tmp_path):
     setting = (
         next(line for line in done.stdout.splitlines() if "table" in line).strip().removeprefix("--set ").strip("'")
     )
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
 
     config = load_config(ROOT / "configs" / "quickstart.json", [setting])  # what it prints is what --set takes
     assert config.process.bnr.model_dump(mode="json") == tree["suggested_path"]

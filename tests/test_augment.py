@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.data import Batch, DataInfo
 from warm_dist.training.augment import Draw, draw, low_pass, warp
 from warm_dist.training.inputs import prepare

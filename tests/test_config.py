@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
-from warm_dist.config.load import dump, flatten, known_keys, load_config, validate
+from warm_dist.config.load import dump, flatten, known_keys
+from warm_dist.config.run import load_config, validate
 from warm_dist.config.run import json_schema
 from warm_dist.errors import ConfigError
 

@@ -13,7 +13,7 @@ from torch.nn.functional import (
 )
 
 from tests.processes import ROOT
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.config.run import NetworkConfig
 from warm_dist.errors import CheckpointError
 from warm_dist.networks.edm_weights import edm_names, load_edm

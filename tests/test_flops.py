@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.processes import ROOT
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.config.run import Config
 from warm_dist.networks.blocks import Attention, xavier_init
 from warm_dist.networks.flops import flops_per_image, known_peak, peak_flops

@@ -25,7 +25,7 @@ from data_pipelines.reading.loader import Loader, open_loader
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.sources.base import Sample, Source
 from data_pipelines.sources.open import open_source
-from warm_dist.config.load import validate
+from warm_dist.config.run import validate
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError
 from warm_dist.store.base import Store

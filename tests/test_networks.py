@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.processes import ROOT
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.config.run import NetworkConfig
 from warm_dist.networks.unet import UNet, build, num_parameters
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.processes import ROOT
 from warm_dist import errors
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *(path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "k8s" / "README.md"])]

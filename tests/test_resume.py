@@ -29,7 +29,7 @@ from data_pipelines.sources.open import open_source
 from tests.processes import ROOT
 from tests.reader import OPTIONS
 from tests.test_loader import joined
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.data import Batch, DataInfo, LOW_MODES
 from warm_dist.store.base import Stat, Store
 from warm_dist.store.folder import FolderStore

@@ -6,7 +6,7 @@ import pytest
 
 from tests.processes import ROOT
 from warm_dist.config.batch import batch_equation, check_world_size
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.errors import ConfigError, DataError, OutputError, Stopped, WorldSizeError
 from warm_dist.runs.folder import claim_run, describe_run, end_since, write_end
 from warm_dist.training.dry_run import memory_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from launch.benchmarks.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, messages, sent_bytes, step
 from tests.processes import ROOT
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.config.run import Config
 from warm_dist.networks.flops import NetworkSize, flops_per_image, size_of
 from warm_dist.training.dry_run import memory_bytes

@@ -14,7 +14,7 @@ import pytest
 from tests.processes import wait_for
 from tests.sweeps import EVERY, TOTAL, pack_digits, write_sweep
 from warm_dist import errors
-from warm_dist.config.load import validate
+from warm_dist.config.run import validate
 from warm_dist.config.sweep import SweepConfig, TrialConfig, load_sweep
 from warm_dist.files import read_json
 from warm_dist.sweeps.trial_process import SweepPaths, TrialRun, command, environment, make_paths, run_config

@@ -142,7 +142,7 @@ def table(config: Config, network: NetworkSize) -> str:
 
 def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
     from warm_dist.networks.flops import size_of
 
     config = load_config(args.config, args.set)

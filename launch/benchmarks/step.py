@@ -33,7 +33,7 @@ ALONE = ("bare", "one", "mirror")  # one rank: only the network; with EMAs and m
 
 def settings(args: argparse.Namespace, size: int, folder: Path, mlflow_url: str | None) -> Config:
     """The config to measure: the file's network, precision and stage; `--images` a rank and step; three EMAs."""
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
 
     batch, every = args.images * size, args.images * size * args.log_steps
     changes: dict[str, Any] = {
@@ -143,7 +143,7 @@ class StepBench:
         Expected: one rank's step, longer where ranks share a core, and the bytes of its stage at an all-reduce's speed.
         """
         from launch.benchmarks.scaling import sent_bytes
-        from warm_dist.config.load import load_config
+        from warm_dist.config.run import load_config
 
         pairs = list(zip(self.runs[f"{size} ranks"], self.runs["one"], strict=True))
         found = verdict(

@@ -50,7 +50,7 @@ class Side:
 
 def rank(job: dict[str, Any]) -> None:
     """Train as the job says; rank 0 writes what a step took after the first line, which warms up, to job["out"]."""
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
     from warm_dist.distributed.collectives import barrier
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, shutdown

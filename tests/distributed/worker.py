@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from warm_dist import rng
 from warm_dist.checkpoints.manager import CheckpointManager
-from warm_dist.config.load import validate
+from warm_dist.config.run import validate
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed.collectives import any_rank, barrier, gather, on_main

@@ -195,7 +195,7 @@ def files(objects: list[Object], run: Run, path: str) -> Iterator[Path]:
 
 def _load(objects: list[Object], run: Run, args: argparse.Namespace) -> None:
     from warm_dist.config.batch import check_world_size
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
     from warm_dist.config.sweep import load_sweep
     from warm_dist.sweeps.trials import trials
 
@@ -245,7 +245,7 @@ def where(objects: list[Object], pods: list[Object]) -> list[str]:
 
 def config_of(objects: list[Object], run: Run) -> Any:
     """The training config of a run of launch.train or launch.node; None if it cannot be read, which configs_load tells."""
-    from warm_dist.config.load import load_config
+    from warm_dist.config.run import load_config
 
     try:
         args = parse(run.module, run.arguments)

@@ -16,7 +16,7 @@ from launch import k8s
 from tests.k8s.expand import expand, jobset_of
 from tests.k8s.render import K8S, Object, parse
 from tests.processes import ROOT
-from warm_dist.config.load import load_config
+from warm_dist.config.run import load_config
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
 from warm_dist.kubernetes import checks

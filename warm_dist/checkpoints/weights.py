@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from warm_dist.checkpoints.format import Part, export_tensors
-from warm_dist.config.load import parse_json, validate
-from warm_dist.config.run import Config, SamplerConfig
+from warm_dist.config.load import parse_json
+from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
 from warm_dist.errors import CheckpointError, redact
 from warm_dist.networks.unet import build

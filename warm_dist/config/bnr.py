@@ -151,8 +151,6 @@ Uniform = Annotated[UniformBNR, Tag("uniform")]
 LogUniform = Annotated[LogUniformBNR, Tag("log_uniform")]
 PathBNR = Annotated[Number | Power | Table, Discriminator(_kind)]
 AnyBNR = Annotated[Number | Power | Table | Uniform | LogUniform | Annotated[Cold, Tag("cold")], Discriminator(_kind)]
-KINDS = ("number", "power", "table", "uniform", "log_uniform", "cold")
-"""What an error's location may name besides keys."""
 
 
 def as_path(value: float | PowerBNR | TableBNR) -> Path:

@@ -10,22 +10,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from warm_dist.config.bnr import KINDS
-from warm_dist.config.run import Config
+from warm_dist.config.values import UNION_TAGS
 from warm_dist.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
-
-    Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
-    """
-    tree = read_tree(path)
-    for setting in overrides or []:
-        override(tree, setting)
-    return validate(tree, str(path))
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -60,11 +48,6 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
     return tree
 
 
-def validate(tree: dict[str, Any], name: str = "config") -> Config:
-    """dict → Config, or a ConfigError with one line per mistake."""
-    return validate_as(Config, tree, name)
-
-
 def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
     """dict → model, or a ConfigError with one line per mistake."""
     try:
@@ -78,8 +61,7 @@ def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
 
 
 def _explain(item: dict[str, Any], keys: list[str]) -> str:
-    branches = {"constrained-float", "literal['measured']", "grid name", "grid list", *KINDS}
-    location = [str(part) for part in item["loc"] if part not in branches]
+    location = [str(part) for part in item["loc"] if part not in UNION_TAGS]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
@@ -107,7 +89,7 @@ def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseMo
     return out
 
 
-def known_keys(model: type[BaseModel] = Config) -> list[str]:
+def known_keys(model: type[BaseModel]) -> list[str]:
     """Every key as a dotted path, sections included."""
     return [
         prefix + (field.alias or name)

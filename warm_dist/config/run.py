@@ -5,13 +5,14 @@ No secret has a key here: S3 credentials come through boto3's own chain (environ
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
+from warm_dist.config.load import override, read_tree, validate_as
 from warm_dist.config.values import Fraction, NonNegative, Positive, PositiveFloat, Section
 from warm_dist.errors import ConfigError
 
@@ -303,10 +304,17 @@ def check_sampling(config: Config, sampler: SamplerConfig) -> None:
         )
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema that editors read by way of the `$schema` key."""
-    return Config.model_json_schema(by_alias=True)
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
+
+    Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
+    """
+    tree = read_tree(path)
+    for setting in overrides or []:
+        override(tree, setting)
+    return validate(tree, str(path))
 
 
-if __name__ == "__main__":  # python -m warm_dist.config.run > configs/schema.json
-    print(json.dumps(json_schema(), indent=2))
+def validate(tree: dict[str, Any], name: str = "config") -> Config:
+    """dict → Config, or a ConfigError with one line per mistake."""
+    return validate_as(Config, tree, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,12 +153,3 @@ def parameters(sweep: SweepConfig) -> dict[str, Any]:
     tree = dump(sweep)
     del tree["$schema"]
     return flatten(tree)
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema that editors read by way of the `$schema` key."""
-    return SweepConfig.model_json_schema(by_alias=True)
-
-
-if __name__ == "__main__":  # python -m warm_dist.config.sweep > configs/sweep_schema.json
-    print(json.dumps(json_schema(), indent=2))

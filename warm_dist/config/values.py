@@ -22,3 +22,8 @@ def exact(value: float) -> str:
     """Short, and never the text of another number: `0.5`, `0.12345671`."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+UNION_TAGS = {"constrained-float", "literal['measured']", "grid name", "grid list",
+              "number", "power", "table", "uniform", "log_uniform", "cold"}  # fmt: skip
+"""What the location of a validation error names besides keys: the branches of unions."""

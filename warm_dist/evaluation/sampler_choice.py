@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from warm_dist.config.bnr import Cold, describe
-from warm_dist.config.load import dump, override, validate
-from warm_dist.config.run import Config, SamplerConfig, check_sampling
+from warm_dist.config.load import dump, override
+from warm_dist.config.run import Config, SamplerConfig, check_sampling, validate
 from warm_dist.config.values import exact
 from warm_dist.data import DataInfo
 from warm_dist.errors import ConfigError

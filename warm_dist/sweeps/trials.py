@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from warm_dist.config.identity import INCIDENTAL, digest
-from warm_dist.config.load import assign, flatten, known_keys, validate
-from warm_dist.config.run import Config
+from warm_dist.config.load import assign, flatten, known_keys
+from warm_dist.config.run import Config, validate
 from warm_dist.config.sweep import SEED, Axis, SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
@@ -21,7 +21,7 @@ Values = dict[str, Any]
 """The searched keys, by dotted path, in the sweep's order, with a trial's values."""
 _OWN = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
 _MEASURE = "eval", "data.manifest", "data.resolution", "data.channels"
-_SECTIONS = {key.rpartition(".")[0] for key in known_keys()} - {""}
+_SECTIONS = {key.rpartition(".")[0] for key in known_keys(Config)} - {""}
 _NAME_LENGTH = 80
 
 
@@ -111,7 +111,7 @@ def _check_keys(sweep: SweepConfig) -> None:
 
 
 def _example(section: str) -> str:
-    return next(key for key in known_keys() if key.startswith(f"{section}.") and key not in _SECTIONS)
+    return next(key for key in known_keys(Config) if key.startswith(f"{section}.") and key not in _SECTIONS)
 
 
 def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) -> Trial:
