@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launch.services import Services, free_port, pack_openmoji, services
+from launch.services import Services, pack_openmoji, services
 from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config, load_config
@@ -96,7 +96,13 @@ class Quickstart:
             return errors.EXIT_OK
         settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
         command = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(self.num_ranks)]
-        command += ["--master_port", str(free_port()), str(LAUNCH / "train.py"), "--config", str(self.config_path)]
+        command += [
+            "--master_port",
+            str(supervisor.free_port()),
+            str(LAUNCH / "train.py"),
+            "--config",
+            str(self.config_path),
+        ]
         command += [part for setting in [*self.overrides, *settings] for part in ("--set", setting)]
         print(f"quickstart: {' '.join(command)}", flush=True)
         exit_file = self.output / EXIT

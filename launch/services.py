@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import subprocess
@@ -17,7 +16,8 @@ from pathlib import Path
 from data_pipelines.shards.manifest import read_manifest
 from warm_dist import supervisor
 from warm_dist.config.run import Config
-from warm_dist.errors import DataError, OutputError, PeerError, PortError, UnreachableError
+from warm_dist.errors import DataError, PeerError, PortError, UnreachableError
+from warm_dist.files import claimed
 from warm_dist.store.seaweedfs import S3Server
 
 HOST = "127.0.0.1"
@@ -43,7 +43,7 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
     """
     with ExitStack() as stack:
         stack.enter_context(claimed(root, "make quickstart, make sweep or make ui"))
-        port = free_port() if ui_port is None else _checked(ui_port)
+        port = supervisor.free_port() if ui_port is None else _checked(ui_port)
         s3 = stack.enter_context(S3Server(root / "s3", BUCKET))
         url, log = f"http://{HOST}:{port}", root / "mlflow.log"
         process = supervisor.start(_command(root, port), _environment(s3), log)
@@ -64,11 +64,6 @@ def pack_openmoji(config: Config, servers: Services) -> None:
         code = subprocess.run(command).returncode
         if code:
             raise PeerError("packing has failed, see above", code, resumable=False) from None
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    return supervisor.free_port(HOST)
 
 
 def _command(root: Path, port: int) -> list[str]:
@@ -113,19 +108,3 @@ def _checked(port: int) -> int:
         except OSError as error:
             raise PortError(f"port {port}: {error.strerror}; choose another, --port or make ui UI_PORT=N") from None
     return port
-
-
-@contextmanager
-def claimed(folder: Path, who: str) -> Iterator[None]:
-    """Make the folder and hold its lock, which is dropped with the file, so also by kill -9. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"{folder}: another {who} is using it; end that one first") from None
-        yield

@@ -11,10 +11,10 @@ import contextlib
 import sys
 from pathlib import Path
 
-from launch.services import claimed
 from warm_dist import errors, supervisor
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
+from warm_dist.files import claimed
 from warm_dist.sweeps.session import Session, describe
 from warm_dist.sweeps.trial_process import make_paths
 from warm_dist.sweeps.trials import trials

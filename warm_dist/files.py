@@ -84,6 +84,20 @@ def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
         time.sleep(_LOCK_POLL_S)
 
 
+def claimed(folder: Path, who: str) -> IO[str]:
+    """Create a folder and lock it: `with claimed(folder, "sweep"): ...`. who: what else may use it, for the message.
+
+    Raises OutputError if the folder cannot be written or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return locked(folder / ".lock")
+    except BlockingIOError:
+        raise OutputError(f"{folder}: another {who} is using it; end that one first") from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content, 64 hex digits."""
     digest = hashlib.sha256()

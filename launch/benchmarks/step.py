@@ -75,8 +75,8 @@ class StepBench:
                 yield
 
     def _run(self, kind: str, size: int, folder: Path) -> dict[str, float]:
-        from launch.services import free_port
         from warm_dist.config.load import dump
+        from warm_dist.supervisor import free_port
 
         folder.mkdir(parents=True)
         config = settings(self.args, size, folder, self.mlflow_url if kind == "mirror" else None)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from warm_dist.errors import WarmDistError
 from warm_dist.evaluation import frechet
 from warm_dist.evaluation.feature_stream import Extractor, FeatureStream, Rows, each_batch
 from warm_dist.evaluation.frechet import Moments
+from warm_dist.files import locked
 from warm_dist.store.base import Store
 
 FORMAT = 2
@@ -129,21 +128,11 @@ def turn(folder: Path | None, spec: ReferenceSpec, patience_s: float) -> Iterato
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            path = (folder / spec.path).with_suffix(".lock") if folder else None
-            if path is not None:
+            if folder is not None:
+                path = (folder / spec.path).with_suffix(".lock")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                lock, deadline = stack.enter_context(path.open("a")), time.monotonic() + patience_s
-                while not _locked(lock) and time.monotonic() < deadline:
-                    time.sleep(0.2)
+                stack.enter_context(locked(path, patience_s))
         yield
-
-
-def _locked(lock: Any) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _parse(data: bytes, spec: ReferenceSpec) -> Reference:

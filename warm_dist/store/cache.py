@@ -7,19 +7,18 @@ yet a page belongs to a killed writer as soon as another holds the lock. Source 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from warm_dist.errors import OutputError
+from warm_dist.files import locked
 from warm_dist.store.base import PARTIAL, Stat, Store
 
 PAGE_BYTES = 256 << 10  # a request costs about as much as 60 KiB of transfer, so the ends of a GET are no burden
@@ -127,7 +126,7 @@ class CachedStore(Store):
             return
         partial = home / PARTIAL
         try:
-            with self._locked() as account:
+            with locked(self.folder / _ACCOUNT, math.inf) as account:  # how many bytes are kept
                 text = account.read().strip()
                 used = int(text) if text.isdigit() else self._make_room(0)  # lost in a power cut, or by hand
                 for page, low in enumerate(range(0, len(data), PAGE_BYTES), first):
@@ -151,13 +150,6 @@ class CachedStore(Store):
             with suppress(OSError):
                 partial.unlink()
             warnings.warn(f"{self.folder}: nothing more is cached ({error.strerror})", RuntimeWarning, stacklevel=2)
-
-    @contextmanager
-    def _locked(self) -> Iterator[IO[str]]:
-        """The account of the bytes, an open file; its lock is dropped with the file, so also by kill -9."""
-        with open(os.open(self.folder / _ACCOUNT, os.O_RDWR | os.O_CREAT, 0o666), "r+") as account:
-            fcntl.flock(account, fcntl.LOCK_EX)
-            yield account
 
     def _make_room(self, needed: int) -> int:
         """Drop versions of objects that this data set does not have, the oldest first; returns the bytes left.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from typing import IO
 
 from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError
+from warm_dist.files import locked
 from warm_dist.store.s3 import S3Store
 
 HOST = "127.0.0.1"
@@ -83,15 +83,11 @@ class S3Server:
         path = self.directory / "s3.lock"
         try:
             (self.directory / "data").mkdir(parents=True, exist_ok=True)
-            lock = path.open("a+")
+            lock = locked(path)
+        except BlockingIOError:
+            raise OutputError(f"{self.directory}: another S3 server is running on this folder; stop it first") from None
         except OSError as error:
             raise OutputError(f"{self.directory}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise OutputError(f"{self.directory}: another S3 server is running on this folder; stop it first") from None
-        lock.seek(0)
         former = lock.read()
         deadline = time.monotonic() + 2 * supervisor.GRACE_S
         while supervisor.alive(former):  # its owner was killed a moment ago and its supervisor is just ending it

@@ -6,7 +6,6 @@ then lies in a local folder of its machine, its checkpoints go to S3 by checkpoi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,8 +22,8 @@ from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.sweep import SweepConfig, TrialConfig
 from warm_dist.errors import Stopped, UnreachableError, WarmDistError
-from warm_dist.files import make_folder, read_json, write_json
-from warm_dist.runs.folder import EXIT, METRICS, RUN, read_end, write_end
+from warm_dist.files import locked, make_folder, read_json, write_json
+from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, MIRROR, RUN, read_end, write_end
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -37,8 +36,7 @@ PATIENCE_S, RETRY_S = 600.0, 5.0  # with an output on S3 that does not answer
 LOOPBACK = "127.0.0.1"
 # Tried again it would fail again: the config, the data, a damaged checkpoint, non-finite numbers, the number of processes.
 _FINAL_CODES = {2, 3, 4, 5, 9}
-_PUBLISHED = ("config.json", "run.json", "metrics.jsonl", "mirror.json", "exit.json", "trial.log", "samples/*.png",
-              "weights/*.safetensors")  # fmt: skip
+_PUBLISHED = (CONFIG, RUN, METRICS, MIRROR, EXIT, "trial.log", "samples/*.png", "weights/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -170,16 +168,10 @@ class TrialRun:
         self._process = start_node(self.config, self.place, self.resources, 0, address, port)
 
     def _wait_until_free(self) -> None:
-        deadline = time.monotonic() + FREE_S
-        with (self.run / ".lock").open("a") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise UnreachableError(f"{self.run}: another process still trains in it") from None
-                time.sleep(0.2)
+        try:
+            locked(self.run / LOCK, FREE_S).close()
+        except BlockingIOError:
+            raise UnreachableError(f"{self.run}: another process still trains in it") from None
 
     def end(self) -> End | None:
         """None while the process lives."""
