@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warm_dist.errors import ConfigError, OutputError
-from warm_dist.sweeps.ranking import Outcome, best, groups, headings, ranked, short, text, write_csv, write_parquet
+from warm_dist.sweeps.ranking import Outcome, best, groups, headings, ranked, short
+from warm_dist.sweeps.results_table import text, write_csv, write_parquet
 
 POWER = {"kind": "power", "bnr": 0.5, "exponent": 0.2}
 TOTAL = 100

@@ -1,4 +1,4 @@
-"""A sweep in three pictures: Fréchet distance against BNR, against images trained on, and over all searched keys.
+"""A sweep in two pictures: Fréchet distance against BNR, and against images trained on.
 
 Each is a PNG; False: nothing to draw, nothing written. They raise OutputError, and ConfigError as `ranked` does.
 """
@@ -6,17 +6,13 @@ Each is a PNG; False: nothing to draw, nothing written. They raise OutputError, 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from warm_dist.files import replace_file
 from warm_dist.sweeps import ranking
-from warm_dist.sweeps.figure_axes import GAP, Coordinate, coordinate, extent, fanned, log_places, ticks, wide
+from warm_dist.sweeps.figure_axes import GAP, extent, log_places, ticks, wide
 from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
 
 if TYPE_CHECKING:
@@ -29,11 +25,11 @@ _NAMED = 10  # trials in a legend
 _DARK_PART = 0.93  # of viridis: its end is hard to see on white
 _LOG_FROM = 4.0  # max/min from which distances get a log axis
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-_STATES: dict[str, tuple[str, str, str]] = {  # in the legend, at the end of a line, the line itself
-    FINISHED: ("finished", "o", "-"),
-    STOPPED: ("stopped early", "x", "--"),
-    FAILED: ("failed", "X", ":"),
-    UNFINISHED: ("unfinished", "s", "-."),
+_STATES = {  # in the legend, and the marker at the end of a line
+    FINISHED: ("finished", "o"),
+    STOPPED: ("stopped early", "x"),
+    FAILED: ("failed", "X"),
+    UNFINISHED: ("unfinished", "s"),
 }
 
 
@@ -45,11 +41,6 @@ def bnr_curve(outcomes: Sequence[Outcome], path: Path) -> bool:
 def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
     """Fréchet distance against nimg of every trial, the best ones named."""
     return _write(curves_figure(outcomes), path)
-
-
-def parallel(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Every trial as a line through its searched values to its last Fréchet distance."""
-    return _write(parallel_figure(outcomes), path)
 
 
 def _write(figure: Figure | None, path: Path) -> bool:
@@ -192,7 +183,7 @@ def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     floor = _distance_axis(axes, outcomes, [value for _, _, points in drawn for _, value in points], log=True)
     axes.set_xlabel("nimg (images trained on)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    handles = [*lines[: named + 1], *_state_handles(outcomes, [one for _, one, _ in drawn], markers=True), *floor]
+    handles = [*lines[: named + 1], *_state_handles(outcomes, [one for _, one, _ in drawn]), *floor]
     title = ranking.cut("rank.  distance  " + ", ".join(ranking.headings(keys)), 60)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     return figure
@@ -204,72 +195,15 @@ def _points(outcome: Outcome) -> list[tuple[int, float]]:
     return [(nimg, value) for nimg, value in found if value is not None and value > 0]
 
 
-def _state_handles(outcomes: Sequence[Outcome], drawn: Sequence[Outcome], markers: bool) -> list[Any]:
-    """The legend's entries for how trials ended: by the marker at a line's end, or else by its dashes."""
+def _state_handles(outcomes: Sequence[Outcome], drawn: Sequence[Outcome]) -> list[Any]:
+    """The legend's entries for how trials ended, by the marker at a line's end."""
     from matplotlib.lines import Line2D
 
     handles = []
-    for state, (name, marker, dashes) in _STATES.items():
+    for state, (name, marker) in _STATES.items():
         if count := sum(one.state == state for one in drawn):
-            colour = "tab:red" if markers and state == FAILED else _GREY
-            handles.append(Line2D([], [], color=colour, label=f"{name} ({count})"))
-            handles[-1].set(linestyle="" if markers else dashes, marker=marker if markers else "")
+            colour = "tab:red" if state == FAILED else _GREY
+            handles.append(Line2D([], [], color=colour, label=f"{name} ({count})", linestyle="", marker=marker))
     if len(outcomes) > len(drawn):
         handles.append(Line2D([], [], linestyle="", label=f"without a distance ({len(outcomes) - len(drawn)})"))
     return handles
-
-
-def parallel_figure(outcomes: Sequence[Outcome]) -> Figure | None:
-    """What `parallel` writes."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, LogNorm, Normalize
-
-    keys = ranking.searched(outcomes)
-    drawn = [one for one in reversed(ranking.ranked(outcomes)) if one.distance is not None]  # the best on top
-    if not keys or not drawn:
-        return None
-    distances = [one.distance for one in drawn if one.distance is not None]
-    name, log = f"last {drawn[-1].evaluations[-1]['name']}", wide(distances, _LOG_FROM)
-    columns = [coordinate(heading, [one.values.get(key) for one in drawn], key == BNR)
-               for heading, key in zip(ranking.headings(keys), keys, strict=True)]  # fmt: skip
-    columns += [coordinate("seed", [one.seed for one in drawn])] * ranking.several_seeds(outcomes)
-    last = coordinate(name, distances, log)
-    bar_ticks = [float(label) for _, label in last.ticks]
-    columns += [last._replace(ticks=[(place, f"{float(label):.4g}") for place, label in last.ticks])]
-    figure, axes = _figure(2.5 + 1.9 * len(columns), 6)
-    viridis = ListedColormap(colormaps["viridis"](np.linspace(0, _DARK_PART, 256)))
-    colour = ScalarMappable((LogNorm if log else Normalize)(min(distances), max(distances)), viridis)
-    shades = colour.to_rgba(np.array(distances))
-    for one, shade, places in zip(drawn, shades, zip(*map(fanned, columns), strict=True), strict=True):
-        _thread(axes, places, one.state, shade, one is drawn[-1])
-    _coordinates(axes, columns)
-    figure.colorbar(colour, ax=axes, label=name, format="%.4g", ticks=bar_ticks).minorticks_off()
-    figure.legend(handles=_state_handles(outcomes, drawn, False), loc="outside lower center", ncols=5, fontsize=8)
-    return figure
-
-
-def _thread(axes: Any, places: Sequence[float], state: str, colour: Any, best: bool) -> None:
-    """One trial: a smooth line, level where it crosses an axis."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path as Curve
-
-    points = [(0.0, places[0])]
-    for k, (left, right) in enumerate(pairwise(places)):
-        points += [(k + 0.4, left), (k + 0.6, right), (k + 1.0, right)]
-    curve = Curve(points, [Curve.MOVETO, *[Curve.CURVE4] * (len(points) - 1)])
-    axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linestyle=_STATES[state][2], alpha=1 if best else 0.8,
-                             linewidth=4 if best else 1.5 if state == FINISHED else 0.9))  # fmt: skip
-
-
-def _coordinates(axes: Any, columns: Sequence[Coordinate]) -> None:
-    for k, column in enumerate(columns):
-        axes.axvline(k, color="black", linewidth=1, zorder=2)
-        side, align = (1, "left") if column is columns[-1] else (-1, "right")  # where no line comes
-        for place, label in column.ticks:
-            axes.text(k + side * 0.04, place, label, ha=align, va="center", fontsize=8, zorder=3, bbox=_BOX)
-            axes.plot([k, k + side * 0.025], [place, place], color="black", linewidth=1)
-    axes.set(xlim=(-0.5, len(columns) - 0.7), ylim=(-0.04, 1.04), yticks=[])
-    axes.set_xticks(range(len(columns)), [textwrap.fill(column.name, 20) for column in columns])
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)

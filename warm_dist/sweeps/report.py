@@ -12,7 +12,7 @@ from warm_dist.config.sweep import SurfaceConfig, SweepConfig, parameters
 from warm_dist.errors import OutputError, UnreachableError
 from warm_dist.files import make_folder, write_json
 from warm_dist.runs.folder import CONFIG
-from warm_dist.sweeps import figures, ranking
+from warm_dist.sweeps import figures, ranking, results_table
 from warm_dist.sweeps.ranking import Outcome
 from warm_dist.sweeps.record import SweepRecord
 from warm_dist.sweeps.trial_process import SweepPaths
@@ -21,7 +21,6 @@ from warm_dist.sweeps.trials import Trial, constant_bnr
 PICTURES: dict[str, Callable[[list[Outcome], Path], bool]] = {
     "bnr.png": figures.bnr_curve,
     "curves.png": figures.curves,
-    "parallel.png": figures.parallel,
 }
 
 
@@ -45,10 +44,10 @@ class Report:
         """
         make_folder(self.folder)
         self.outcomes = [self._outcome(trial) for trial in self.trials.values()]
-        table = ranking.text(self.outcomes)
+        table = results_table.text(self.outcomes)
         (self.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-        ranking.write_csv(self.outcomes, self.folder / "table.csv")
-        ranking.write_parquet(self.outcomes, self.folder / "trials.parquet")
+        results_table.write_csv(self.outcomes, self.folder / "table.csv")
+        results_table.write_parquet(self.outcomes, self.folder / "trials.parquet")
         for name, draw in PICTURES.items():
             draw(self.outcomes, self.folder / name)
         best = ranking.best(self.outcomes)
