@@ -1,10 +1,10 @@
-# make install | quickstart | sweep | ui | test | soak | lint | debian | peers
+# make install | quickstart | sweep | ui | quick | test | soak | golden | mutants | lint | debian | peers
 PYTHON ?= python3
 UI_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart sweep ui test soak lint format debian clean peers
+.PHONY: install quickstart sweep ui quick test soak golden mutants lint format debian clean peers
 
 install: $(STAMP)
 
@@ -26,11 +26,24 @@ sweep: install
 ui: install
 	$(BIN)/python launch/ui.py --port $(UI_PORT)
 
+# The unit tier alone: no process, no socket, about a minute.
+quick: install
+	$(BIN)/python -m pytest tests/unit --dist worksteal
+
 test: install
 	$(BIN)/python -m pytest
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 3600
+	$(BIN)/python tests/mutants/run.py
+
+# What the product computes, writes and prints, against the values of an earlier commit.
+golden: install
+	$(BIN)/python -m tests.golden check
+
+# Each planted fault of tests/mutants/mutants.json must fail the tests that it names.
+mutants: install
+	$(BIN)/python tests/mutants/run.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from data_pipelines.shards.manifest import Manifest, NAME
+from tests.support.packed import Packed
 from warm_dist.store.seaweedfs import S3Server
+
+pytest_plugins = ["pytester"]
+pytest.register_assert_rewrite("tests.support.store_contract")
 
 # two workers on two cores: threads beyond these only wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,27 +37,20 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick files first; with several workers the longest first, so that none is left alone with one at the end."""
+    """The unit tier first: its guard sees no thread that another tier left.
+
+    Then quick files first; with several workers the longest first, so that none is left alone with one at the end.
+    """
     parallel = bool(config.getoption("numprocesses", None))
 
     def cost(item: pytest.Item) -> int:
+        if "unit" in item.path.parts:
+            return -len(LONGEST) - 1
         name = item.path.stem
         rank = len(LONGEST) - LONGEST.index(name) if name in LONGEST else 0
         return -rank if parallel else rank
 
     items.sort(key=cost)
-
-
-class Packed(NamedTuple):
-    """A packed data set."""
-
-    url: str
-    endpoint_url: str
-    manifest: Manifest
-
-    @property
-    def manifest_url(self) -> str:
-        return f"{self.url}/{NAME}"
 
 
 @pytest.fixture(scope="session")

@@ -1,221 +1,119 @@
-"""The pods that controllers make of objects, as plain Pods with the environment that a kubelet would give them.
+"""The pods that controllers make of objects, as plain Pods.
 
-Names have no random part: NAME-INDEX for Jobs and sets, JOBSET-REPLICATEDJOB-JOB-INDEX for JobSets. The first owner reference
-is the object that a person wrote, not the one that a controller put between.
+Names have no random part: NAME-INDEX for Jobs and sets, JOBSET-REPLICATEDJOB-JOB-INDEX for JobSets. An annotation names the
+object that a person wrote, not the one that a controller put between.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
-from tests.k8s.objects import find, of_kind
+from tests.k8s.objects import OWNER, containers, find, name_of, once, space_of
 from tests.k8s.render import Object
-from tests.k8s.trainer import jobset_of, upsert
+from tests.k8s.trainer import FIELD, INDEX, jobset_of, merge
 
-__all__ = ["expand", "jobset_of"]
-
-INDEX = "batch.kubernetes.io/job-completion-index"
-SUBMITTER = {
-    "restartPolicy": "Never",
-    "containers": [
-        {
-            "name": "ray-job-submitter",
-            "resources": {"requests": {"cpu": "500m", "memory": "200Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
-        }
-    ],
-}
-"""What KubeRay submits with when the RayJob has no submitterPodTemplate; its image is the head's."""
+SMALL = {"requests": {"cpu": "500m", "memory": "200Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
+"""Of the container with which KubeRay submits a RayJob that has no submitterPodTemplate."""
 
 
 def expand(objects: list[Object]) -> list[Object]:
-    """All pods of all objects. TrainJobs need their runtime among the objects; one whose runtime is not there has no pods."""
+    """All pods of all objects, to look at. A TrainJob whose runtime is not among the objects has none."""
     pods: list[Object] = []
     for tree in objects:
-        make = {
-            "Deployment": _replicas,
-            "StatefulSet": _stateful,
-            "Job": _job,
-            "CronJob": _cron,
-            "JobSet": _jobset,
-            "RayJob": _ray,
-        }.get(tree["kind"])
-        if make is not None:
-            pods += make(copy.deepcopy(tree), tree)
-    for tree in of_kind(objects, "TrainJob"):
-        reference = tree["spec"]["runtimeRef"]
-        kind = reference.get("kind", "ClusterTrainingRuntime")
-        space = tree["metadata"].get("namespace", "") if kind == "TrainingRuntime" else ""
-        runtime = find(objects, kind, reference["name"], space)
-        if runtime is not None:
-            pods += _jobset(jobset_of(tree, runtime), tree)
-    for pod in pods:
-        _resolve(pod)
+        if tree["kind"] in MAKERS:
+            pods += _made(tree)
+        elif tree["kind"] == "TrainJob" and (runtime := runtime_of(objects, tree)):
+            pods += _trained(tree, runtime)
     return pods
 
 
-def _pod(
-    name: str, template: Object, owner: Object, labels: Object | None = None, annotations: Object | None = None
-) -> Object:
-    given = template.get("metadata") or {}
-    metadata: Object = {"name": name, "namespace": owner["metadata"].get("namespace", "default")}
-    metadata["labels"] = {**given.get("labels", {}), **(labels or {})}
-    metadata["annotations"] = {**given.get("annotations", {}), **(annotations or {})}
-    reference = {
-        "apiVersion": owner["apiVersion"],
-        "kind": owner["kind"],
-        "name": owner["metadata"]["name"],
-        "uid": "0",
-    }
-    metadata["ownerReferences"] = [reference]
+def runtime_of(objects: list[Object], trainjob: Object) -> Object | None:
+    """The runtime that a TrainJob names, if it is there."""
+    reference = trainjob["spec"]["runtimeRef"]
+    return find(objects, reference.get("kind", "ClusterTrainingRuntime"), reference["name"], space_of(trainjob))
+
+
+@once
+def _made(tree: Object) -> list[Object]:
+    return MAKERS[tree["kind"]](tree, tree)
+
+
+@once
+def _trained(tree: Object, runtime: Object) -> list[Object]:
+    return _jobset(jobset_of(tree, runtime), tree)
+
+
+def _pod(name: str, template: Object, owner: Object, more: Object) -> Object:
+    """A copy of a template. more: labels that its controller adds."""
+    labels = {**template.get("metadata", {}).get("labels", {}), **more}
+    metadata = {"name": name, "namespace": space_of(owner), "labels": labels, "annotations": {OWNER: name_of(owner)}}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": copy.deepcopy(template["spec"])}
 
 
 def _replicas(tree: Object, owner: Object) -> list[Object]:
-    name, count = tree["metadata"]["name"], tree["spec"].get("replicas", 1)
-    return [_pod(f"{name}-{number}", tree["spec"]["template"], owner) for number in range(count)]
-
-
-def _stateful(tree: Object, owner: Object) -> list[Object]:
-    pods = _replicas(tree, owner)
-    for number, pod in enumerate(pods):
-        name, spec = pod["metadata"]["name"], pod["spec"]
-        pod["metadata"]["labels"] |= {
-            "statefulset.kubernetes.io/pod-name": name,
-            "apps.kubernetes.io/pod-index": str(number),
-        }
-        spec |= {"hostname": name, "subdomain": tree["spec"].get("serviceName", "")}
-        for claim in tree["spec"].get("volumeClaimTemplates", []):
-            volume = {"name": claim["metadata"]["name"]}
-            volume["persistentVolumeClaim"] = {"claimName": f"{claim['metadata']['name']}-{name}"}
-            spec.setdefault("volumes", []).append(volume)
+    name, spec = tree["metadata"]["name"], tree["spec"]
+    pods = [_pod(f"{name}-{number}", spec["template"], owner, {}) for number in range(spec.get("replicas", 1))]
+    for pod in pods:
+        for claim in [claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])]:
+            volume = {"name": claim, "persistentVolumeClaim": {"claimName": f"{claim}-{pod['metadata']['name']}"}}
+            pod["spec"]["volumes"] = [*pod["spec"].get("volumes", []), volume]
     return pods
 
 
 def _job(tree: Object, owner: Object) -> list[Object]:
-    """Its pods; those of an Indexed one have their index as label, annotation, host name and variable."""
-    spec, name = tree["spec"], tree["metadata"]["name"]
-    count = spec.get("completions", spec.get("parallelism", 1))
-    pods = []
-    for number in range(count):
-        labels = {"batch.kubernetes.io/job-name": name, "job-name": name}
-        indexed = spec.get("completionMode") == "Indexed"
-        index = {INDEX: str(number)} if indexed else {}
-        pod = _pod(f"{name}-{number}", spec["template"], owner, {**labels, **index}, index)
-        if indexed:
-            pod["spec"].setdefault("hostname", f"{name}-{number}")
-            for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
-                field = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
-                upsert(container.setdefault("env", []), [{"name": "JOB_COMPLETION_INDEX", "valueFrom": field}])
-        pods.append(pod)
+    """Its pods; those of an Indexed one have their index as label, host name and variable."""
+    spec, name, pods = tree["spec"], tree["metadata"]["name"], []
+    indexed = spec.get("completionMode") == "Indexed"
+    for number in map(str, range(spec.get("completions", 1))):
+        pods.append(_pod(f"{name}-{number}", spec["template"], owner, {INDEX: number} if indexed else {}))
+        for container in containers(pods[-1]) if indexed else []:
+            pods[-1]["spec"]["hostname"] = f"{name}-{number}"
+            env = merge(container.get("env", []), [{"name": "JOB_COMPLETION_INDEX", "valueFrom": FIELD}], "env")
+            container["env"] = [{"name": e["name"], "value": number} if e.get("valueFrom") == FIELD else e for e in env]
     return pods
-
-
-def _cron(tree: Object, owner: Object) -> list[Object]:
-    return _job({"metadata": tree["metadata"], **tree["spec"]["jobTemplate"]}, owner)
 
 
 def _jobset(tree: Object, owner: Object) -> list[Object]:
     """With what JobSet's webhook fills in: Indexed, restartPolicy OnFailure, a subdomain named as the set."""
-    name, network = tree["metadata"]["name"], tree["spec"].get("network", {})
-    pods = []
-    for replicated in tree["spec"]["replicatedJobs"]:
-        for number in range(replicated.get("replicas", 1)):
-            job_name = f"{name}-{replicated['name']}-{number}"
-            spec = copy.deepcopy(replicated["template"]["spec"])
-            spec.setdefault("completionMode", "Indexed")
-            keys = {
-                "jobset.sigs.k8s.io/jobset-name": name,
-                "jobset.sigs.k8s.io/replicatedjob-name": replicated["name"],
-                "jobset.sigs.k8s.io/replicatedjob-replicas": str(replicated.get("replicas", 1)),
-                "jobset.sigs.k8s.io/job-index": str(number),
-                "jobset.sigs.k8s.io/restart-attempt": "0",
-            }
-            for pod in _job({"metadata": {"name": job_name}, "spec": spec}, owner):
-                pod["metadata"]["labels"] |= keys
-                pod["metadata"]["annotations"] |= keys
-                pod["spec"].setdefault("restartPolicy", "OnFailure")
-                if network.get("enableDNSHostnames", True):
-                    pod["spec"]["subdomain"] = network.get("subdomain", name)
-                pods.append(pod)
+    name, network, pods = tree["metadata"]["name"], tree["spec"].get("network", {}), []
+    for job in tree["spec"]["replicatedJobs"]:
+        spec = {"completionMode": "Indexed", **job["template"]["spec"]}
+        for pod in _job({"metadata": {"name": f"{name}-{job['name']}-0"}, "spec": spec}, owner):
+            pod["spec"].setdefault("restartPolicy", "OnFailure")
+            if network.get("enableDNSHostnames", True):
+                pod["spec"]["subdomain"] = network.get("subdomain", name)
+            pods.append(pod)
     return pods
 
 
 def _ray(tree: Object, owner: Object) -> list[Object]:
-    """The head, the workers and, unless it is submitted by HTTP or a sidecar, the pod that submits."""
+    """The head, the workers and the pod that submits, with the token."""
     name, spec = tree["metadata"]["name"], tree["spec"]
     cluster = spec["rayClusterSpec"]
     head = cluster["headGroupSpec"]["template"]
-    pods = [_pod(f"{name}-head", head, owner, _ray_labels(name, "head", "headgroup"))]
-    for group in cluster.get("workerGroupSpecs", []):
-        labels = _ray_labels(name, "worker", group["groupName"])
-        for number in range(group.get("replicas", 0) * group.get("numOfHosts", 1)):
-            pod = _pod(f"{name}-{group['groupName']}-worker-{number}", group["template"], owner, labels)
-            pod["spec"]["initContainers"] = [*pod["spec"].get("initContainers", []), _wait_gcs_ready(pod["spec"])]
-            pods.append(pod)
-    if spec.get("submissionMode", "K8sJobMode") == "K8sJobMode":
-        template = spec.get("submitterPodTemplate") or {"spec": copy.deepcopy(SUBMITTER)}
-        template["spec"]["containers"][0].setdefault("image", head["spec"]["containers"][0].get("image"))
-        pods.append(_pod(f"{name}-submitter", template, owner, {"job-name": name}))
+    pods = [_pod(f"{name}-head", head, owner, {"ray.io/node-type": "head"})]
+    for group in cluster["workerGroupSpecs"]:
+        for number in range(group["replicas"]):
+            worker = f"{name}-{group['groupName']}-worker-{number}"
+            pods.append(_pod(worker, group["template"], owner, {"ray.io/node-type": "worker"}))
+    image = head["spec"]["containers"][0]["image"]
+    own = {"restartPolicy": "Never", "containers": [{"name": "ray-job-submitter", "image": image, "resources": SMALL}]}
+    pods.append(_pod(f"{name}-submitter", spec.get("submitterPodTemplate", {"spec": own}), owner, {}))
     auth = cluster.get("authOptions", {})
     if auth.get("mode") == "token":
         secret = {"secretKeyRef": {"name": auth.get("secretName", name), "key": "auth_token"}}
         env = [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": secret}]
         for pod in pods:
-            upsert(pod["spec"]["containers"][0].setdefault("env", []), copy.deepcopy(env))
+            first = pod["spec"]["containers"][0]
+            first["env"] = merge(first.get("env", []), env, "env")
     return pods
 
 
-def _ray_labels(name: str, kind: str, group: str) -> dict[str, str]:
-    return {"ray.io/cluster": name, "ray.io/node-type": kind, "ray.io/group": group, "ray.io/is-ray-node": "yes"}
-
-
-def _wait_gcs_ready(spec: Object) -> Object:
-    """The init container that KubeRay puts into workers, made of the first container's image, mounts and security context."""
-    first = spec["containers"][0]
-    small = {"cpu": "200m", "memory": "256Mi"}
-    init = {"name": "wait-gcs-ready", "image": first.get("image"), "resources": {"requests": small, "limits": small}}
-    return {**init, **{key: copy.deepcopy(first[key]) for key in ("securityContext", "volumeMounts") if key in first}}
-
-
-def _resolve(pod: Object) -> None:
-    """Values for fieldRefs that are known before a node is, and for $(NAME), as a kubelet does. envFrom stays as it is."""
-    for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
-        values: dict[str, str] = {}
-        for item in container.get("env", []):
-            path = item.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-            value = _field(pod, path) if path else None
-            if value is not None:
-                del item["valueFrom"]
-                item["value"] = value
-            elif "valueFrom" not in item:
-                item["value"] = substitute(item.get("value", ""), values)
-            if "value" in item:
-                values[item["name"]] = item["value"]
-        for key in ("command", "args"):
-            if key in container:
-                container[key] = [substitute(word, values) for word in container[key]]
-
-
-def _field(pod: Object, path: str) -> str | None:
-    found = re.fullmatch(r"metadata\.(labels|annotations)\['([^']+)'\]", path)
-    if found:
-        return str(pod["metadata"][found[1]].get(found[2], ""))
-    simple: dict[str, Any] = {
-        "metadata.name": pod["metadata"]["name"],
-        "metadata.namespace": pod["metadata"]["namespace"],
-        "spec.serviceAccountName": pod["spec"].get("serviceAccountName", "default"),
-    }
-    return simple.get(path)
+MAKERS = {"Deployment": _replicas, "StatefulSet": _replicas, "Job": _job, "JobSet": _jobset, "RayJob": _ray}
 
 
 def substitute(text: str, values: dict[str, str]) -> str:
-    """$(NAME) → its value; an unknown name stays as it stands, and $$(NAME) is $(NAME)."""
-
-    def one(found: re.Match[str]) -> str:
-        if found[0].startswith("$$"):
-            return found[0][1:]
-        return values.get(found[1], found[0])
-
-    return re.sub(r"\$?\$\(([^()]*)\)", one, text)
+    """$(NAME) → its value, as a kubelet does; an unknown name stays as it stands, and $$(NAME) is $(NAME)."""
+    pattern = r"\$?\$\(([^()]*)\)"
+    return re.sub(pattern, lambda it: it[0][1:] if it[0][1] == "$" else values.get(it[1], it[0]), text)

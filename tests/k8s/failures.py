@@ -8,186 +8,87 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from tests.k8s.objects import containers, find, name_of, of_kind, space_of
+from tests.k8s.expand import runtime_of
+from tests.k8s.objects import containers, name_of
 from tests.k8s.programs import commands, program
 from tests.k8s.render import Object
 from tests.k8s.trainer import jobset_of
+from tests.k8s.world import World, check
 from warm_dist import errors
 
 FAIL, RESTART, FREE, AGAIN = "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "the pod is made anew"
-STOPPED = errors.Stopped.exit_code
-HOPELESS = [
+CONFIG, WORLD, DATA, BUCKET, CHECKPOINT, NUMERICS, STOPPED, UNREACHABLE = (
     error.exit_code
     for error in (
-        errors.ConfigError,
-        errors.DataError,
-        errors.CheckpointError,
-        errors.NumericsError,
-        errors.WorldSizeError,
+        *(errors.ConfigError, errors.WorldSizeError, errors.DataError, errors.BucketError, errors.CheckpointError),
+        *(errors.NumericsError, errors.Stopped, errors.UnreachableError),
     )
-]
-# (exit code, DisruptionTarget) → what must come of it. 137: kill -9, by the kernel for memory or by a kubelet out of patience.
+)
+# What must come of exit codes, and of those with a DisruptionTarget. 137: kill -9, by the kernel for memory or by a kubelet out of patience.
 TRAINING = {
-    **{(code, False): FAIL for code in HOPELESS},
-    (STOPPED, False): FREE,
-    (STOPPED, True): FREE,
-    (137, True): FREE,
-    (143, True): FREE,
-    (errors.EXIT_UNEXPECTED, False): RESTART,
-    (errors.UnreachableError.exit_code, False): RESTART,
-    (137, False): RESTART,
+    FAIL: ([CONFIG, WORLD, DATA, CHECKPOINT, NUMERICS], []),
+    FREE: ([STOPPED], [STOPPED, 137, 143]),
+    RESTART: ([errors.EXIT_UNEXPECTED, UNREACHABLE, 137], []),
 }
-VALIDATING = {
-    (errors.ConfigError.exit_code, False): FAIL,
-    (errors.WorldSizeError.exit_code, False): FAIL,
-    (143, True): FREE,
-    (137, False): RESTART,
-}
-PACKING = {
-    **{(error.exit_code, False): FAIL for error in (errors.ConfigError, errors.DataError, errors.BucketError)},
-    (137, True): AGAIN,
-    (errors.UnreachableError.exit_code, False): AGAIN,
-    (137, False): AGAIN,
-}
+VALIDATING = {FAIL: ([CONFIG, WORLD], []), FREE: ([], [143]), RESTART: ([137], [])}
+PACKING = {FAIL: ([CONFIG, DATA, BUCKET], []), AGAIN: ([UNREACHABLE, 137], [137])}
+EXPECTED = {"launch.node": TRAINING, "launch.train": VALIDATING, "data_pipelines.pack": PACKING}
 
 
-def jobsets(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+def jobsets(world: World) -> Iterator[tuple[str, Object]]:
     """Every JobSet with the name of what a person wrote: those that stand there, and those of TrainJobs."""
-    for tree in of_kind(objects, "JobSet"):
-        yield name_of(tree), tree
-    for tree in of_kind(objects, "TrainJob"):
-        runtime = find(objects, "TrainingRuntime", tree["spec"]["runtimeRef"]["name"], space_of(tree))
-        if runtime is not None:
-            yield name_of(tree), jobset_of(tree, runtime)
-
-
-def _specs(objects: list[Object]) -> Iterator[tuple[str, Object]]:
-    """(name, JobSpec) of every Job, however it is made."""
-    for tree in of_kind(objects, "Job"):
-        yield name_of(tree), tree["spec"]
-    for tree in of_kind(objects, "CronJob"):
-        yield name_of(tree), tree["spec"]["jobTemplate"]["spec"]
-    for name, tree in jobsets(objects):
-        for job in tree["spec"]["replicatedJobs"]:
-            yield name, job["template"]["spec"]
-
-
-def _rules(spec: Object) -> list[Object]:
-    return list(spec.get("podFailurePolicy", {}).get("rules", []))
-
-
-def _matches(rule: Object, container: str, code: int, disrupted: bool) -> bool:
-    if "onExitCodes" in rule:
-        wanted = rule["onExitCodes"]
-        if wanted.get("containerName", container) != container or code == 0:
-            return False
-        return (code in wanted["values"]) == (wanted["operator"] == "In")
-    conditions = rule.get("onPodConditions", [])
-    return disrupted and any(c["type"] == "DisruptionTarget" and c.get("status", "True") == "True" for c in conditions)
-
-
-def message(rule: Object, index: int, pod: str, container: str, code: int) -> str:
-    """The Job's failure message, as the Job controller words it."""
-    if "onExitCodes" in rule:
-        return (
-            f"Container {container} for pod {pod} failed with exit code {code} matching FailJob rule at index {index}"
-        )
-    return f"Pod {pod} has condition DisruptionTarget matching FailJob rule at index {index}"
+    for tree in world.of_kind("JobSet", "TrainJob"):
+        runtime = tree["kind"] == "TrainJob" and runtime_of(world.objects, tree)
+        if tree["kind"] == "JobSet" or runtime:
+            yield name_of(tree), jobset_of(tree, runtime) if runtime else tree
 
 
 def outcome(jobset: Object, job: Object, container: str, code: int, disrupted: bool) -> str:
     """FAIL, RESTART or FREE, or AGAIN if the Job goes on with another pod."""
-    spec = job["template"]["spec"]
-    pod = f"{space_of(jobset)}/{jobset['metadata']['name']}-{job['name']}-0-0-x7k2p"
-    reason, text = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
-    for index, rule in enumerate(_rules(spec)):
-        if _matches(rule, container, code, disrupted):
-            if rule["action"] == "Ignore":
-                return AGAIN
-            if rule["action"] == "FailJob":
-                reason, text = "PodFailurePolicy", message(rule, index, pod, container, code)
+    spec, reason, text = job["template"]["spec"], "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
+        wanted = rule.get("onExitCodes")
+        if wanted:
+            met = wanted.get("containerName", container) == container and code in wanted["values"]
+            said = (
+                f"Container {container} for pod x failed with exit code {code} matching FailJob rule at index {index}"
+            )
+        else:
+            met, said = disrupted, f"Pod x has condition DisruptionTarget matching FailJob rule at index {index}"
+        if met and rule["action"] == "Ignore":
+            return AGAIN
+        if met:
+            reason, text = "PodFailurePolicy", said
             break
     if reason == "BackoffLimitExceeded" and spec.get("backoffLimit", 6) > 0:
         return AGAIN
     policy = jobset["spec"].get("failurePolicy")
     if policy is None:
         return FAIL
-    return next(
-        (rule["action"] for rule in policy.get("rules", []) if _applies(rule, job["name"], reason, text)), RESTART
-    )
+    for rule in policy.get("rules", []):
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, text) for pattern in patterns):
+            return str(rule["action"])
+    return RESTART
 
 
-def _applies(rule: Object, job: str, reason: str, text: str) -> bool:
-    """An empty list is met by anything."""
-    reasons, patterns = rule.get("onJobFailureReasons", []), rule.get("onJobFailureMessagePatterns", [])
-    jobs = rule.get("targetReplicatedJobs", [])
-    if (reasons and reason not in reasons) or (jobs and job not in jobs):
-        return False
-    return not patterns or any(re.search(pattern, text) for pattern in patterns)
-
-
-def _expected(container: Object, first: bool) -> dict[tuple[int, bool], str]:
-    """What must come of each end of a container; nothing for one that is not ours."""
-    modules = {found[0] for argv in commands(container) if (found := program(argv))}
-    if "data_pipelines.pack" in modules:
-        return PACKING
-    if modules & {"launch.train", "launch.node"}:
-        return VALIDATING if first else TRAINING
-    return {}
-
-
-def failure_outcomes(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def failure_outcomes(world: World) -> Iterator[str]:
     """Disruptions are free, what would end so again is not tried again, everything else is tried again a few times."""
-    messages = []
-    for name, tree in jobsets(objects):
-        for job in tree["spec"]["replicatedJobs"]:
+    for name, jobset in jobsets(world):
+        restarts = jobset["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
+        for job in jobset["spec"]["replicatedJobs"]:
             pod = job["template"]["spec"]["template"]
+            if "podFailurePolicy" in job["template"]["spec"] and pod["spec"].get("restartPolicy") != "Never":
+                yield f"{name}: a podFailurePolicy needs restartPolicy Never"
             for container in containers(pod):
-                first = container not in pod["spec"]["containers"]
-                for (code, disrupted), wanted in _expected(container, first).items():
-                    found = outcome(tree, job, container["name"], code, disrupted)
-                    if found != wanted:
-                        end = f"exit code {code} of {container['name']}" + (" after a disruption" if disrupted else "")
-                        messages.append(f"{name}: {end}: {found}, needs {wanted}")
-                    if found == RESTART and not tree["spec"]["failurePolicy"].get("maxRestarts", 0):
-                        messages.append(
-                            f"{name}: maxRestarts is 0, exit code {code} of {container['name']} would end it"
-                        )
-    return messages
-
-
-def failure_rules(objects: list[Object], pods: list[Object]) -> list[str]:
-    """podFailurePolicy speaks of containers that exist, and of pods that are not restarted in place; every pattern can match."""
-    messages = []
-    for name, spec in _specs(objects):
-        template, rules = spec["template"], _rules(spec)
-        known = [container["name"] for container in containers(template)]
-        names = [
-            rule["onExitCodes"]["containerName"] for rule in rules if "containerName" in rule.get("onExitCodes", {})
-        ]
-        messages += [
-            f"{name}: podFailurePolicy speaks of {one}, the pod has {known}" for one in names if one not in known
-        ]
-        if rules and template["spec"].get("restartPolicy") != "Never":
-            messages.append(f"{name}: a podFailurePolicy needs restartPolicy Never")
-    for name, tree in jobsets(objects):
-        said = _possible(tree)
-        for rule in tree["spec"].get("failurePolicy", {}).get("rules", []):
-            for pattern in rule.get("onJobFailureMessagePatterns", []):
-                if not any(re.search(pattern, text) for text in said):
-                    messages.append(f"{name}: nothing that can be said matches {pattern!r} of the rule {rule['name']}")
-    return messages
-
-
-def _possible(tree: Object) -> list[str]:
-    """One message for every FailJob rule of a JobSet."""
-    said: list[Any] = []
-    for job in tree["spec"]["replicatedJobs"]:
-        for index, rule in enumerate(_rules(job["template"]["spec"])):
-            if rule["action"] == "FailJob":
-                codes = rule.get("onExitCodes", {})
-                container, code = codes.get("containerName", "node"), (codes.get("values") or [1])[0]
-                said.append(message(rule, index, "space/pod-x7k2p", container, code))
-    return said
+                modules = [found[0] for argv in commands(container) if (found := program(argv))]
+                for wanted, ends in EXPECTED.get(modules[0], {}).items() if modules else ():
+                    for code, disrupted in [
+                        (code, bool(number)) for number, codes in enumerate(ends) for code in codes
+                    ]:
+                        found = outcome(jobset, job, container["name"], code, disrupted)
+                        if found != wanted or (found == RESTART and not restarts):
+                            end = f"exit code {code} of {container['name']}" + " after a disruption" * disrupted
+                            yield f"{name}: {end}: {found} (maxRestarts {restarts}), needs {wanted}"

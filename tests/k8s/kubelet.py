@@ -16,14 +16,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.k8s.expand import substitute
 from tests.k8s.objects import quantity
 from tests.k8s.render import Object
 from tests.multinode.nodes import Cluster
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 CODE = ("warm_dist", "data_pipelines", "launch", "configs")
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64")
 DEVICES = ("null", "zero", "full", "random", "urandom")
+Texts = Mapping[str, Mapping[str, str]]  # name → key → value
 FILES = ("passwd", "group", "nsswitch.conf", "ld.so.cache")  # of /etc; no name for the uid among them
 ENDS_WITH_STARTER = "--pdeathsig=KILL"  # unshare asks the kernel for it too, which forgets that at the change of uid
 NO_CAPABILITIES = ("--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs", "--clear-groups")
@@ -36,13 +38,29 @@ def image_environment() -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
+def environment(container: Object, config_maps: Texts, secrets: Texts) -> dict[str, str]:
+    """A container's whole environment: the image's, envFrom, env."""
+    env, known = image_environment(), {"configMap": config_maps, "secret": secrets}
+    for source in container.get("envFrom", []):
+        ((kind, reference),) = source.items()
+        texts = known[kind.removesuffix("Ref")]
+        if reference["name"] in texts or not reference.get("optional"):
+            env |= texts[reference["name"]]
+    for item in container.get("env", []):
+        ((kind, one),) = item.get("valueFrom", {"": None}).items()
+        env[item["name"]] = known[kind.removesuffix("KeyRef")][one["name"]][one["key"]] if one else item["value"]
+    return env
+
+
 class Container:
     """A running container. `process` is what started it; its own first process is that one's child."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], log: Path, inside: list[str], grace_s: float, hook: list[str] | None
+        self, process: subprocess.Popen[bytes], log: Path, inside: list[str], pod: Object, container: Object
     ) -> None:
-        self.process, self.log, self._inside, self._grace_s, self._hook = process, log, inside, grace_s, hook
+        self.process, self.log, self._inside = process, log, inside
+        self._hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+        self._grace_s = pod["spec"].get("terminationGracePeriodSeconds", 30)
 
     def wait(self, timeout_s: float) -> int:
         """Its exit code, 128 + n after signal n."""
@@ -77,15 +95,14 @@ class Container:
         """
         began = time.monotonic()
         first, deadline = self.first(), began + self._grace_s
-        if self._hook:
-            enter = ["nsenter", f"--target={first}", "--net", "--mount", "--pid", "--uts", "--ipc", "--root", "--wd=/"]
-            hook = subprocess.Popen(
-                [*enter, *self._inside, *self._hook], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            while hook.poll() is None and self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if hook.poll() is None:  # a container's end is the end of all that was executed in it
-                hook.kill()
+        enter = ["nsenter", f"--target={first}", "--net", "--mount", "--pid", "--uts", "--ipc", "--root", "--wd=/"]
+        hook = subprocess.Popen(
+            [*enter, *self._inside, *self._hook], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while hook.poll() is None and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if hook.poll() is None:  # a container's end is the end of all that was executed in it
+            hook.kill()
         if self.process.poll() is None:
             self.terminate()
             try:
@@ -102,12 +119,7 @@ class Kubelet:
     """
 
     def __init__(
-        self,
-        cluster: Cluster,
-        folder: Path,
-        objects: list[Object],
-        secrets: Mapping[str, Mapping[str, str]],
-        hosts: Mapping[str, str],
+        self, cluster: Cluster, folder: Path, objects: list[Object], secrets: Texts, hosts: dict[str, str]
     ) -> None:
         self.cluster, self.folder, self.secrets = cluster, folder, secrets
         self.config_maps = {tree["metadata"]["name"]: tree["data"] for tree in objects if tree["kind"] == "ConfigMap"}
@@ -130,57 +142,31 @@ class Kubelet:
         container = container or pod["spec"]["containers"][0]
         place = self.folder / f"{pod['metadata']['name']}-{attempt}"
         (place / "root").mkdir(parents=True, exist_ok=True)
-        inside = self._inside(pod, container)
         script = "\n".join([*self._mounts(pod, container, place), f'exec chroot {place / "root"} "$@"'])
-        words = [*container.get("command", []), *container.get("args", [])]
+        env = environment(container, self.config_maps, self.secrets)
+        words = [substitute(word, env) for word in [*container.get("command", []), *container.get("args", [])]]
+        inside = self._inside(pod, container, env)
         enter = ["ip", "netns", "exec", f"{self.cluster.tag}{node}"]
         own = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "sh", "-ec", script, "sh"]
         log = place / f"{container['name']}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                [*enter, *own, *inside, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env={"PATH": os.environ["PATH"]},
-            )
-        hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
-        grace_s = pod["spec"].get("terminationGracePeriodSeconds", 30)
-        self._running.append(Container(process, log, inside, grace_s, hook))
+            given = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "env": {"PATH": os.environ["PATH"]}}
+            process = subprocess.Popen([*enter, *own, *inside, *words], **given)
+        self._running.append(Container(process, log, inside, pod, container))
         return self._running[-1]
 
     def volume(self, pod: Object, name: str, attempt: int = 0) -> Path:
         """Where a disk volume of a pod lies."""
         return self.folder / f"{pod['metadata']['name']}-{attempt}" / "volumes" / name
 
-    def environment(self, container: Object) -> dict[str, str]:
-        """A container's whole environment: the image's, envFrom, env."""
-        env = image_environment()
-        for source in container.get("envFrom", []):
-            kind, reference = next(iter(source.items()))
-            known = self.config_maps if kind == "configMapRef" else self.secrets
-            if reference["name"] in known or not reference.get("optional"):
-                env |= known[reference["name"]]
-        for item in container.get("env", []):
-            known = {"secretKeyRef": self.secrets, "configMapKeyRef": self.config_maps}
-            source = next(iter(item.get("valueFrom", {}).items()), None)
-            env[item["name"]] = known[source[0]][source[1]["name"]][source[1]["key"]] if source else item["value"]
-        return env
-
-    def _inside(self, pod: Object, container: Object) -> list[str]:
+    def _inside(self, pod: Object, container: Object, env: dict[str, str]) -> list[str]:
         """What precedes a command in the pod's root: identity, environment, working folder."""
         user = {**pod["spec"]["securityContext"], **container["securityContext"]}
         assert user["readOnlyRootFilesystem"]
         assert user["capabilities"] == {"drop": ["ALL"]}
-        who = [
-            "setpriv",
-            f"--reuid={user['runAsUser']}",
-            f"--regid={user['runAsGroup']}",
-            ENDS_WITH_STARTER,
-            *NO_CAPABILITIES,
-        ]
-        env = [f"{name}={value}" for name, value in self.environment(container).items()]
-        return [*who, "env", "-i", "-C", "/opt/warm-dist", *env]
+        who = [f"--reuid={user['runAsUser']}", f"--regid={user['runAsGroup']}", ENDS_WITH_STARTER, *NO_CAPABILITIES]
+        given = [f"{name}={value}" for name, value in env.items()]
+        return ["setpriv", *who, "env", "-i", "-C", "/opt/warm-dist", *given]
 
     def _mounts(self, pod: Object, container: Object, place: Path) -> list[str]:
         """A shell script that makes the container's root, private to its mount namespace."""
@@ -203,11 +189,10 @@ class Kubelet:
         lines += [f"touch {root}/dev/{name} && mount --bind /dev/{name} {root}/dev/{name}" for name in DEVICES]
         lines += [f"ln -s /proc/self/fd {root}/dev/fd", f"mkdir {root}/dev/shm"]
         lines += [f"mount -t tmpfs -o mode=1777,size=64m shm {root}/dev/shm"]
-        mounts = {mount["name"]: mount for mount in container.get("volumeMounts", [])}
-        for volume in spec.get("volumes", []):
-            if volume["name"] in mounts:
-                target = f"{root}{mounts[volume['name']]['mountPath']}"
-                lines += [f"mkdir -p {target}", self._mount(pod, volume, target, place)]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        for mount in container["volumeMounts"]:
+            target = f"{root}{mount['mountPath']}"
+            lines += [f"mkdir -p {target}", self._mount(pod, volumes[mount["name"]], target, place)]
         # after the volumes: on this machine, unlike in the image, all of it may be below /tmp
         if not sys.base_prefix.startswith("/usr/"):
             lines.append(_bind(Path(sys.base_prefix), f"{root}{sys.base_prefix}"))
@@ -217,18 +202,15 @@ class Kubelet:
         return [*lines, f"mount -o remount,ro {root}"]
 
     def _mount(self, pod: Object, volume: Object, target: str, place: Path) -> str:
-        group = pod["spec"]["securityContext"]["fsGroup"]
         if volume.get("emptyDir", {}).get("medium") == "Memory":
             return f"mount -t tmpfs -o mode=1777,size={int(quantity(volume['emptyDir']['sizeLimit']))} shm {target}"
         folder = place / "volumes" / volume["name"]
         folder.mkdir(parents=True, exist_ok=True)
-        if "configMap" in volume:
-            for name, text in self.config_maps[volume["configMap"]["name"]].items():
-                (folder / name).write_text(text)
-            return _bind(folder, target)
-        os.chown(folder, 0, group)
+        for name, text in self.config_maps[volume["configMap"]["name"]].items() if "configMap" in volume else ():
+            (folder / name).write_text(text)
+        os.chown(folder, 0, pod["spec"]["securityContext"]["fsGroup"])
         folder.chmod(0o2777)
-        return f"mount --bind {folder} {target}"
+        return _bind(folder, target) if "configMap" in volume else f"mount --bind {folder} {target}"
 
 
 def _bind(source: Path, target: str) -> str:

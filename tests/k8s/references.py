@@ -2,219 +2,126 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.k8s.objects import containers, distinct, find, name_of, of_kind, owner, port_number, selects, space_of
+from tests.k8s.objects import containers, name_of, owner, port_number, selects, space_of
 from tests.k8s.render import K8S, Object
+from tests.k8s.world import World, check
 
 _ADDRESS = re.compile(r"\b[a-z][a-z0-9+]*://(?:[^\s/@\"']*@)?([a-z][a-z0-9-]*)(?:\.[a-z0-9-]+\.svc[a-z.]*)?:(\d+)\b")
+_PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 
 
-@functools.cache
-def documented() -> str:
-    """k8s/README.md, in which broken lines of commands are joined."""
-    path = K8S / "README.md"
-    return path.read_text(encoding="utf-8").replace("\\\n", " ") if path.exists() else ""
+README = (K8S / "README.md").read_text(encoding="utf-8")
+SECRETS = re.findall(r"create secret generic (\S+)([^\n]*)", README)
+"""(name, the command's rest) of what people are told to make."""
 
 
-def documented_secrets() -> dict[str, set[str]]:
-    """Secret → its keys, of the README's `kubectl create secret generic NAME --from-literal=KEY=…`."""
-    found: dict[str, set[str]] = {}
-    for name, rest in re.findall(r"kubectl (?:-n \S+ )?create secret generic (\S+)([^\n]*)", documented()):
-        found.setdefault(name, set()).update(re.findall(r"--from-(?:literal|file)[= ]['\"]?([\w.-]+)=", rest))
-    return found
-
-
-def once(objects: list[Object], pods: list[Object]) -> list[str]:
-    """No two objects of one kind and name in one namespace: the second would replace the first."""
-    keys = [(name_of(tree), space_of(tree)) for tree in objects]
-    return [
-        f"{name}: stands twice in {space or 'the cluster'}"
-        for name, space in sorted({k for k in keys if keys.count(k) > 1})
-    ]
-
-
-def used_by(pod: Object, kind: str) -> Iterator[tuple[str, list[str], bool]]:
-    """(name, keys, optional) of each ConfigMap or Secret that a pod reads. kind: "configMap" or "secret"."""
-    for volume in pod["spec"].get("volumes", []):
-        sources = [volume, *volume.get("projected", {}).get("sources", [])]
-        for source in sources:
-            if kind in source:
-                one = source[kind]
-                keys = [item["key"] for item in one.get("items", [])]
-                keys += _subpaths(pod, volume["name"]) if source is volume and not keys else []
-                yield one.get("name", one.get("secretName", "")), keys, one.get("optional", False)
+def _used(pod: Object, kind: str) -> Iterator[tuple[str, str, bool]]:
+    """(name, key or "", optional) of each ConfigMap or Secret that a pod reads. kind: "configMap" or "secret"."""
+    volumes = [volume[kind] for volume in pod["spec"].get("volumes", []) if kind in volume]
+    yield from ((one.get("name", one.get("secretName")), "", False) for one in volumes)
     for container in containers(pod):
-        for item in container.get("envFrom", []):
-            if f"{kind}Ref" in item:
-                yield item[f"{kind}Ref"]["name"], [], item[f"{kind}Ref"].get("optional", False)
-        for item in container.get("env", []):
-            if f"{kind}KeyRef" in item.get("valueFrom", {}):
-                one = item["valueFrom"][f"{kind}KeyRef"]
-                yield one["name"], [one["key"]], one.get("optional", False)
+        sources = [source.get(f"{kind}Ref") for source in container.get("envFrom", [])]
+        sources += [item.get("valueFrom", {}).get(f"{kind}KeyRef") for item in container.get("env", [])]
+        yield from ((one["name"], one.get("key", ""), one.get("optional", False)) for one in sources if one)
 
 
-def _subpaths(pod: Object, volume: str) -> list[str]:
-    mounts = [mount for container in containers(pod) for mount in container.get("volumeMounts", [])]
-    return [mount["subPath"] for mount in mounts if mount["name"] == volume and "subPath" in mount]
-
-
-def config_maps(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def config_maps(world: World) -> Iterator[str]:
     """Every ConfigMap that a pod reads is among the objects, with the keys that are read."""
-    messages = []
-    for pod in distinct(pods):
-        for name, keys, optional in used_by(pod, "configMap"):
-            found = find(objects, "ConfigMap", name, space_of(pod))
-            if found is None and not optional:
-                messages.append(f"{owner(pod)}: no ConfigMap {name}")
-            known = {**found.get("data", {}), **found.get("binaryData", {})} if found else {}
-            messages += [
-                f"{owner(pod)}: ConfigMap {name} has no key {key}" for key in keys if found and key not in known
-            ]
-    return messages
+    for pod in world.kinds:
+        for name, key, optional in _used(pod, "configMap"):
+            found = world.find("ConfigMap", name, space_of(pod))
+            if (found is None and not optional) or (found and key and key not in found["data"]):
+                yield f"{owner(pod)}: no ConfigMap {name} with a key {key!r}"
 
 
-def secrets(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def secrets(world: World) -> Iterator[str]:
     """Every Secret that a pod reads has its `kubectl create secret` in k8s/README.md, with the keys that are read."""
-    messages, known = [], documented_secrets()
-    for pod in distinct(pods):
-        for name, keys, _ in used_by(pod, "secret"):
-            if name not in known:
-                messages.append(f"{owner(pod)}: no command in k8s/README.md makes the Secret {name}")
-            messages += [
-                f"{owner(pod)}: the Secret {name} of k8s/README.md has no key {key}"
-                for key in keys
-                if name in known and key not in known[name]
-            ]
-    return messages + [f"{name_of(tree)}: a Secret in the repository" for tree in of_kind(objects, "Secret")]
+    known = {name: re.findall(r"--from-literal=([\w.-]+)=", rest) for name, rest in SECRETS}
+    for pod in world.kinds:
+        for name, key, _ in _used(pod, "secret"):
+            if name not in known or (key and key not in known[name]):
+                yield f"{owner(pod)}: no command in k8s/README.md makes the Secret {name} with a key {key!r}"
+    yield from (f"{name_of(tree)}: a Secret in the repository" for tree in world.of_kind("Secret"))
 
 
-def accounts(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Every pod has a service account of its own kind, that exists."""
-    messages = []
-    for pod in distinct(pods):
+@check
+def accounts(world: World) -> Iterator[str]:
+    """Every pod has a service account that exists."""
+    for pod in world.kinds:
         name = pod["spec"].get("serviceAccountName", "default")
-        if find(objects, "ServiceAccount", name, space_of(pod)) is None:
-            messages.append(
-                f"{owner(pod)}: {pod['metadata']['name']} runs as {name}, which is no ServiceAccount of {space_of(pod)}"
-            )
-    return messages
+        if world.find("ServiceAccount", name, space_of(pod)) is None:
+            yield f"{owner(pod)}: {pod['metadata']['name']} runs as {name}, which is no ServiceAccount"
 
 
-def claims(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Every claim is an object, comes of a StatefulSet's template, or is one that k8s/README.md tells people to make."""
-    templated = {
-        f"{claim['metadata']['name']}-{tree['metadata']['name']}-{number}"
-        for tree in of_kind(objects, "StatefulSet")
-        for claim in tree["spec"].get("volumeClaimTemplates", [])
-        for number in range(tree["spec"].get("replicas", 1))
-    }
-    told = [line for line in documented().splitlines() if re.search(r"PersistentVolumeClaim|\bclaim|\bPVC", line)]
-    messages = []
-    for pod in distinct(pods):
-        for volume in pod["spec"].get("volumes", []):
-            name = volume.get("persistentVolumeClaim", {}).get("claimName")
-            known = (
-                name is None or name in templated or any(re.search(rf"\b{re.escape(name)}\b", line) for line in told)
-            )
-            if not known and find(objects, "PersistentVolumeClaim", name, space_of(pod)) is None:
-                messages.append(f"{owner(pod)}: no PersistentVolumeClaim {name}, and k8s/README.md tells of none")
-    return messages
+@check
+def volumes(world: World) -> Iterator[str]:
+    """Mounts and volumes belong together, no two mounts are at one place, and every claim comes of its own StatefulSet's template
+    or is one that k8s/README.md tells people to make."""
+    told = re.findall(r"PersistentVolumeClaim `(.*?)`", README)
+    for pod in world.kinds:
+        claimed = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod["spec"].get("volumes", [])}
+        for name, claim in claimed.items():
+            if claim and claim["claimName"] not in [*told, f"{name}-{pod['metadata']['name']}"]:
+                yield f"{owner(pod)}: nobody makes the PersistentVolumeClaim {claim['claimName']}"
+        every = [container.get("volumeMounts", []) for container in containers(pod)]
+        if claimed.keys() != (mounted := {mount["name"] for mounts in every for mount in mounts}):
+            yield f"{owner(pod)}: its volumes are {sorted(claimed)}, mounted are {sorted(mounted)}"
+        if any(len({mount["mountPath"] for mount in mounts}) < len(mounts) for mounts in every):
+            yield f"{owner(pod)}: two mounts at one place"
 
 
-def volume_mounts(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Mounts and volumes belong together, and no two mounts are at one place."""
-    messages = []
-    for pod in distinct(pods):
-        volumes = [volume["name"] for volume in pod["spec"].get("volumes", [])]
-        used = set()
-        for container in containers(pod):
-            mounts = container.get("volumeMounts", [])
-            used |= {mount["name"] for mount in mounts}
-            messages += [
-                f"{owner(pod)}: {container['name']} mounts {mount['name']}, which is no volume"
-                for mount in mounts
-                if mount["name"] not in volumes
-            ]
-            places = [mount["mountPath"] for mount in mounts]
-            messages += [
-                f"{owner(pod)}: two mounts at {place}" for place in sorted({p for p in places if places.count(p) > 1})
-            ]
-        messages += [f"{owner(pod)}: nothing mounts the volume {name}" for name in volumes if name not in used]
-    return messages
-
-
-def _of_space(tree: Object, pods: list[Object]) -> list[Object]:
-    return [pod for pod in pods if space_of(pod) == space_of(tree)]
-
-
-def selectors(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def selectors(world: World) -> Iterator[str]:
     """What selects pods selects at least one; a Deployment's or StatefulSet's selector is met by its own template."""
-    messages = []
-    for tree in objects:
-        spec = tree.get("spec", {})
-        if tree["kind"] == "Service":
-            wanted = [{"matchLabels": spec["selector"]}] if spec.get("selector") else []
-        elif tree["kind"] in ("PodDisruptionBudget", "PodMonitor"):
-            wanted = [spec.get("selector", {})]
-        elif tree["kind"] == "NetworkPolicy":
-            rules = [*spec.get("ingress", []), *spec.get("egress", [])]
-            peers = [peer for rule in rules for peer in [*rule.get("from", []), *rule.get("to", [])]]
-            wanted = [
-                spec["podSelector"],
-                *(peer["podSelector"] for peer in peers if "namespaceSelector" not in peer and "podSelector" in peer),
-            ]
-        else:
-            wanted = []
-        messages += [
-            f"{name_of(tree)}: {json.dumps(selector)} selects no pod"
-            for selector in wanted
-            if not any(selects(selector, pod["metadata"]["labels"]) for pod in _of_space(tree, pods))
-        ]
-        if tree["kind"] in ("Deployment", "StatefulSet"):
-            labels = spec["template"]["metadata"].get("labels", {})
-            messages += (
-                []
-                if selects(spec["selector"], labels)
-                else [f"{name_of(tree)}: its selector is not met by its template"]
-            )
-    return messages
+    for tree in world.objects:
+        for selector in _selectors(tree):
+            if not world.selected(tree, selector):
+                yield f"{name_of(tree)}: {json.dumps(selector)} selects no pod"
+        own = tree["spec"] if tree["kind"] in ("Deployment", "StatefulSet") else None
+        if own and not selects(own["selector"], own["template"]["metadata"]["labels"]):
+            yield f"{name_of(tree)}: its selector is not met by its template"
 
 
-def ports(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Ports that Services, PodMonitors and probes speak of are container ports of the pods they mean."""
-    messages = []
-    for tree in of_kind(objects, "Service"):
-        for pod in _selected(tree, {"matchLabels": tree["spec"].get("selector", {})}, pods):
-            for port in tree["spec"].get("ports", []):
-                target = port.get("targetPort", port["port"])
-                if port_number(pod, target) is None:
-                    messages.append(f"{name_of(tree)}: {owner(pod)} has no port {target}")
-    for tree in of_kind(objects, "PodMonitor"):
-        for endpoint in tree["spec"]["podMetricsEndpoints"]:
-            port = endpoint.get("port", endpoint.get("portNumber"))
-            chosen = _selected(tree, tree["spec"]["selector"], pods)
-            messages += [
-                f"{name_of(tree)}: {owner(pod)} has no port {port}" for pod in chosen if port_number(pod, port) is None
-            ]
-    for pod in distinct(pods):
-        for container in containers(pod):
-            for kind in ("livenessProbe", "readinessProbe", "startupProbe"):
-                port = container.get(kind, {}).get("httpGet", container.get(kind, {}).get("tcpSocket", {})).get("port")
-                if port is not None and port_number({"spec": {"containers": [container]}}, port) is None:
-                    messages.append(f"{owner(pod)}: {container['name']} has no port {port} for its {kind}")
-    return messages
+def _selectors(tree: Object) -> list[Object]:
+    """Those that mean pods of the object's own namespace."""
+    spec = tree.get("spec", {})
+    if tree["kind"] == "Service":
+        return [{"matchLabels": spec["selector"]}]
+    if tree["kind"] in ("PodDisruptionBudget", "PodMonitor"):
+        return [spec["selector"]]
+    if tree["kind"] == "NetworkPolicy":
+        rules = [*spec.get("ingress", []), *spec.get("egress", [])]
+        peers = [peer for rule in rules for peer in [*rule.get("from", []), *rule.get("to", [])]]
+        mine = [peer for peer in peers if "podSelector" in peer and "namespaceSelector" not in peer]
+        return [spec["podSelector"], *(peer["podSelector"] for peer in mine)]
+    return []
 
 
-def _selected(tree: Object, selector: Object, pods: list[Object]) -> list[Object]:
-    return [pod for pod in distinct(_of_space(tree, pods)) if selects(selector, pod["metadata"]["labels"])]
+@check
+def ports(world: World) -> Iterator[str]:
+    """Ports that Services and probes speak of are container ports of the pods they mean."""
+    for tree in world.of_kind("Service"):
+        for pod in world.selected(tree, {"matchLabels": tree["spec"]["selector"]}):
+            for port in [port.get("targetPort", port["port"]) for port in tree["spec"]["ports"]]:
+                if port_number(pod, port) is None:
+                    yield f"{name_of(tree)}: {owner(pod)} has no port {port}"
+    for label, container, _ in world.containers():
+        for probe in [container[kind] for kind in _PROBES if kind in container]:
+            asked = probe.get("httpGet") or probe.get("tcpSocket") or {}
+            own = port_number({"spec": {"containers": [container]}}, asked.get("port"))
+            if asked and (own is None or "host" in asked):  # Pod Security's `restricted` refuses another host
+                yield f"{label}: it has no {asked} for its probe"
 
 
 def texts_of(tree: Any) -> Iterator[str]:
+    """Every text inside."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, dict | list):
@@ -222,21 +129,15 @@ def texts_of(tree: Any) -> Iterator[str]:
             yield from texts_of(value)
 
 
-def addresses(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def addresses(world: World) -> Iterator[str]:
     """scheme://NAME:PORT in a config, a variable or an argument, and in the README's Secrets, is a Service's name and port."""
-    messages = []
-    texts = [(name_of(tree), text) for tree in of_kind(objects, "ConfigMap") for text in texts_of(tree.get("data", {}))]
-    for pod in distinct(pods):
-        texts += [(owner(pod), text) for container in containers(pod) for text in texts_of(container)]
-    texts += [("k8s/README.md", text) for text in re.findall(r"create secret generic [^\n]*", documented())]
+    texts = [(name_of(tree), text) for tree in world.of_kind("ConfigMap") for text in texts_of(tree["data"])]
+    texts += [(label, text) for label, container, _ in world.containers() for text in texts_of(container)]
+    texts += [("k8s/README.md", rest) for _, rest in SECRETS]
     for name, text in texts:
-        for host, port in _ADDRESS.findall(text):
-            if host == "localhost":
-                continue
-            service = find(objects, "Service", host)
+        for host, port in _ADDRESS.findall(text) if "://" in text else []:
+            service = world.find("Service", host)
             known = [item["port"] for item in service["spec"]["ports"]] if service else []
-            if int(port) not in known:
-                messages.append(
-                    f"{name}: {host}:{port} is no Service's port" + (f", it has {known}" if service else "")
-                )
-    return sorted(set(messages))
+            if host != "localhost" and int(port) not in known:
+                yield f"{name}: {host}:{port} is no Service's, that has {known}"

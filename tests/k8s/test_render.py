@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import k8s
-from tests.k8s.expand import expand, jobset_of
-from tests.k8s.render import K8S, Object, parse
-from tests.processes import ROOT
+from tests.k8s.expand import expand
+from tests.k8s.objects import containers
+from tests.k8s.render import K8S, documented, parse, told
+from tests.k8s.trainer import jobset_of
+from tests.support.processes import ROOT
 from warm_dist.config.run import load_config
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import ConfigError, WarmDistError, WorldSizeError
@@ -25,22 +24,14 @@ from warm_dist.sweeps.trials import trials
 
 IMAGENET = ["render", "--config", "configs/imagenet64.json", "--nodes", "4", "--gpus", "8"]
 STORED = ["--set", "checkpoint.url=s3://bucket/runs/imagenet64"]
+TRAIN = [*IMAGENET, *STORED]
+INCEPTION = ["--set", "eval.extractor=inception", "--set", f"eval.extractor_sha256={'0' * 64}"]
+PACK = ["pack", "--nodes", "2", "--"]
 SWEEP = ["render", "--config", "configs/sweep_bnr.json", "--nodes", "4", "--gpus", "8"]
 
 
-def render(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[list[Object], str]:
-    """The objects on stdout, and stderr."""
-    monkeypatch.setattr(sys, "argv", ["k8s.py", *arguments])
-    monkeypatch.chdir(ROOT)
-    assert k8s.main() == 0
-    said = capsys.readouterr()
-    return parse(said.out), said.err
-
-
-def test_a_training_for_32_gpus(capsys, monkeypatch):
-    (settings, job), said = render(capsys, monkeypatch, *IMAGENET, *STORED)
+def test_a_training_for_32_gpus():
+    (settings, job), said = told(*TRAIN)
     assert "4 nodes x 8 GPUs = 32 processes; batch 4096 = 32 ranks x 32 images x 4 accumulations" in said
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
@@ -53,8 +44,8 @@ def test_a_training_for_32_gpus(capsys, monkeypatch):
     assert '{"name": "WORLD_SIZE", "value": "32"}' in text
 
 
-def test_the_config_in_the_pod_is_the_file_s_but_for_the_pod(capsys, monkeypatch, tmp_path):
-    (settings, _), _ = render(capsys, monkeypatch, *IMAGENET, *STORED)
+def test_the_config_in_the_pod_is_the_file_s_but_for_the_pod(tmp_path):
+    (settings, _), _ = told(*TRAIN)
     path = tmp_path / "train.json"
     path.write_text(settings["data"]["train.json"])
     inside = load_config(path)
@@ -64,19 +55,17 @@ def test_the_config_in_the_pod_is_the_file_s_but_for_the_pod(capsys, monkeypatch
     assert inside == load_config(ROOT / "configs" / "imagenet64.json", there)
 
 
-def test_a_config_map_is_named_after_its_content(capsys, monkeypatch):
+def test_a_config_map_is_named_after_its_content():
     names = set()
     for seed in ("1", "2", "1"):
-        (settings, job), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--set", f"train.seed={seed}")
+        (settings, job), _ = told(*TRAIN, "--set", f"train.seed={seed}")
         assert f'"{settings["metadata"]["name"]}"' in json.dumps(job)
         names.add(settings["metadata"]["name"])
     assert len(names) == 2
 
 
-def test_processes_on_the_cpu(capsys, monkeypatch):
-    (_, job), said = render(
-        capsys, monkeypatch, *IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5"
-    )
+def test_processes_on_the_cpu():
+    (_, job), said = told(*IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5")
     assert "4 nodes x 2 processes = 8 processes" in said
     assert job["spec"]["trainer"]["resourcesPerNode"] == {
         "requests": {"cpu": "6", "memory": "10Gi"},
@@ -85,43 +74,40 @@ def test_processes_on_the_cpu(capsys, monkeypatch):
     assert job["spec"]["trainer"]["env"] == [{"name": "DS_ACCELERATOR", "value": "cpu"}]
 
 
-def test_memory_is_written_as_kubernetes_itself_would(capsys, monkeypatch):
-    (_, job), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--memory", "128")
+def test_memory_is_written_as_kubernetes_itself_would():
+    (_, job), _ = told(*TRAIN, "--memory", "128")
     assert job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"] == "1Ti"
 
 
-@pytest.mark.parametrize("image", ["a/b:1", "reg.example:5000/a/b:1.2-x", f"a/b@sha256:{'0' * 64}"])
-def test_images_with_a_tag_or_a_digest(image):
-    checks.check_image(image)
+def test_images_with_a_tag_or_a_digest():
+    for image in ("a/b:1", "reg.example:5000/a/b:1.2-x", f"a/b@sha256:{'0' * 64}"):
+        checks.check_image(image)
 
 
-def test_examples_are_named(capsys, monkeypatch):
-    _, said = render(capsys, monkeypatch, *SWEEP)
+def test_examples_are_named():
+    _, said = told(*SWEEP)
     assert "note: s3://your-bucket is an example's; --set names yours" in said
     assert "note: registry.example.com is an example's; --image names yours" in said
-    _, said = render(
-        capsys, monkeypatch, *SWEEP, "--image", "a/b:1", "--set", "output=s3://b/s", "--set", "data.manifest=s3://b/m"
-    )
+    _, said = told(*SWEEP, "--image", "a/b:1", "--set", "output=s3://b/s", "--set", "data.manifest=s3://b/m")
     assert "note" not in said
 
 
-def test_another_image_is_everywhere_in_a_training(capsys, monkeypatch):
-    objects, _ = render(capsys, monkeypatch, *IMAGENET, *STORED, "--image", "other:1", "--name", "mine")
+def test_another_image_is_everywhere_in_a_training():
+    objects, _ = told(*TRAIN, "--image", "other:1", "--name", "mine")
     assert [tree["kind"] for tree in objects] == ["ConfigMap", "TrainingRuntime", "TrainJob"]
     pods = expand(objects)
     assert len(pods) == 4
     for pod in pods:
-        every = [*pod["spec"]["initContainers"], *pod["spec"]["containers"]]
-        assert {container["image"] for container in every} == {"other:1"}
+        assert {container["image"] for container in containers(pod)} == {"other:1"}
 
 
 @pytest.mark.parametrize("more", [[], ["--image", "other:1"], ["--gpus", "0", "--processes", "2"]])
-def test_the_jobset_has_the_pods_that_trainer_would_make(capsys, monkeypatch, more):
+def test_the_jobset_has_the_pods_that_trainer_would_make(more):
     runtime = yaml.safe_load((K8S / "base" / "training" / "runtime.yaml").read_text())
-    objects, _ = render(capsys, monkeypatch, *IMAGENET, *STORED, *more)
+    objects, _ = told(*TRAIN, *more)
     train_job = objects[-1]
     own = next((tree for tree in objects if tree["kind"] == "TrainingRuntime"), runtime)
-    (settings, jobset), _ = render(capsys, monkeypatch, *IMAGENET, *STORED, *more, "--jobset")
+    (settings, jobset), _ = told(*TRAIN, *more, "--jobset")
     assert settings == objects[0]
     expected = jobset_of(train_job, own)
     assert jobset["spec"]["failurePolicy"] == expected["spec"]["failurePolicy"]
@@ -129,8 +115,8 @@ def test_the_jobset_has_the_pods_that_trainer_would_make(capsys, monkeypatch, mo
     assert [pod["spec"] for pod in expand([jobset])] == [pod["spec"] for pod in expand([expected])]
 
 
-def test_a_sweep(capsys, monkeypatch, tmp_path):
-    (settings, job), said = render(capsys, monkeypatch, *SWEEP)
+def test_a_sweep(tmp_path):
+    (settings, job), said = told(*SWEEP)
     assert "24 trials of 8 processes, 4 at a time on 4 nodes x 8 GPUs" in said
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
@@ -143,67 +129,58 @@ def test_a_sweep(capsys, monkeypatch, tmp_path):
     assert inside[0].node_dir == "/scratch/sweeps"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([*SWEEP, "--gpus", "4"], "a trial needs 32 CPU and 8 GPU on each of 1 nodes"),
-        ([*SWEEP, "--cpus", "3"], "a trial needs 32 CPU"),
-        ([*SWEEP, "--set", "output=runs/sweep"], "output 'runs/sweep': a pod has no folder"),
-        ([*SWEEP, "--set", "ray_address=10.0.0.1:6379"], "a RayJob brings a Ray of its own"),
-        ([*SWEEP, "--jobset"], "--jobset is for a training"),
-        ([*SWEEP, "--set", "space.train.nonsense={\"grid\": [1]}"], "nonsense"),
-        (IMAGENET, "checkpoint.url is null"),
-        ([*IMAGENET, *STORED, "--set", "data.manifest=/data/manifest.parquet"], "data.manifest '/data/manifest.parquet': a pod has no folder"),
-        ([*IMAGENET, "--set", "checkpoint.url=/data"], "checkpoint.url '/data': a pod has no folder"),
-        ([*IMAGENET, *STORED, "--set", "data.endpoint_url=http://127.0.0.1:8333"], "is the pod itself"),
-        ([*IMAGENET, *STORED, "--set", "tracking.mlflow_url=http://localhost:5000"], "is the pod itself"),
-        ([*IMAGENET, *STORED, "--set", "eval.extractor_url=inception.pt", "--set", "eval.extractor=inception", "--set",
-          f"eval.extractor_sha256={'0' * 64}"], "eval.extractor_url inception.pt is a path"),
-        ([*IMAGENET, *STORED, "--set", "train.nonsense=1"], "nonsense"),
-        ([*IMAGENET, *STORED, "--nodes", "0"], "must be positive"),
-        ([*IMAGENET, *STORED, "--processes", "4"], "4 processes cannot have 8 GPUs"),
-        ([*IMAGENET, *STORED, "--name", "Not_A_Name"], "name 'Not_A_Name'"),
-        ([*IMAGENET, *STORED, "--name", "a" * 41], "at most 40"),
-        ([*IMAGENET, *STORED, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "mlflow_url https://mlflow.example: may hold a secret"),
-        ([*IMAGENET, *STORED, "--set", "eval.extractor=inception", "--set", "eval.extractor_url=https://x.example/i.pt?X-Amz-Signature=abc",
-          "--set", f"eval.extractor_sha256={'0' * 64}"], "eval.extractor_url https://x.example/i.pt: may hold a secret"),
-        ([*SWEEP, "--set", "endpoint_url=https://me:secret@s3.example"], "endpoint_url https://s3.example: may hold a secret"),
-        ([*SWEEP, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "may hold a secret"),
-        ([*SWEEP, "--set", "data.endpoint_url=http://[::1]:8333"], "is the pod itself"),
-        (["pack", "--nodes", "2", "--", "photos", "photos64", "--resolution", "64"], "out_url 'photos64': a pod has no folder"),
-        (["pack", "--nodes", "2", "--", "/home/me", "s3://b/c", "--resolution", "64"], "source '/home/me': a pod has openmoji, digits, and the claim `images` at /images"),
-        (["pack", "--nodes", "2", "--", "/images/../etc", "s3://b/c", "--resolution", "64"], "source '/images/../etc'"),
-        (["pack", "--nodes", "2", "--", "/imagesX", "s3://b/c", "--resolution", "64"], "source '/imagesX'"),
-        (["pack", "--nodes", "2", "--", "train", "s3://b/c", "--resolution", "64"], "source 'train'"),
-        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--endpoint-url", "http://127.0.0.1:1"], "is the pod itself"),
-        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--work", "3"], "follow from"),
-        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--workers=3"], "follow from"),
-        ([*IMAGENET, *STORED, "--set", "data.cache_dir=/mnt/nvme"], "data.cache_dir /mnt/nvme: a pod can write below /scratch only"),
-        ([*IMAGENET, *STORED, "--set", "eval.cache_dir=/scratch/../x"], "eval.cache_dir"),
-        ([*IMAGENET, *STORED, "--set", "checkpoint.endpoint_url=10.0.0.1:9000"], "needs http:// or https://"),
-        ([*IMAGENET, *STORED, "--set", "checkpoint.endpoint_url=http://0.0.0.0:9000"], "is the pod itself"),
-        ([*IMAGENET, *STORED, "--name", "warm-dist"], "which all jobs share"),
-        ([*IMAGENET, *STORED, "--name", "mlflow"], "which all jobs share"),
-        ([*IMAGENET, *STORED, "--image", "warm-dist:latest"], "needs a tag other than latest"),
-        ([*IMAGENET, *STORED, "--image", "warm-dist"], "needs a tag other than latest"),
-        ([*IMAGENET, *STORED, "--image", ""], "needs a tag other than latest"),
-        ([*SWEEP, "--set", f"set={json.dumps({'eval.extractor': 'inception', 'eval.extractor_url': '/i.pt', 'eval.extractor_sha256': '0' * 64})}"],
-         "eval.extractor_url /i.pt is a path"),
-        (["pack", "--nodes", "2", "--", "digits", "s3://b/c", "--resolution", "8", "--part", "1/2"], "follow from"),
-    ],
-)  # fmt: skip
-def test_what_a_pod_cannot_do_is_refused(monkeypatch, arguments, said):
-    monkeypatch.setattr(sys, "argv", ["k8s.py", *arguments])
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([*SWEEP, "--gpus", "4"], "a trial needs 32 CPU and 8 GPU on each of 1 nodes"),
+    ([*SWEEP, "--cpus", "3"], "a trial needs 32 CPU"),
+    ([*SWEEP, "--set", "output=runs/sweep"], "output 'runs/sweep': a pod has no folder"),
+    ([*SWEEP, "--set", "ray_address=10.0.0.1:6379"], "a RayJob brings a Ray of its own"),
+    ([*SWEEP, "--jobset"], "--jobset is for a training"),
+    ([*SWEEP, "--set", "space.train.nonsense={\"grid\": [1]}"], "nonsense"),
+    (IMAGENET, "checkpoint.url is null"),
+    ([*TRAIN, "--set", "data.manifest=/data/manifest.parquet"], "data.manifest '/data/manifest.parquet': a pod has no folder"),
+    ([*IMAGENET, "--set", "checkpoint.url=/data"], "checkpoint.url '/data': a pod has no folder"),
+    ([*TRAIN, "--set", "data.endpoint_url=http://127.0.0.1:8333"], "is the pod itself"),
+    ([*TRAIN, "--set", "tracking.mlflow_url=http://localhost:5000"], "is the pod itself"),
+    ([*TRAIN, *INCEPTION, "--set", "eval.extractor_url=inception.pt"], "eval.extractor_url inception.pt is a path"),
+    ([*TRAIN, "--set", "train.nonsense=1"], "nonsense"),
+    ([*TRAIN, "--nodes", "0"], "must be positive"),
+    ([*TRAIN, "--processes", "4"], "4 processes cannot have 8 GPUs"),
+    ([*TRAIN, "--name", "Not_A_Name"], "name 'Not_A_Name'"),
+    ([*TRAIN, "--name", "a" * 41], "at most 40"),
+    ([*TRAIN, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "mlflow_url https://mlflow.example: may hold a secret"),
+    ([*TRAIN, *INCEPTION, "--set", "eval.extractor_url=https://x.example/i.pt?X-Amz-Signature=abc"], "eval.extractor_url https://x.example/i.pt: may hold a secret"),
+    ([*SWEEP, "--set", "endpoint_url=https://me:secret@s3.example"], "endpoint_url https://s3.example: may hold a secret"),
+    ([*SWEEP, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "may hold a secret"),
+    ([*SWEEP, "--set", "data.endpoint_url=http://[::1]:8333"], "is the pod itself"),
+    ([*PACK, "photos", "photos64", "--resolution", "64"], "out_url 'photos64': a pod has no folder"),
+    ([*PACK, "/home/me", "s3://b/c", "--resolution", "64"], "source '/home/me': a pod has openmoji, digits, and the claim `images` at /images"),
+    ([*PACK, "/images/../etc", "s3://b/c", "--resolution", "64"], "source '/images/../etc'"),
+    ([*PACK, "/imagesX", "s3://b/c", "--resolution", "64"], "source '/imagesX'"),
+    ([*PACK, "train", "s3://b/c", "--resolution", "64"], "source 'train'"),
+    ([*PACK, "digits", "s3://b/c", "--resolution", "8", "--endpoint-url", "http://127.0.0.1:1"], "is the pod itself"),
+    ([*PACK, "digits", "s3://b/c", "--resolution", "8", "--work", "3"], "follow from"),
+    ([*PACK, "digits", "s3://b/c", "--resolution", "8", "--workers=3"], "follow from"),
+    ([*TRAIN, "--set", "data.cache_dir=/mnt/nvme"], "data.cache_dir /mnt/nvme: a pod can write below /scratch only"),
+    ([*TRAIN, "--set", "eval.cache_dir=/scratch/../x"], "eval.cache_dir"),
+    ([*TRAIN, "--set", "checkpoint.endpoint_url=10.0.0.1:9000"], "needs http:// or https://"),
+    ([*TRAIN, "--set", "checkpoint.endpoint_url=http://0.0.0.0:9000"], "is the pod itself"),
+    ([*TRAIN, "--name", "warm-dist"], "which all jobs share"),
+    ([*TRAIN, "--name", "mlflow"], "which all jobs share"),
+    ([*TRAIN, "--image", "warm-dist:latest"], "needs a tag other than latest"),
+    ([*TRAIN, "--image", "warm-dist"], "needs a tag other than latest"),
+    ([*TRAIN, "--image", ""], "needs a tag other than latest"),
+    ([*SWEEP, "--set", f"set={json.dumps({'eval.extractor': 'inception', 'eval.extractor_url': '/i.pt', 'eval.extractor_sha256': '0' * 64})}"],
+     "eval.extractor_url /i.pt is a path"),
+    ([*PACK, "digits", "s3://b/c", "--resolution", "8", "--part", "1/2"], "follow from"),
+])  # fmt: skip
+def test_what_a_pod_cannot_do_is_refused(arguments, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        k8s.main()
+        told(*arguments)
 
 
-def test_a_world_that_cannot_share_the_batch_is_refused_with_those_that_can(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["k8s.py", *IMAGENET, *STORED, "--nodes", "3"])
-    monkeypatch.chdir(ROOT)
+def test_a_world_that_cannot_share_the_batch_is_refused_with_those_that_can():
     with pytest.raises(WorldSizeError, match=r"24 processes cannot share .* legal world sizes: 1, 2, 4, 8, 16, 32"):
-        k8s.main()
+        told(*TRAIN, "--nodes", "3")
 
 
 def test_an_error_is_one_line_and_nothing_on_stdout():
@@ -214,19 +191,11 @@ def test_an_error_is_one_line_and_nothing_on_stdout():
     assert done.stderr.startswith("ConfigError: checkpoint.url")
 
 
-def commands() -> list[tuple[list[str], Path]]:
-    """`python launch/k8s.py … > k8s/overlays/…` in k8s/README.md."""
-    text = (K8S / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^\S*python launch/k8s\.py (.*?) > (k8s/overlays/\S+)$", text, re.M)
-    return [(shlex.split(arguments), ROOT / path) for arguments, path in found]
-
-
-def test_the_overlays_jobs_are_what_the_readme_s_commands_print(capsys, monkeypatch):
-    assert {path for _, path in commands()} == {
-        p for p in K8S.glob("overlays/*/jobs/*.yaml") if p.stem != "kustomization"
-    }
-    for arguments, path in commands():
-        assert render(capsys, monkeypatch, *arguments)[0] == parse(path.read_text()), path
+def test_the_overlays_jobs_are_what_the_readme_s_commands_print():
+    jobs = {path for path in K8S.glob("overlays/*/jobs/*.yaml") if path.stem != "kustomization"}
+    assert {path for _, path in documented()} == jobs
+    for arguments, path in documented():
+        assert told(*arguments)[0] == parse(path.read_text()), path
 
 
 def test_sizes_are_checked_where_they_are_made():

@@ -1,6 +1,6 @@
 """k8s/base/tracking, run: its very commands, arguments and environment, on a real PostgreSQL and the embedded S3.
 
-Changed are addresses only: everything binds to loopback, and the two replicas, with one address, to two ports.
+Changed are addresses only: everything binds to loopback, and the two replicas, with one address and a worker each, to two ports.
 """
 
 from __future__ import annotations
@@ -9,26 +9,35 @@ import http.client
 import os
 import pwd
 import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from tests.k8s.expand import substitute
-from tests.k8s.render import K8S, Object, render
-from tests.processes import ROOT, free_port, wait_for
+from tests.k8s.expand import expand, substitute
+from tests.k8s.invariants import locked
+from tests.k8s.kubelet import environment
+from tests.k8s.objects import containers
+from tests.k8s.render import K8S, Object, lacks, render
+from tests.support.processes import ROOT, free_port, wait_for
 from warm_dist import supervisor
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
 
 ARTIFACTS = "s3://warm-dist/mlflow"
 HOSTS = ("mlflow", "mlflow.warm-dist", "mlflow.warm-dist.svc", "mlflow.warm-dist.svc.cluster.local")
+
+
+def manifest(name: str) -> Object:
+    """A container of base/tracking's pods, by its name."""
+    every = [container for pod in expand(render(K8S / "base" / "tracking")) for container in containers(pod)]
+    return next(container for container in every if container["name"] == name)
 
 
 class Container(NamedTuple):
@@ -38,54 +47,30 @@ class Container(NamedTuple):
     environment: dict[str, str]
 
     def at(self, port: int) -> Container:
-        places = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
+        places = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}", "--workers=2": "--workers=1"}
         assert places.keys() <= set(self.argv)
         return self._replace(argv=[places.get(word, word) for word in self.argv])
 
     def start(self, log: Path) -> subprocess.Popen[bytes]:
         return supervisor.start(self.argv, self.environment, log, str(ROOT))
 
-
-def manifest(kind: str, name: str) -> Object:
-    (found,) = [
-        tree
-        for tree in render(K8S / "base" / "tracking")
-        if tree["kind"] == kind and tree["metadata"]["name"].startswith(name)
-    ]
-    return found
-
-
-def container(pod: Object, name: str, values: dict[tuple[str, str], dict[str, str]], home: Path) -> Container:
-    """A container of a pod template, with the environment of the image and of the ConfigMaps and Secrets in `values`."""
-    (spec,) = [c for c in [*pod.get("initContainers", []), *pod["containers"]] if c["name"] == name]
-    image = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(ROOT)}
-    environment = image | {"PYTHONUNBUFFERED": "1"}
-    for entry in spec.get("envFrom", []):
-        ((kind, reference),) = entry.items()
-        environment |= values[kind.removesuffix("Ref"), reference["name"]]
-    for entry in spec["env"]:
-        if "value" in entry:
-            environment[entry["name"]] = entry["value"]
-        else:
-            ((kind, reference),) = entry["valueFrom"].items()
-            environment[entry["name"]] = values[kind.removesuffix("KeyRef"), reference["name"]][reference["key"]]
-    words = [*spec["command"], *spec.get("args", [])]
-    return Container([substitute(word, environment) for word in words], environment)
-
-
-def uri_of_the_readme() -> str:
-    """As the Secret gets it: it names the driver, since SQLAlchemy 2.1 takes `postgresql:` for one that is not installed."""
-    (uri,) = set(re.findall(r"--from-literal=uri=(\S+)", (K8S / "README.md").read_text()))
-    assert ":$P@postgres:5432/" in uri
-    return uri
+    def run(self, log: Path) -> int:
+        process = self.start(log)
+        try:
+            return process.wait(120)
+        finally:
+            supervisor.stop(process)
 
 
 class Database:
     """A PostgreSQL of its own, on loopback, with the StatefulSet's user and database."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
-        self.binaries, self.folder, self.port, self.password = binaries, folder, free_port(), secrets.token_hex(16)
-        self.uri = uri_of_the_readme().replace("$P", self.password).replace("postgres:5432", f"127.0.0.1:{self.port}")
+        self.binaries, self.folder, self.port, self.password = binaries, folder, free_port(), token_hex(16)
+        # the README's, which names the driver: SQLAlchemy 2.1 takes `postgresql:` for one that is not installed
+        (uri,) = re.findall(r"--from-literal=uri=(\S+:\$P@postgres:5432/\S+)", (K8S / "README.md").read_text())
+        self.uri = uri.replace("$P", self.password).replace("postgres:5432", f"127.0.0.1:{self.port}")
+        self.place = ("--host=127.0.0.1", f"--port={self.port}", "--username=mlflow")
         user = pwd.getpwnam("postgres")  # it refuses to be root's
         self.become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
         secret = folder / "password"
@@ -100,9 +85,8 @@ class Database:
     def running(self) -> Iterator[None]:
         options = ["-D", str(self.folder / "data"), "-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-F"]
         command = [*self.become, str(self.binaries / "postgres"), *options]
-        process = supervisor.start(
-            command, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}, self.folder.parent / "postgres.log"
-        )
+        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        process = supervisor.start(command, env, self.folder.parent / "postgres.log")
         try:
             wait_for("PostgreSQL", lambda: self.ready("postgres"), 60)
             yield
@@ -111,31 +95,27 @@ class Database:
 
     def ready(self, name: str = "mlflow") -> bool:
         """What the StatefulSet's probes say."""
-        (spec,) = manifest("StatefulSet", "postgres")["spec"]["template"]["spec"]["containers"]
-        command = [
-            word.replace("--dbname=mlflow", f"--dbname={name}") for word in spec["readinessProbe"]["exec"]["command"]
-        ]
-        assert spec["startupProbe"]["exec"] == spec["livenessProbe"]["exec"] == spec["readinessProbe"]["exec"]
-        environment = {"PGPORT": str(self.port), "PATH": f"{self.binaries}:/usr/bin:/bin"}
-        return subprocess.run(command, env=environment, capture_output=True).returncode == 0
+        spec = manifest("postgres")
+        probes = [spec[kind]["exec"]["command"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
+        command = [word.replace("--dbname=mlflow", f"--dbname={name}") for word in probes[0]]
+        assert probes == [probes[0]] * 3
+        env = {"PGPORT": str(self.port), "PATH": f"{self.binaries}:/usr/bin:/bin"}
+        return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
     def create(self) -> None:
-        self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=mlflow", "mlflow")
+        self._run("createdb", *self.place, "mlflow")
 
-    def ask(self, query: str) -> list[Any]:
-        import sqlalchemy
+    def ask(self, query: str) -> list[str]:
+        return self._run(
+            "psql", *self.place, "--dbname=mlflow", "--no-align", "--tuples-only", f"--command={query}"
+        ).splitlines()
 
-        engine = sqlalchemy.create_engine(self.uri)
-        with engine.connect() as connection:
-            rows = [row[0] for row in connection.execute(sqlalchemy.text(query))]
-        engine.dispose()
-        return rows
-
-    def _run(self, program: str, *arguments: str) -> None:
-        environment = {"PGPASSWORD": self.password, "PATH": "/usr/bin:/bin"}
+    def _run(self, program: str, *arguments: str) -> str:
         command = [*self.become, str(self.binaries / program), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
+        env = {"PGPASSWORD": self.password, "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 class Tracking(NamedTuple):
@@ -151,33 +131,24 @@ class Tracking(NamedTuple):
 def tracking(s3: S3Server) -> Iterator[Tracking]:
     """First installation: replicas that wait, the Job, then both at once."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    missing = [*(["PostgreSQL"] * (not found)), *(["root"] * (os.geteuid() != 0))]
-    if missing:
-        problem = (
-            f"no MLflow on PostgreSQL without {' and '.join(missing)}; on Debian, as root: apt-get install postgresql"
-        )
-        pytest.fail(problem) if os.environ.get("CI") == "true" else pytest.skip(problem)
+    if not found or os.geteuid() != 0:
+        lacks("no MLflow on PostgreSQL without it and root; on Debian, as root: apt-get install postgresql")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="warm-dist-tracking-")))
         folder.chmod(0o755)
         (folder / "postgres").mkdir()
         database = Database(found[-1].parent, folder / "postgres")
         stack.enter_context(database.running())
-        values = {
-            ("secret", "mlflow-database"): {"uri": database.uri},
-            ("secret", "s3-credentials"): {
-                name: s3.env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-            },
-            ("configMap", "settings"): {
-                "AWS_DEFAULT_REGION": s3.env["AWS_DEFAULT_REGION"],
-                "MLFLOW_S3_ENDPOINT_URL": s3.endpoint_url,
-                "MLFLOW_ARTIFACTS": ARTIFACTS,
-            },
-        }
-        server_pod = manifest("Deployment", "mlflow")["spec"]["template"]["spec"]
-        schema = container(server_pod, "schema", values, folder)
-        server = container(server_pod, "mlflow", values, folder)
-        upgrade = container(manifest("Job", "mlflow-database")["spec"]["template"]["spec"], "upgrade", values, folder)
+        settings = {"AWS_DEFAULT_REGION": s3.env["AWS_DEFAULT_REGION"], "MLFLOW_S3_ENDPOINT_URL": s3.endpoint_url}
+        config_maps = {"settings": settings | {"MLFLOW_ARTIFACTS": ARTIFACTS}}
+        secrets = {"mlflow-database": {"uri": database.uri}, "s3-credentials": s3.env}
+        here = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+        parts = []
+        for spec in map(manifest, ("schema", "mlflow", "upgrade")):
+            env = environment(spec, config_maps, secrets) | here
+            words = [*spec["command"], *spec.get("args", [])]
+            parts.append(Container([substitute(word, env) for word in words], env))
+        schema, server, upgrade = parts
 
         waiting = schema.start(folder / "schema.log")
         stack.callback(supervisor.stop, waiting)
@@ -186,7 +157,7 @@ def tracking(s3: S3Server) -> Iterator[Tracking]:
         database.create()
         wait_for("waiting without tables", lambda: "out-of-date" in said() or waiting.poll() is not None)
         waited = said()
-        assert run(upgrade, folder / "upgrade.log") == 0, (folder / "upgrade.log").read_text()
+        assert upgrade.run(folder / "upgrade.log") == 0, (folder / "upgrade.log").read_text()
         assert waiting.wait(60) == 0, said()
 
         replicas = {}
@@ -203,14 +174,6 @@ def tracking(s3: S3Server) -> Iterator[Tracking]:
         yield Tracking(database, upgrade, list(replicas), waited)
 
 
-def run(job: Container, log: Path) -> int:
-    process = job.start(log)
-    try:
-        return process.wait(120)
-    finally:
-        supervisor.stop(process)
-
-
 def status(url: str, path: str, host: str | None = None) -> int:
     """Of a GET with this Host header; 0 if nobody answers."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
@@ -223,7 +186,6 @@ def status(url: str, path: str, host: str | None = None) -> int:
         connection.close()
 
 
-@pytest.mark.slow
 def test_replicas_wait_until_the_database_is_made(tracking: Tracking) -> None:
     """Both mlflow servers would make the tables of an empty database, without a lock that both see."""
     assert 'database "mlflow" does not exist' in tracking.waited
@@ -231,7 +193,6 @@ def test_replicas_wait_until_the_database_is_made(tracking: Tracking) -> None:
     assert tracking.database.password not in tracking.waited
 
 
-@pytest.mark.slow
 def test_what_one_replica_takes_the_other_has(tracking: Tracking, s3: S3Server) -> None:
     from mlflow import MlflowClient
 
@@ -247,19 +208,17 @@ def test_what_one_replica_takes_the_other_has(tracking: Tracking, s3: S3Server) 
     ]
 
 
-@pytest.mark.slow
 def test_the_job_does_nothing_to_a_database_of_its_version(tracking: Tracking, tmp_path: Path) -> None:
     """Also while the servers run: a second `kubectl apply` after the Job's time to live."""
     tables = "select table_name || '.' || column_name from information_schema.columns where table_schema = 'public'"
     before = tracking.database.ask(tables), tracking.database.ask("select version_num from alembic_version")
     assert len(before[1]) == 1
-    assert run(tracking.upgrade, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert tracking.upgrade.run(tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert sorted(before[0]) == sorted(tracking.database.ask(tables))
     assert before[1] == tracking.database.ask("select version_num from alembic_version")
     assert {status(url, "/api/2.0/mlflow/experiments/get?experiment_id=0") for url in tracking.urls} == {200}
 
 
-@pytest.mark.slow
 def test_the_services_names_are_answered_and_no_others(tracking: Tracking) -> None:
     """MLflow compares the whole header, port included; a probe, which comes by the pod's address, is always answered."""
     path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
@@ -272,6 +231,5 @@ def test_the_services_names_are_answered_and_no_others(tracking: Tracking) -> No
 
 def test_the_job_is_named_after_the_projects_mlflow() -> None:
     """A Job cannot be changed: with the same name, the new version's would be refused, or never run."""
-    version = re.search(r"^mlflow==(.+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    assert version
-    assert manifest("Job", "mlflow-database")["metadata"]["name"] == f"mlflow-database-{version[1].replace('.', '-')}"
+    names = {tree["metadata"]["name"] for tree in render(K8S / "base" / "tracking") if tree["kind"] == "Job"}
+    assert names == {f"mlflow-database-{locked('mlflow').replace('.', '-')}"}

@@ -9,121 +9,55 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from tests.k8s.objects import quantity
+from tests.k8s.objects import once
 from tests.k8s.render import Object
 
-ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 PORT = 29500
-RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
-RANK_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-MERGE_KEYS = {
-    "containers": "name",
-    "initContainers": "name",
-    "env": "name",
-    "volumes": "name",
-    "imagePullSecrets": "name",
-    "volumeMounts": "mountPath",
-    "ports": "containerPort",
-    "topologySpreadConstraints": "topologyKey",
-}
-"""patchMergeKey of the lists of a PodSpec; every other list, tolerations among them, is replaced whole."""
+INDEX = "batch.kubernetes.io/job-completion-index"
+FIELD = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
+BY_NAME = ("containers", "initContainers", "env", "volumes", "replicatedJobs")
+"""The lists of a PodSpec that our patches have and that are merged by name; other lists, tolerations among them, are replaced whole."""
 
 
 def merge(tree: Any, patch: Any, name: str = "") -> Any:
     """Kubernetes' strategic merge, without its directives."""
     if isinstance(tree, dict) and isinstance(patch, dict):
-        out = dict(tree)
-        for key, value in patch.items():
-            out[key] = merge(tree[key], value, key) if key in tree else copy.deepcopy(value)
-        return out
-    key = MERGE_KEYS.get(name)
-    if key and isinstance(tree, list) and isinstance(patch, list):
-        changed = {item[key]: item for item in patch}
-        merged = [merge(item, changed.pop(item[key])) if item[key] in changed else item for item in tree]
-        return merged + copy.deepcopy(list(changed.values()))
-    return copy.deepcopy(patch)
+        return tree | {key: merge(tree[key], value, key) if key in tree else value for key, value in patch.items()}
+    if name in BY_NAME and isinstance(tree, list):
+        changed = {item["name"]: item for item in patch}
+        return [merge(item, changed.pop(item["name"], {})) for item in tree] + list(changed.values())
+    return patch
 
 
-def upsert(env: list[Object], new: list[Object]) -> None:
-    """Variables by name: those that exist are replaced where they stand."""
-    places = {item["name"]: number for number, item in enumerate(env)}
-    for item in new:
-        if item["name"] in places:
-            env[places[item["name"]]] = item
-        else:
-            env.append(item)
-
-
-def processes_per_node(trainjob: Object, node: Object | None) -> int:
-    """The TrainJob's number; without one, the container's GPUs, or else its CPUs."""
-    trainer = trainjob["spec"].get("trainer", {})
-    if "numProcPerNode" in trainer:
-        return int(trainer["numProcPerNode"])
-    resources = trainer.get("resourcesPerNode") or (node or {}).get("resources", {})
-    every = {**resources.get("limits", {}), **resources.get("requests", {})}
-    gpus = sum(int(quantity(value)) for name, value in every.items() if "gpu" in name.lower())
-    return gpus or max(1, int(quantity(every.get("cpu", 1))))
-
-
-def jobset_of(trainjob: Object, runtime: Object) -> Object:
-    """What Trainer creates: the runtime's template, patched, with the trainer's container overridden and PET_* added."""
-    template = copy.deepcopy(runtime["spec"]["template"])
-    policy = runtime["spec"].get("mlPolicy", {})
-    jobs = template["spec"]["replicatedJobs"]
-    for patch in _patches(trainjob):
-        for job in jobs:
-            if job["name"] == patch["name"]:
-                job["template"] = merge(job["template"], patch.get("template", {}))
-    trainer = trainjob["spec"].get("trainer", {})
-    nodes = int(trainer.get("numNodes", policy.get("numNodes", 1)))
-    for job in jobs:
-        spec = job["template"]["spec"]
-        if job["template"].get("metadata", {}).get("labels", {}).get(ANCESTOR) == "trainer":
-            job["replicas"] = 1
-            spec["parallelism"] = spec["completions"] = nodes
-            _override(spec["template"]["spec"], trainer)
-    if "torch" in policy:
-        _torch(trainjob, jobs, nodes, policy["torch"])
-    metadata = {"name": trainjob["metadata"]["name"], "namespace": trainjob["metadata"]["namespace"]}
-    metadata |= {key: value for key, value in template.get("metadata", {}).items() if key in ("labels", "annotations")}
-    spec = {**template["spec"], "suspend": trainjob["spec"].get("suspend", False)}
-    return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
-
-
-def _patches(trainjob: Object) -> list[Object]:
+def patches(trainjob: Object) -> list[Object]:
     """The replicated jobs of all runtime patches, in their order."""
-    specs = [patch.get("trainingRuntimeSpec", {}) for patch in trainjob["spec"].get("runtimePatches", [])]
-    return [job for spec in specs for job in spec.get("template", {}).get("spec", {}).get("replicatedJobs", [])]
+    specs = [patch["trainingRuntimeSpec"]["template"]["spec"] for patch in trainjob["spec"].get("runtimePatches", [])]
+    return [job for spec in specs for job in spec["replicatedJobs"]]
 
 
-def _override(pod: Object, trainer: Object) -> None:
-    for container in pod["containers"]:
-        if container["name"] == "node":
-            for key in ("image", "command", "args"):
-                if key in trainer:
-                    container[key] = copy.deepcopy(trainer[key])
-            resources = trainer.get("resourcesPerNode") or {}
-            if resources.get("limits") or resources.get("requests"):
-                container["resources"] = copy.deepcopy(resources)
-            upsert(container.setdefault("env", []), copy.deepcopy(trainer.get("env", [])))
-
-
-def _torch(trainjob: Object, jobs: list[Object], nodes: int, policy: Object) -> None:
-    name = trainjob["metadata"]["name"]
-    targets = {
-        target["jobName"]: target["containerNames"] for target in policy.get("envInjection", {}).get("targets", [])
+@once
+def jobset_of(trainjob: Object, runtime: Object) -> Object:
+    """What Trainer creates: the runtime's one job, patched, its container `node` overridden, PET_* added."""
+    name, trainer, template = trainjob["metadata"]["name"], trainjob["spec"]["trainer"], runtime["spec"]["template"]
+    (job,) = template["spec"]["replicatedJobs"]
+    for patch in patches(trainjob):
+        job = merge(job, patch) if patch["name"] == job["name"] else job
+    job = copy.deepcopy(job) | {"replicas": 1}
+    spec = job["template"]["spec"]
+    spec["parallelism"] = spec["completions"] = trainer["numNodes"]
+    (node,) = [item for item in spec["template"]["spec"]["containers"] if item["name"] == "node"]
+    if trainer["resourcesPerNode"]:
+        node["resources"] = trainer["resourcesPerNode"]
+    env = {
+        "PET_NNODES": {"value": str(trainer["numNodes"])},
+        "PET_NPROC_PER_NODE": {"value": str(trainer["numProcPerNode"])},
+        "PET_NODE_RANK": {"valueFrom": FIELD},
+        "PET_MASTER_ADDR": {"value": f"{name}-node-0-0.{name}"},
+        "PET_MASTER_PORT": {"value": str(PORT)},
     }
-    for job in jobs:
-        pod = job["template"]["spec"]["template"]["spec"]
-        is_trainer = job["template"].get("metadata", {}).get("labels", {}).get(ANCESTOR) == "trainer"
-        node = next((item for item in pod["containers"] if item["name"] == "node" and is_trainer), None)
-        values = {"PET_NNODES": nodes, "PET_NPROC_PER_NODE": processes_per_node(trainjob, node)}
-        env: list[Object] = [{"name": key, "value": str(value)} for key, value in values.items()]
-        env.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": RANK_FIELD}}})
-        env.append({"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"})
-        env.append({"name": "PET_MASTER_PORT", "value": str(PORT)})
-        for container in [*pod.get("initContainers", []), *pod["containers"]]:
-            if container is node or container["name"] in targets.get(job["name"], []):
-                upsert(container.setdefault("env", []), copy.deepcopy(env))
-        if node is not None and PORT not in [port["containerPort"] for port in node.get("ports", [])]:
-            node.setdefault("ports", []).append({"containerPort": PORT})
+    more = [*trainer.get("env", []), *({"name": key, **value} for key, value in env.items())]
+    node["env"] = merge(node.get("env", []), more, "env")
+    node["ports"] = [*node.get("ports", []), {"containerPort": PORT}]
+    metadata = {"name": name, "namespace": trainjob["metadata"]["namespace"]}
+    whole = {**template["spec"], "suspend": trainjob["spec"].get("suspend", False), "replicatedJobs": [job]}
+    return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": whole}

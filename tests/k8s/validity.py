@@ -4,53 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 
 import kubernetes_validate
 
 from tests.k8s import crds
-from tests.k8s.objects import distinct, name_of, owner, space_of, templates
+from tests.k8s.objects import name_of, once, owner, space_of
 from tests.k8s.render import Object
+from tests.k8s.world import World, check
 
 VERSION = "1.37"
-CLUSTER = {
-    "Namespace",
-    "PersistentVolume",
-    "ClusterRole",
-    "ClusterRoleBinding",
-    "StorageClass",
-    "PriorityClass",
-    "RuntimeClass",
-    "CustomResourceDefinition",
-    "ValidatingAdmissionPolicy",
-    "ValidatingAdmissionPolicyBinding",
-}
-NAMESPACED = {
-    "ConfigMap",
-    "CronJob",
-    "DaemonSet",
-    "Deployment",
-    "Ingress",
-    "Job",
-    "LimitRange",
-    "NetworkPolicy",
-    "PersistentVolumeClaim",
-    "Pod",
-    "PodDisruptionBudget",
-    "ResourceQuota",
-    "Role",
-    "RoleBinding",
-    "Secret",
-    "Service",
-    "ServiceAccount",
-    "StatefulSet",
-}
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)  # a file an object
 
 
-@functools.cache
-def _core(text: str) -> str:
-    """What is wrong with an object of a core kind; empty if nothing. Its text: the same object is in many worlds."""
+@once
+def _core(tree: Object) -> str:
+    """What is wrong with an object of a core kind; empty if nothing."""
     try:
-        kubernetes_validate.validate(json.loads(text), VERSION, strict=True)
+        kubernetes_validate.validate(tree, VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
         return f"{'.'.join(map(str, error.path))}: {error.message[:300]}"
     except (kubernetes_validate.SchemaNotFoundError, kubernetes_validate.InvalidSchemaError) as error:
@@ -58,41 +31,41 @@ def _core(text: str) -> str:
     return ""
 
 
-def core_schema(objects: list[Object], pods: list[Object]) -> list[str]:
+@check
+def core_schema(world: World) -> Iterator[str]:
     """Core kinds by Kubernetes' own schemas, strictly; the expanded pods too, which is all of a custom resource's template."""
-    messages = [
-        (name_of(tree), _core(json.dumps(tree, sort_keys=True))) for tree in objects if not crds.is_custom(tree)
-    ]
-    messages += [(owner(pod), _core(json.dumps(pod, sort_keys=True))) for pod in distinct(pods)]
-    return [f"{name}: {text}" for name, text in messages if text]
+    every = [(name_of(tree), tree) for tree in world.objects if not crds.is_custom(tree)]
+    for name, tree in every + [(owner(pod), pod) for pod in world.kinds]:
+        if text := _core(tree):
+            yield f"{name}: {text}"
+        if bool(space_of(tree)) == (tree["kind"] == "Namespace"):
+            yield f"{name}: its namespace is {space_of(tree)!r}"
 
 
-def custom_schema(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Custom resources by their CRD: its schema without unknown fields, and its CEL rules."""
-    return [f"{name_of(tree)}: {text}" for tree in objects if crds.is_custom(tree) for text in crds.check(tree)]
+@check
+def custom_schema(world: World) -> Iterator[str]:
+    """Custom resources by their CRD: its schema without unknown fields, its CEL rules, its scope."""
+    for tree in world.objects:
+        if crds.crds() and crds.is_custom(tree):
+            yield from (f"{name_of(tree)}: {text}" for text in crds.problems(tree))
 
 
-def scope(objects: list[Object], pods: list[Object]) -> list[str]:
-    """What is the whole cluster's has no namespace, everything else has one."""
-    messages = []
-    for tree in objects:
-        kind = tree["kind"]
-        crd = crds.crd_of(tree) if crds.is_custom(tree) else None
-        cluster = crd["spec"]["scope"] == "Cluster" if crd else kind in CLUSTER
-        if crd is None and kind not in CLUSTER | NAMESPACED:
-            messages.append(f"{name_of(tree)}: whether {tree['apiVersion']} {kind} has a namespace is not known here")
-        elif cluster and space_of(tree):
-            messages.append(f"{name_of(tree)}: is the whole cluster's, a namespace {space_of(tree)} is refused")
-        elif not cluster and not space_of(tree):
-            messages.append(f"{name_of(tree)}: has no namespace")
-    return messages
+@check
+def names(world: World) -> Iterator[str]:
+    """No two objects of one kind and name in one namespace: the second would replace the first."""
+    every = [(name_of(tree), space_of(tree)) for tree in world.objects]
+    for name, space in sorted({one for one in every if every.count(one) > 1}):
+        yield f"{name}: stands twice in {space or 'the cluster'}"
 
 
-def expanded(objects: list[Object], pods: list[Object]) -> list[str]:
-    """Every object with a pod template has pods here: of those that had none, no check would see anything."""
-    makers = {owner(pod) for pod in pods}
-    return [
-        f"{name_of(tree)}: no pod comes of it"
-        for tree in objects
-        if tree["kind"] not in ("TrainingRuntime", "TrainJob") and any(templates(tree)) and name_of(tree) not in makers
-    ]
+@once
+def _templated(tree: Object) -> bool:
+    return '"containers"' in json.dumps(tree)
+
+
+@check
+def expanded(world: World) -> Iterator[str]:
+    """Every object with a pod template has pods here: of one that had none, no check would see anything."""
+    for tree in world.objects:
+        if _templated(tree) and tree["kind"] not in ("TrainingRuntime", "TrainJob") and not world.made_by(tree):
+            yield f"{name_of(tree)}: no pod comes of it"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 MASTER, PORT = "10.77.0.1", 29500
 _ENTER = 'hostname "$0" && mount --bind {hosts} /etc/hosts && "$@"; exit $?'  # no exec: the shell is the node's pid 1

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.integration.test_train import environment, launcher, losses, outcome, train
 from tests.multinode.nodes import MASTER, PORT, Cluster, need
-from tests.processes import MARK, ROOT, end_marked, marked, wait_for
-from tests.test_train import environment, launcher, losses, outcome, train
+from tests.support.processes import MARK, ROOT, end_marked, marked, wait_for
 from warm_dist import errors
 from warm_dist.runs.metrics import parse_line
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 BATCH, TIMEOUT_S, BIN = 48, 10, Path(sys.executable).parent
 STEPS = 20  # before each failure
 NOTICED_S = TIMEOUT_S + 5  # a step that had begun, and the slowness of a busy machine

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.integration.test_train import environment
 from tests.multinode.nodes import Cluster, need
-from tests.processes import MARK, end_marked, marked, wait_for
-from tests.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_named, write_sweep
-from tests.test_train import environment
+from tests.support.processes import MARK, end_marked, marked, wait_for
+from tests.support.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_named, write_sweep
 from warm_dist import errors
 from warm_dist.files import read_json
 from warm_dist.runs.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.timeout(500)
 HEAD, RAY = "10.77.0.1:6379", str(Path(sys.executable).parent / "ray")
 CPUS = 2  # of each machine, for Ray: two processes of one CPU fit a machine, two trials of two CPUs do not
 # A machine without power is found out after 3 x (1 + 3) s, with Ray's own numbers after 5 x (3 + 10) s

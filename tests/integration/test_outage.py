@@ -1,0 +1,164 @@
+"""A training run beside an MLflow server that is killed, comes back, and hangs: the run never waits, nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from launch import services
+from launch.services import Services, services
+from tests.integration.test_train import config_file, environment  # noqa: F401  # a fixture
+from tests.support.processes import ROOT
+from warm_dist import supervisor
+from warm_dist.files import read_json
+from warm_dist.runs.metrics import read_metrics
+from warm_dist.tracking.client import CLIENT_ENV
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+WARM_UP_S = 4.0
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Services]:
+    with services(tmp_path / "services") as started:
+        yield started
+
+
+def again(running: Services, log: Path) -> Popen[bytes]:
+    """The same server, on the same port and database."""
+    root, port = log.parent, int(running.mlflow_url.rpartition(":")[2])
+    process = supervisor.start(services._command(root, port), services._environment(running.s3), log)
+    services._wait_until_healthy(running.mlflow_url, process, log)
+    return process
+
+
+def tree(server: Popen[bytes]) -> list[psutil.Process]:
+    """The supervisor and the server's own processes."""
+    supervisor = psutil.Process(server.pid)
+    return [supervisor, *supervisor.children(recursive=True)]
+
+
+def seconds_of_steps(run: Path, begun: float, ended: float) -> list[float]:
+    """step_s of the lines written in this time, the first left out: it began before."""
+    lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train" and begun < r["time"] < ended]
+    return [line["step_s"] for line in lines[1:]]
+
+
+def queued_s(pid: int) -> float:
+    """How long a process's main thread has stood ready to run while others had the processors: not a wait for a server."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
+def wait_for_lines(run: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while len(read_metrics(run / "metrics.jsonl")) < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("calm_s", "down_s", "hang_s"),
+    [(4.0, 5.0, 5.0), pytest.param(30.0, 120.0, 90.0, marks=pytest.mark.soak)],
+    ids=["short", "minutes"],
+)
+def test_a_server_that_dies_comes_back_and_hangs(
+    running: Services, config_file: Path, tmp_path: Path, calm_s: float, down_s: float, hang_s: float,  # noqa: F811
+) -> None:  # fmt: skip
+    run, log = tmp_path / "run", tmp_path / "services" / "mlflow.log"
+    overrides = [
+        f"output={run}",
+        "engine=local",
+        "train.total_nimg=8000000",
+        "train.log_nimg=64",
+        "train.save_nimg=800000",
+    ]
+    overrides += [f"tracking.mlflow_url={running.mlflow_url}", "tracking.experiment=outage"]
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config_file)]
+    with (tmp_path / "train.log").open("wb") as out:
+        train = subprocess.Popen(
+            [*command, *(f"--set={text}" for text in overrides)], env=environment(), cwd=ROOT, stdout=out, stderr=out
+        )
+    server: Popen[bytes] | None = None
+    phases: dict[str, tuple[float, float]] = {}
+    queued: dict[str, float] = {}
+
+    def phase(name: str, seconds: float) -> None:
+        begun, before = time.time(), queued_s(train.pid)
+        time.sleep(seconds)  # this is what is tested: time passing
+        phases[name] = (begun, time.time())
+        queued[name] = (queued_s(train.pid) - before) / (time.time() - begun)
+
+    try:
+        wait_for_lines(run, train)
+        time.sleep(WARM_UP_S)
+        phase("server there", calm_s)
+        for process in tree(running.mlflow):
+            process.kill()
+        phase("server killed", down_s)
+        server = again(running, log)
+        phase("server back", calm_s)
+        for process in tree(server):
+            process.suspend()
+        phase("server hanging", hang_s)
+        for process in tree(server):
+            process.resume()
+        phase("server answers again", calm_s)
+        train.send_signal(signal.SIGTERM)
+        assert train.wait(60) == 75, (tmp_path / "train.log").read_text()[-2000:]
+        check(run, running.mlflow_url, phases, queued)
+    finally:
+        train.kill()
+        if server is not None:
+            supervisor.stop(server)
+
+
+def check(run: Path, url: str, phases: dict[str, tuple[float, float]], queued: dict[str, float]) -> None:
+    """queued: the share of each phase in which training stood in line for a processor: a server that starts takes one too."""
+    steps = {name: seconds_of_steps(run, *times) for name, times in phases.items()}
+    medians = {name: statistics.median(values) * (1 - queued[name]) for name, values in steps.items()}
+    for name, median in medians.items():
+        print(f"{name:>22}: {1e3 * median:.2f} ms a step, median of {len(steps[name])} lines without {queued[name]:.0%} in line, longest {1e3 * max(steps[name]):.2f}")  # fmt: skip
+    calm = medians["server there"]
+    # twice is far from what a wait would do: one request that hangs is a minute
+    assert all(median < 2 * calm for median in medians.values()), medians
+    lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
+    gaps = [b["time"] - a["time"] for a, b in pairwise(lines)]
+    assert max(gaps) < 5, "no line came late"
+
+    os.environ.update(CLIENT_ENV)
+    from mlflow import MlflowClient
+
+    client: Any = MlflowClient(tracking_uri=url)
+    run_id = wait_for_end(client, run)
+    for key in lines[0].keys() - {"time", "attempt", "nimg", "kind"}:
+        held = [(m.step, m.value) for m in client.get_metric_history(run_id, f"train/{key}")]
+        assert sorted(held) == [(r["nimg"], r[key]) for r in lines if r[key] is not None], key
+    system = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert len(system) == len(lines)
+
+
+def wait_for_end(client: Any, run: Path) -> str:
+    """The one MLflow run, when the mirror has set its end."""
+    deadline = time.monotonic() + 200  # a request that hung is given up after a minute
+    while True:
+        experiment = client.get_experiment_by_name("outage")
+        (found,) = client.search_runs([experiment.experiment_id])
+        if found.info.status == "KILLED":
+            assert (read_json(run / "mirror.json") or {})["run_id"] == found.info.run_id
+            return str(found.info.run_id)
+        assert time.monotonic() < deadline, (run / "mirror.log").read_text()
+        time.sleep(0.5)

@@ -1,0 +1,127 @@
+"""A trial without Ray: its command, its config, and the process that is followed by its metrics.jsonl."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import wait_for
+from tests.support.sweeps import EVERY, TOTAL, pack_digits, write_sweep
+from tests.support.trials import ONE, first
+from warm_dist import errors
+from warm_dist.files import read_json
+from warm_dist.sweeps.trial_process import TrialRun, make_paths
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return pack_digits(tmp_path_factory.mktemp("data"))
+
+
+def follow(run: TrialRun, timeout_s: float = 120) -> list[int]:
+    """Report all evaluations until the end, or until time is up."""
+    reported = []
+
+    def done() -> bool:
+        end = run.end()
+        for record in run.evaluations(end is not None and end.code == 0):
+            run.report(record["nimg"])
+            reported.append(record["nimg"])
+        return end is not None
+
+    wait_for("the trial's end", done, timeout_s)
+    return reported
+
+
+def test_the_life_of_a_trial(tmp_path, manifest):
+    """Killed at its first evaluation; started again; ended by its owner; finished. Each evaluation is told a driver once."""
+    sweep, trial = first(write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0.5]}}))
+    place = make_paths(sweep, "f00d", None)
+    make = lambda session: TrialRun(trial, place, ONE, session)  # noqa: E731
+    run = make("one")
+    run.start()
+    wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
+    (train,) = children_of(run)
+    os.kill(train, signal.SIGKILL)
+    wait_for("the end", lambda: run.end() is not None)
+    end = run.end()
+    assert (end.code, end.final) == (137, False)
+    assert "no exit.json" in end.reason
+    told = [record["nimg"] for record in run.evaluations(False)]
+    for nimg in told:
+        run.report(nimg)
+    assert told[0] == EVERY
+    run.close()
+    assert read_json(run.run / "exit.json")["reason"].startswith("Stopped: ended by the sweep")
+
+    again = make("one")  # the same driver: what it knows is not told again
+    again.start()
+    rest = follow(again)
+    assert told + rest == list(range(EVERY, TOTAL + 1, EVERY))
+    assert (again.end().code, read_json(again.run / "run.json")["attempt"]) == (0, 2)
+    again.close()
+
+    third = make("two")  # another driver, which knows nothing
+    third.start()
+    assert follow(third) == list(range(EVERY, TOTAL + 1, EVERY))
+    third.close()
+
+
+def test_the_last_evaluation_waits_for_the_weights(tmp_path, manifest):
+    sweep, trial = first(write_sweep(tmp_path, manifest, {}))
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
+    run.start()
+    early: list[int] = []
+
+    def ended() -> bool:
+        early.extend(record["nimg"] for record in run.evaluations(False))
+        return run.end() is not None
+
+    wait_for("its end", ended)
+    assert TOTAL not in early
+    assert [record["nimg"] for record in run.evaluations(True)][-1] == TOTAL
+    assert (run.run / "weights" / "ema.safetensors").exists()
+    run.close()
+
+
+def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
+    sweep, trial = first(write_sweep(tmp_path, manifest, {}, {"train.total_nimg": 1_600_000, "train.log_nimg": 160}))
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
+    run.start()
+    wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
+    began = time.monotonic()
+    run.close()
+    print(f"ended after {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 10
+    end = read_json(run.run / "exit.json")
+    assert (end["code"], end["resumable"]) == (errors.Stopped.exit_code, True)
+    assert not children_of(run)
+
+
+def test_a_config_that_cannot_run_is_final(tmp_path, manifest):
+    sweep, trial = first(write_sweep(tmp_path, str(tmp_path / "nowhere" / "manifest.parquet"), {}))
+    run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
+    run.start()
+    assert follow(run) == []
+    end = run.end()
+    assert (end.code, end.final) == (errors.DataError.exit_code, True)
+    assert "nowhere/manifest.parquet" in end.reason
+    run.close()
+
+
+def children_of(run: TrialRun) -> list[int]:
+    """The training's pids: the supervisor's children that run launch.train."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if "launch.train" in words and str(run.run / "trial.json") in words and "warm_dist.supervisor" not in words:
+                found.append(int(entry.name))
+    return found

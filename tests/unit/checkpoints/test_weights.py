@@ -1,0 +1,45 @@
+"""Exported weights: a file that needs nothing else, and nothing else taken for one."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.support.saved_state import save
+from warm_dist.checkpoints.weights import export_weights, load_weights
+from warm_dist.errors import CheckpointError
+
+
+def test_exported_weights_load_without_anything_else(tmp_path, state):
+    settings, engine, ema = state
+    saved = save(tmp_path, state, 80)
+    for kind, values in (("ema", ema.values), ("master", [f.master for f in engine.shard()])):
+        path = tmp_path / f"{kind}.safetensors"
+        export_weights([(saved, kind, 1.0)], path)
+        network, loaded, data = load_weights(path)
+        assert loaded == settings
+        assert data.fingerprint == "synthetic"
+        parameters = dict(network.named_parameters())
+        for fragment, value in zip(engine.shard(), values, strict=True):
+            assert torch.equal(parameters[fragment.name].detach().flatten(), value)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata()["nimg"] == "80"
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_exported_sums_are_sums(tmp_path, state):
+    _, engine, ema = state
+    saved = save(tmp_path, state, 80)
+    path = tmp_path / "sum.safetensors"
+    export_weights([(saved, "ema", 0.25), (saved, "master", 2.0)], path)
+    parameters = dict(load_weights(path).network.named_parameters())
+    for fragment, value in zip(engine.shard(), ema.values, strict=True):
+        expected = (0.25 * value.double() + 2 * fragment.master.double()).float()
+        assert torch.equal(parameters[fragment.name].detach().flatten(), expected)
+
+
+def test_a_foreign_file_is_not_taken_for_weights(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_weights(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="not a readable"):
+        load_weights(tmp_path / "absent")

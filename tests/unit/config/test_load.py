@@ -1,0 +1,101 @@
+"""Loading a config: strict keys, --set, every mistake with its path."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from warm_dist.config.load import dump, flatten, known_keys
+from warm_dist.config.run import load_config
+from warm_dist.errors import ConfigError
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.json")
+
+
+def refusal(*overrides: str, path: str | Path = QUICKSTART) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value)
+
+
+def test_misspelt_keys_are_named_with_the_nearest_one():
+    assert "unknown key 'trian'; did you mean 'train'?" in refusal("trian=1")
+    assert "unknown key 'train.batchsize'; did you mean 'train.batch_size'?" in refusal("train.batchsize=32")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size=true", "'train.batch_size'"),
+        ("train.lr=fast", "'train.lr'"),
+        ("process.bnr=-1", "greater than or equal to 0"),
+        ('process.bnr={"kind":"cool"}', "whose kind is 'number', 'power'"),
+        ('process.bnr={"kind":"power","bnr":1,"exponent":-1}', "'process.bnr.exponent'"),
+        ('process.bnr={"kind":"table","sigma":[1,2],"bnr":[1,0.4]}', "must not fall as sigma rises"),
+        ('process.bnr={"kind":"uniform","low":2,"high":1}', "must be below the high end"),
+        ('process.bnr={"kind":"uniform","low":0,"high":1}', "sampler.bnr is needed"),
+        ('sampler.bnr={"kind":"uniform","low":0,"high":1}', "'sampler.bnr'"),
+        ("sampler.method=cold", "needs process.bnr cold"),
+        ("sampler.grid=[3,2]", "grid has 2 entries, num_steps is 35"),
+        ("sampler.grid=linear", "'edm' or 'log_linear'"),
+        ("sampler.guidance=2", "train.label_dropout above 0"),
+        ("process.sigma_data=guess", "'measured'"),
+        ("network.arch=resnet", "'ddpmpp', 'ncsnpp' or 'adm'"),
+        ("data.num_lanes=5", "not a multiple of data.num_lanes 5"),
+        ("train.total_nimg=33", "train.total_nimg 33 is not a multiple"),
+        ("eval.eval_nimg=33", "eval.eval_nimg 33 is not a multiple"),
+        ("data.resolution=15", "cannot be halved"),
+        ("network.attention_resolutions=[7]", "the network works at [16, 8, 4]"),
+        ("eval.extractor=inception", "eval.extractor_sha256"),
+        ("eval.extractor=torchscript", "eval.extractor_sha256"),
+        ("eval.extractor_bf16=true", "lite0 is always float32"),
+        ("tracking.mlflow_url=sqlite:///mlflow.db", "^https?://"),
+        ("tracking.parent_run_id=sweep", "'tracking.parent_run_id'"),
+        ('tracking={"log_model":false,"registered_model":"x"}', "needs tracking.log_model"),
+        ("sampler.sigma_max=0.001", "must be below sigma_max"),
+        ("process.bnr=NaN", "must be finite"),
+        ("process.bnr=1e999", "must be finite"),
+        ("train.lr.x=1", "is not a section"),
+        ("nonsense", "a.b=VALUE"),
+    ],
+)
+def test_bad_values_are_refused_with_their_path(override, words):
+    assert words in refusal(override)
+
+
+def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
+    for text, words in [
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ("{", "not JSON, line 1"),
+        ("[]", "needs an object"),
+        ("{}", "missing key 'data'"),
+    ]:
+        (tmp_path / "c.json").write_text(text)
+        assert words in refusal(path=tmp_path / "c.json")
+    assert "cannot be read" in refusal(path=tmp_path / "absent.json")
+
+
+def test_overrides_are_json_or_else_strings():
+    c = load_config(
+        QUICKSTART,
+        ["train.lr=2e-3", "network.channel_mult=[1,1]", "output=runs/x", "eval=null", "process.sigma_data=0.5"],
+    )
+    assert (c.train.lr, c.network.channel_mult, c.output, c.eval, c.process.sigma_data) == (
+        2e-3,
+        (1, 1),
+        "runs/x",
+        None,
+        0.5,
+    )
+
+
+def test_every_error_is_reported_at_once():
+    message = refusal("train.lr=-1", "process.bnr=-1", "foo=1")
+    assert all(word in message for word in ("'train.lr'", "'process.bnr'", "'foo'"))
+
+
+def test_flatten_gives_the_keys_of_set():
+    flat = flatten(dump(load_config(QUICKSTART)))
+    assert flat["process.bnr"] == 0.5
+    assert flat.keys() <= set(known_keys())

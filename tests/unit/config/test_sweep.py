@@ -1,0 +1,149 @@
+"""A sweep's JSON: what it may say, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import ROOT
+from warm_dist.config.sweep import json_schema, load_sweep
+from warm_dist.errors import ConfigError
+from warm_dist.sweeps.trials import trials
+
+SWEEPS = sorted(path for path in (ROOT / "configs").glob("sweep_*.json") if path.name != "sweep_schema.json")
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A sweep's file beside a copy of the quickstart's config."""
+    (folder / "quickstart.json").write_bytes((ROOT / "configs" / "quickstart.json").read_bytes())
+    tree = {"base": "quickstart.json", "output": "out", "space": {"process.bnr": {"grid": [0, 0.5]}}} | changes
+    path = folder / "sweep.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def all_trials(path: Path, *overrides: str):
+    return trials(*load_sweep(path, list(overrides)))
+
+
+def test_the_promised_sweeps_are_there():
+    assert {"sweep_quickstart", "sweep_smoke", "sweep_bnr", "sweep_schedule_imagenet64"} <= {
+        path.stem for path in SWEEPS
+    }
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_in_configs_is_whole(path):
+    assert json.loads(path.read_text())["$schema"] == "sweep_schema.json"
+    assert len(all_trials(path)) >= 4
+
+
+def test_the_paper_s_table_3_is_the_bnr_sweep():
+    found = all_trials(ROOT / "configs" / "sweep_bnr.json")
+    assert [(t.values["process.bnr"], t.seed) for t in found] == [
+        (bnr, seed) for seed in (0, 1, 2) for bnr in (0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10)
+    ]
+
+
+def test_the_schema_is_the_generated_one():
+    kept = json.loads((ROOT / "configs" / "sweep_schema.json").read_text())
+    assert kept == json_schema(), "run: python -m warm_dist.config.sweep > configs/sweep_schema.json"
+
+
+def test_overrides_go_to_the_sweep_or_to_its_trials(tmp_path):
+    sweep, base = load_sweep(written(tmp_path), ["output=elsewhere", "trial.max_failures=0", "train.lr=0.5"])
+    assert (sweep.output, sweep.trial.max_failures, base["train"]["lr"]) == ("elsewhere", 0, 0.5)
+    assert base["output"] == "runs/quickstart"
+
+
+def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
+    path = written(tmp_path, set={"train.lr": 0.25, "eval.grid": 4})
+    assert {t.config.train.lr for t in all_trials(path)} == {0.25}
+    assert {(t.config.train.lr, t.config.eval.grid) for t in all_trials(path, "train.lr=0.125")} == {(0.125, 4)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"spce": {}}, "unknown key 'spce'; did you mean 'space'"),
+        ({"space": {"train.lrr": {"grid": [1]}}}, "trial lrr=1: unknown key 'train.lrr'; did you mean 'train.lr'"),
+        ({"space": {"train.lr": {"grid": [0.1, -1]}}}, r"trial lr=-1: 'train.lr': .*greater than 0, got -1"),
+        ({"space": {"train.lr": {"grid": ["a"]}}}, "'train.lr': .*valid number"),
+        ({"space": {"train.lr": {"grid": []}}}, "at least 1 item"),
+        ({"space": {"train.lr": {}}}, "needs exactly one of grid, choice, uniform, log_uniform; has none"),
+        ({"space": {"train.lr": {"grid": [1], "choice": [2]}}}, "exactly one"),
+        ({"space": {"train.lr": {"range": [1, 2]}}}, "unknown key 'space.train.lr.range'"),
+        ({"space": {"train.lr": {"uniform": [2, 1]}}}, "the low end 2 must be below the high end 1"),
+        ({"space": {"train.lr": {"log_uniform": [0, 1]}}}, "log_uniform needs a low end above 0"),
+        ({"space": {"train": {"grid": [1]}}}, "'train' is a section: name a key of it"),
+        ({"set": {"train": {"lr": 1}}}, "'train' is a section: name a key of it"),
+        ({"space": {"process.bnr.cap": {"grid": [1]}}}, "'bnr' is not a section"),
+        ({"space": {"train.seed": {"grid": [1, 2]}}}, "train.seed is the list seeds"),
+        ({"space": {"output": {"grid": ["a", "b"]}}}, "'output' cannot be searched"),
+        ({"space": {"tracking.experiment": {"grid": ["a", "b"]}}}, "'tracking.experiment' cannot be searched"),
+        ({"space": {"eval.num_images": {"grid": [100, 200]}}}, "cannot be compared"),
+        ({"space": {"network.channels": {"uniform": [8, 40]}}}, "'network.channels': .*valid integer"),
+        ({"space": {"process.bnr": {"grid": [0.5, 0.5]}}}, "come twice"),
+        ({"space": {"process.bnr": {"grid": [{"kind": "log_uniform", "low": 0.1, "high": 1}]}}}, "sampler.bnr is needed"),
+        ({"set": {"train.seed": 5}}, "set train.seed: it is the list seeds"),
+        ({"space": {"data.reader_threads": {"grid": [1, 2]}}}, "nothing of the network changes with it"),
+        ({"space": {"process.bnr.cap": {"grid": [1]}, "process.bnr": {"grid": [{"kind": "power", "bnr": 1, "exponent": 0}]}}},
+         "'process.bnr.cap' is inside 'process.bnr'"),
+        ({"output": ""}, "'output'"),
+        ({"output": "s3://"}, "'output'"),
+        ({"output": "s3:/bucket"}, "'output'"),
+        ({"output": "ftp://host/folder"}, "'output'"),
+        ({"seeds": []}, "'seeds': .*at least 1 item"),
+        ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"seeds": [-1]}, "greater than or equal to 0"),
+        ({"num_samples": 3}, "num_samples 3 needs a key of space that is drawn"),
+        ({"scheduler": {"kind": "asha", "grace_nimg": 44800}}, "grace_nimg 44800 must be at least .* below train.total_nimg"),
+        ({"scheduler": {"kind": "asha", "grace_nimg": 32}}, "grace_nimg 32 must be at least eval.eval_nimg 44800"),
+        ({"scheduler": {"kind": "asha", "grace_nimg": 44800, "reduction_factor": 1}}, "greater than or equal to 1.1"),
+        ({"scheduler": {"kind": "pbt"}}, "'scheduler.kind'"),
+        ({"trial": {"gpus_per_process": 2}}, "gpus_per_process must be 0 or 1, or a fraction"),
+        ({"trial": {"gpus_per_process": 0.5, "processes_per_node": 2}}, "a fraction for a trial of one process"),
+        ({"set": {"eval": None}}, "'eval' is a section"),
+        ({"base": "nowhere.json"}, "nowhere.json: cannot be read"),
+        ({"base": None}, "'base': .*valid string"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_error(tmp_path, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        all_trials(written(tmp_path, **changes))
+
+
+def test_a_seed_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"set train\.seed: it is the list seeds"):
+        all_trials(written(tmp_path), "train.seed=3")
+
+
+@pytest.mark.parametrize("output", ["runs/a", "/x/y/", "s3://bucket", "s3://bucket/a/b/"])
+def test_outputs_that_can_be(tmp_path, output):
+    assert load_sweep(written(tmp_path, output=output))[0].output == output
+
+
+def test_a_base_without_evaluation_is_refused(tmp_path):
+    path = written(tmp_path)
+    tree = json.loads((tmp_path / "quickstart.json").read_text())
+    del tree["eval"]
+    (tmp_path / "quickstart.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="a sweep ranks by the Fréchet distance"):
+        all_trials(path)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
+    from warm_dist.errors import WorldSizeError
+
+    with pytest.raises(WorldSizeError, match="3 processes cannot share"):
+        all_trials(written(tmp_path, trial={"processes_per_node": 3}))
+
+
+def test_nan_is_no_value(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text().replace("0.5", "NaN"))
+    with pytest.raises(ConfigError, match="NaN is not a number that JSON knows"):
+        all_trials(path)

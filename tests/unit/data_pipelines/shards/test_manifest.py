@@ -1,0 +1,80 @@
+"""The manifest: written, read back, and refused when it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.pack import pack
+from data_pipelines.shards.manifest import NAME, read_manifest, write_manifest
+from data_pipelines.shards.payload import decode
+from tests.support.packing import contents, noise_source
+from warm_dist.errors import DataError
+from warm_dist.store.open import open_store
+
+
+def test_manifest_survives_the_round_trip_and_places_every_payload(tmp_path: Path) -> None:
+    source = noise_source(21)
+    written = pack(source, str(tmp_path), shard_size=8)
+    read = read_manifest(f"{tmp_path}/{NAME}")
+    assert read.info.fingerprint == written.info.fingerprint == contents(tmp_path)[NAME]
+    for field in dataclasses.fields(written):
+        if field.name != "info":
+            assert np.array_equal(getattr(read, field.name), getattr(written, field.name)), field.name
+    for field in dataclasses.fields(written.info):
+        assert np.array_equal(getattr(read.info, field.name), getattr(written.info, field.name)), field.name
+    assert [shard.num_images for shard in read.shards] == [8, 8, 5]
+    assert read.class_names == ("a", "b", "c")
+    assert read.attribution == "made up"
+    for row, sample in enumerate(source):
+        data = (tmp_path / read.shards[read.shard[row]].name).read_bytes()
+        payload = data[read.offset[row] : read.offset[row] + read.length[row]]
+        assert np.array_equal(decode(payload), sample.image)
+        assert read.label[row] == sample.label
+
+
+def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
+    good = pack(noise_source(21), str(tmp_path), shard_size=8)
+    store = open_store(str(tmp_path / "lies"))
+    broken_label, outside = good.label.copy(), good.offset.copy()
+    broken_label[4], outside[20] = 3, 10**9
+    for change, words in (
+        ({"label": broken_label}, "labels from 0 to 3"),
+        ({"offset": outside}, "places image '00000020-folder-v2-n20-png' in shard .* outside"),
+        ({"shards": good.shards[:2]}, "shard by shard"),
+        ({"info": dataclasses.replace(good.info, sigma_data=math.nan)}, "not finite"),
+        ({"info": dataclasses.replace(good.info, sigma_data=0.9)}, "sigma_data 0.9"),
+        ({"info": dataclasses.replace(good.info, num_images=22)}, "header counts 22"),
+    ):
+        with pytest.raises(DataError, match=words):
+            write_manifest(store, dataclasses.replace(good, **change))
+    data = (tmp_path / NAME).read_bytes()
+    table = pq.read_table(tmp_path / NAME)
+    header = table.schema.metadata[b"warm-dist"]
+
+    def parquet(table: pa.Table) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        return buffer.getvalue()
+
+    newer = header.replace(b'"version": 2', b'"version": 9')
+    halved = header[: len(header) // 2]
+    for damaged, words in (
+        (data[:-100], "not a readable Parquet"),
+        (b"", "not a readable Parquet"),
+        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 2"),
+        (parquet(table.replace_schema_metadata({"warm-dist": halved})), "damaged header"),
+        (parquet(table.replace_schema_metadata({})), "no warm-dist header"),
+        (parquet(table.drop_columns(["crc32"])), "'crc32': 'missing'"),
+        (parquet(table[:20]), "has 20 rows, its header counts 21"),
+    ):
+        store.write(NAME, damaged)
+        with pytest.raises(DataError, match=words):
+            read_manifest(f"{store.url}/{NAME}")

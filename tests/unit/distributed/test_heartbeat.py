@@ -1,0 +1,65 @@
+"""One rank's sign of life: its file, and the preemption file that it looks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from tests.support.patience import until
+from warm_dist.distributed.heartbeat import Heartbeat
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
+
+
+def heartbeat(run: Path, preemption_file: Path | None = None) -> Heartbeat:
+    """It beats every 0.2 s."""
+    world = World(0, 1, torch.device("cpu"), None)
+    return Heartbeat(world, run, 2.0, StopSignal(), preemption_file and str(preemption_file))
+
+
+def told(run: Path) -> dict:
+    path = run / "heartbeat" / "rank_0.json"
+    return json.loads(path.read_text()) if path.exists() else {"place": None}
+
+
+def test_a_file_tells_where_a_rank_is_and_that_it_ended(tmp_path):
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_7.json").write_text("{}")  # of an attempt with more ranks
+    began = time.time()
+    with heartbeat(tmp_path) as beat:
+        beat.facts["images_per_s"] = 12.5
+        beat.at("backward", 4096)
+        until(lambda: told(tmp_path)["place"] == "backward")
+        line = told(tmp_path)
+        assert (line["nimg"], line["rank"], line["pid"], line["facts"]) == (
+            4096,
+            0,
+            os.getpid(),
+            {"images_per_s": 12.5},
+        )
+        assert began - 0.01 <= line["time"] <= time.time() + 0.01
+        assert line["since"] <= line["time"]
+    assert told(tmp_path)["place"] == "ended"
+    assert [path.name for path in (tmp_path / "heartbeat").iterdir()] == ["rank_0.json"]
+
+
+def test_an_unwritable_folder_does_not_end_a_run(tmp_path):
+    (tmp_path / "heartbeat").write_text("in the way")
+    marker = tmp_path / "preempted"
+    with heartbeat(tmp_path, marker) as beat:
+        marker.touch()  # seen after at least one refused write
+        until(lambda: beat.stop.name is not None)
+
+
+def test_a_preemption_file_asks_to_stop_and_is_named(tmp_path):
+    marker = tmp_path / "preempted"
+    with heartbeat(tmp_path, marker) as beat:
+        until(lambda: told(tmp_path)["place"] == "start")
+        assert beat.stop.name is None
+        marker.touch()
+        until(lambda: beat.stop.name is not None)
+    assert str(marker) in beat.stop.name

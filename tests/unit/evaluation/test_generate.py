@@ -1,0 +1,135 @@
+"""Images from weights: each is its seed and number, guidance, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.tiny_run import config, info
+from warm_dist.checkpoints.weights import Model, load_guide
+from warm_dist.config.load import dump
+from warm_dist.config.run import SamplerConfig
+from warm_dist.diffusion.heads import Heads
+from warm_dist.errors import CheckpointError, ConfigError, NumericsError
+from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.networks.unet import build_network
+
+CPU = torch.device("cpu")
+SAMPLER = SamplerConfig(num_steps=4)
+
+
+def images(tmp_path: Path, indices, batch_size: int, seed: int = 0, sampler=SAMPLER, **changes) -> np.ndarray:
+    settings = config(tmp_path, **changes)
+    network = build_network(settings)
+    labels = np.full(len(indices), -1)
+    model = Model(network, settings, info())
+    return generate(model, indices, labels, seed=seed, device=CPU, batch_size=batch_size, sampler=sampler)
+
+
+def test_an_image_is_its_seed_and_number(tmp_path):
+    whole = images(tmp_path, range(6), batch_size=4).astype(int)
+    part = images(tmp_path, [4, 1], batch_size=2).astype(int)
+    assert np.abs(part - whole[[4, 1]]).max() <= 1  # another batch size may round the last bit
+    assert np.abs(images(tmp_path, range(6), 4, seed=1).astype(int) - whole).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("bnr", "sampler"),
+    [
+        (0.5, SamplerConfig(num_steps=4, method="heun")),
+        (0.5, SamplerConfig(num_steps=4, method="multistep", grid="log_linear")),
+        (0.5, SamplerConfig(num_steps=4, method="churn")),
+        (0.5, SamplerConfig(num_steps=4, method="ancestral", eta=0.5, start="plain")),
+        ({"kind": "uniform", "low": 0, "high": 2}, SamplerConfig(num_steps=4, bnr=1.0)),
+        ({"kind": "power", "bnr": 0.5, "exponent": 0.2}, SamplerConfig(num_steps=3, grid=(9.0, 1.0, 0.1))),
+        ({"kind": "cold"}, SamplerConfig(num_steps=4)),
+        ({"kind": "cold"}, SamplerConfig(num_steps=4, method="cold")),
+        ({"kind": "cold"}, SamplerConfig(num_steps=4, method="churn", start="plain")),
+    ],
+)
+def test_every_way_to_sample_draws_an_image_from_its_seed_and_number(tmp_path, bnr, sampler):
+    changes = {"process__bnr": bnr, "sampler__bnr": sampler.bnr}
+    whole = images(tmp_path, range(4), 3, sampler=sampler, **changes).astype(int)
+    part = images(tmp_path, [3, 1], 2, sampler=sampler, **changes).astype(int)
+    assert np.abs(part - whole[[3, 1]]).max() <= 1
+    assert np.abs(whole[0] - whole[1]).max() > 10
+
+
+def test_what_a_network_cannot_do_is_refused(tmp_path):
+    cold = {"process__bnr": {"kind": "cold"}}
+    for sampler, words, changes in [
+        (SamplerConfig(bnr=0.5), "no meaning", cold),
+        (SamplerConfig(method="cold"), "needs process.bnr cold", {}),
+        (SamplerConfig(guidance=2.0), "train.label_dropout", {}),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            images(tmp_path, range(2), 2, sampler=sampler, **changes)
+
+
+def guided_heads(model: Model, guide: Model | None, weight: float, label: int) -> Heads:
+    """The first evaluation of a guided sampler, seen from outside."""
+    seen: list[Heads] = []
+    sampler = SamplerConfig(num_steps=2, guidance=weight, guide="somewhere" if guide else None)
+    generate(model, [0], np.full(1, label), seed=0, device=CPU, batch_size=1, sampler=sampler, guide=guide,
+             watch=lambda x, level, heads: seen.append(heads))  # fmt: skip
+    return seen[0]
+
+
+def with_classes(tmp_path: Path, seed: int) -> Model:
+    settings = config(tmp_path, data__num_classes=4, train__label_dropout=0.1, train__seed=seed)
+    network = build_network(settings)
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)  # untrained, it would hardly know of classes
+    return Model(network, settings, info())
+
+
+def test_guidance_extrapolates_both_heads_away_from_no_class_or_a_weaker_network(tmp_path):
+    model, weaker = with_classes(tmp_path, 0), with_classes(tmp_path, 1)
+    for guide, low in ((None, guided_heads(model, None, 1, -1)), (weaker, guided_heads(weaker, None, 1, 2))):
+        high, ours = guided_heads(model, None, 1, 2), guided_heads(model, guide, 3.0, 2)
+        for a, b, c in zip(ours, high, low, strict=True):
+            torch.testing.assert_close(a, c + 3 * (b - c))
+        assert not torch.allclose(high.blurry, low.blurry)
+        only_guide = guided_heads(model, guide, 0.0, 2)
+        torch.testing.assert_close(only_guide.blurry, low.blurry)
+
+
+def test_a_guide_that_saw_other_data_is_refused(tmp_path):
+    model = with_classes(tmp_path, 0)
+    path = tmp_path / "weak.safetensors"
+    metadata = {"config": json.dumps(dump(model.config)), "data": json.dumps(model.info.to_json())}
+    save_file(model.network.state_dict(), path, metadata)
+    options = SamplerConfig(guidance=2.0, guide=str(path))
+    guide = load_guide(options, model.info)
+    assert torch.equal(guide.network.conv_out.weight, model.network.conv_out.weight)
+    assert load_guide(SamplerConfig(guide=str(path)), model.info) is None  # weight 1 needs none
+    with pytest.raises(CheckpointError, match="made from data synthetic"):
+        load_guide(options, replace(model.info, fingerprint="other"))
+
+
+def test_network_is_drawn_from_the_seed(tmp_path):
+    a, b = (build_network(config(tmp_path, train__seed=seed)).conv_out.weight for seed in (0, 1))
+    assert torch.equal(a, build_network(config(tmp_path)).conv_out.weight)
+    assert not torch.equal(a, b)
+
+
+def test_labels_are_spread_and_reproducible():
+    labels = sample_labels(0, range(1000), 10)
+    assert np.bincount(labels, minlength=10).min() > 60  # 4 standard errors below 100
+    np.testing.assert_array_equal(sample_labels(0, [5, 900], 10), labels[[5, 900]])
+    assert (sample_labels(0, range(3), 0) == -1).all()
+
+
+def test_a_non_finite_image_is_an_error(tmp_path):
+    settings = config(tmp_path)
+    network = build_network(settings)
+    with torch.no_grad():
+        network.conv_out.bias.fill_(float("nan"))
+    model = Model(network, settings, info())
+    with pytest.raises(NumericsError, match="numbers 0 to 1"):
+        generate(model, range(2), np.full(2, -1), seed=0, device=CPU, batch_size=2, sampler=SAMPLER)

@@ -1,0 +1,38 @@
+"""The description of a sampler, by which results are known to be comparable."""
+
+import pytest
+
+from tests.support.tiny_run import config
+from warm_dist.config.run import SamplerConfig
+from warm_dist.evaluation.sampler_choice import describe_sampling
+
+
+def test_the_description_has_a_guides_bytes(tmp_path):
+    settings, path = config(tmp_path), tmp_path / "weak.safetensors"
+    options = SamplerConfig(guidance=2.0, guide=str(path))
+    assert describe_sampling(settings, options).endswith(f"guidance 2 by {path}")  # none there: load_guide tells
+    path.write_bytes(b"abc")
+    assert describe_sampling(settings, options).endswith(f"by {path} (sha256 ba7816bf8f01)")  # FIPS 180-2, B.1
+    path.write_bytes(b"abd")
+    assert "ba7816bf8f01" not in describe_sampling(settings, options)
+    assert str(path) not in describe_sampling(settings, SamplerConfig(guide=str(path))), "weight 1 needs none"
+    unguided = settings.model_copy(update={"sampler": SamplerConfig()}), SamplerConfig(guidance=2.0)
+    assert describe_sampling(*unguided).endswith("by the network without class")
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [("rho", "heun"), ("sigma_min", "heun"), ("sigma_max", "heun"), ("bnr", "heun"), ("guidance", "heun"),
+     ("eta", "ancestral"), ("s_churn", "churn"), ("s_min", "churn"), ("s_max", "churn"), ("s_noise", "churn")],
+)  # fmt: skip
+def test_the_description_knows_every_digit(tmp_path, key, method):
+    texts = {
+        describe_sampling(config(tmp_path), SamplerConfig(method=method, **{key: value}))
+        for value in (0.1234567, 0.12345671)
+    }
+    assert len(texts) == 2
+
+
+def test_the_description_of_usual_numbers_is_short(tmp_path):
+    text = "heun 18 steps, grid edm, sigma 0.002..80, rho 7, bnr 0.5, start measured"
+    assert describe_sampling(config(tmp_path), SamplerConfig(method="heun", num_steps=18)) == text

@@ -1,0 +1,116 @@
+"""The U-Nets: EDM's sizes, two heads, both noise levels, classes and augmentation labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+from warm_dist.config.run import NetworkConfig, load_config
+from warm_dist.networks.unet import UNet, build, num_parameters
+
+TINY = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
+
+
+ARCHS = pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
+
+
+def tiny(arch: str, classes: int = 0) -> UNet:
+    torch.manual_seed(0)
+    return UNet(NetworkConfig(arch=arch, **TINY), 8, 3, classes).eval()
+
+
+def wake(network: UNet) -> UNet:
+    """Give zero-initialised layers weights, so that nothing is hidden behind them."""
+    for p in network.parameters():
+        if float(p.detach().abs().max()) < 1e-2:
+            torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize(("name", "published"), [("cifar10", 55.73e6), ("ffhq64", 61.80e6), ("imagenet64", 295.9e6)])
+def test_parameter_counts_are_edms_up_to_the_second_head_and_level(name, published):
+    c = load_config(ROOT / "configs" / f"{name}.json")
+    with torch.device("meta"):
+        count = num_parameters(UNet(c.network, c.data.resolution, 3, c.data.num_classes))
+    extra = c.network.channels**2 + 3 * (c.network.channels * c.network.channel_mult[0] * 9 + 1)
+    assert abs(count - extra - published) < 0.001 * published
+
+
+@ARCHS
+def test_two_heads_and_both_levels(arch):
+    network = wake(tiny(arch))
+    x, level = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.7])
+    with torch.no_grad():
+        out = network(x, level, level)
+        assert out.shape == (2, 6, 8, 8)
+        assert not torch.allclose(out, network(x, level + 0.3, level))
+        assert not torch.allclose(out, network(x, level, level + 0.3))
+        torch.testing.assert_close(out[1:], network(x[1:], level[1:], level[1:]), atol=1e-5, rtol=1e-4)
+
+
+@ARCHS
+def test_untrained_network_ignores_the_blur_level(arch):
+    network = tiny(arch)
+    x, level = torch.randn(1, 3, 8, 8), torch.zeros(1)
+    with torch.no_grad():
+        assert torch.equal(network(x, level, level), network(x, level, level + 1))
+
+
+@ARCHS
+def test_classes_matter_and_minus_one_is_none(arch):
+    network = wake(tiny(arch, classes=4))
+    x, level = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1)
+    with torch.no_grad():
+        outs = [network(x, level, level, torch.tensor([label])) for label in (0, 3, -1)]
+        assert not torch.allclose(outs[0], outs[1])
+        assert not torch.allclose(outs[0], outs[2])
+        assert torch.equal(outs[2], network(x, level, level, None))
+
+
+def test_odd_widths_work():
+    config = NetworkConfig(arch="ddpmpp", channels=24, channel_mult=(1, 2, 3), num_blocks=1)
+    out = UNet(config, 8, 1, 0)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1))
+    assert out.shape == (1, 2, 8, 8)
+
+
+@ARCHS
+def test_augmentation_labels_matter_and_none_is_zero(arch):
+    network = wake(UNet(NetworkConfig(arch=arch, **TINY), 8, 3, 0, num_augment=9).eval())
+    x, level = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1)
+    with torch.no_grad():
+        plain = network(x, level, level)
+        assert torch.equal(plain, network(x, level, level, None, torch.zeros(1, 9)))
+        assert not torch.allclose(plain, network(x, level, level, None, torch.ones(1, 9)))
+
+
+def test_fourier_frequencies_need_no_checkpoint():
+    a, b = tiny("ncsnpp"), UNet(NetworkConfig(arch="ncsnpp", **TINY), 8, 3, 0)
+    assert torch.equal(a.fourier, b.fourier)
+    assert set(a.state_dict()) == {name for name, _ in a.named_parameters()}
+
+
+@ARCHS
+def test_activation_checkpointing_changes_no_gradient(arch):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = wake(UNet(NetworkConfig(arch=arch, **TINY, dropout=0.3), 8, 3, 0)).train()
+        network.checkpointing = checkpointing
+        torch.manual_seed(5)
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        network(x, torch.zeros(2), torch.ones(2)).square().mean().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_build_follows_the_config():
+    path = ROOT / "configs" / "quickstart.json"
+    one_head = build(load_config(path, ["process.preconditioning=per_frequency", "train.augment=0.1"]))
+    assert one_head.conv_out.out_channels == 3
+    assert one_head.map_augment.in_features == 9
+    two = build(load_config(path, ["parallel.activation_checkpointing=true"]))
+    assert two.conv_out.out_channels == 6
+    assert two.map_augment is None
+    assert two.checkpointing

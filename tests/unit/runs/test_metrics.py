@@ -1,0 +1,48 @@
+"""metrics.jsonl and the JSON files of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from warm_dist.errors import OutputError
+from warm_dist.files import read_json, write_json
+from warm_dist.runs.metrics import MetricsLog, read_metrics
+
+
+def test_the_highest_attempt_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for attempt, losses in ((1, {32: 1.0, 64: 0.9}), (2, {64: 0.8, 96: 0.7})):
+        log = MetricsLog(path, attempt)
+        for nimg, loss in losses.items():
+            log.write(nimg, "train", loss=loss)
+    assert [(r["nimg"], r["loss"], r["attempt"]) for r in read_metrics(path)] == [
+        (32, 1.0, 1),
+        (64, 0.8, 2),
+        (96, 0.7, 2),
+    ]
+
+
+def test_a_half_written_line_harms_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, 1).write(32, "train", loss=1.0)
+    with path.open("a") as file:
+        file.write('{"time": 1, "attempt": 1, "ni')
+    MetricsLog(path, 2).write(64, "train", loss=0.5)
+    assert [r["nimg"] for r in read_metrics(path)] == [32, 64]
+
+
+def test_nothing_there_is_nothing(tmp_path):
+    assert read_metrics(tmp_path / "absent") == []
+    assert read_json(tmp_path / "absent") is None
+
+
+def test_json_is_replaced_as_a_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    write_json(tmp_path / "a.json", {"a": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
+    assert os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_json(tmp_path / "none" / "a.json", {})

@@ -1,0 +1,28 @@
+"""Which store a URL names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from warm_dist.errors import ConfigError
+from warm_dist.store.base import split_url
+from warm_dist.store.open import open_store
+from warm_dist.store.s3 import S3Store
+
+
+def test_urls(tmp_path: Path) -> None:
+    assert split_url("s3://bucket/a/manifest.parquet") == ("s3://bucket/a", "manifest.parquet")
+    assert split_url("manifest.parquet") == (".", "manifest.parquet")
+    assert split_url("/manifest.parquet") == ("/", "manifest.parquet")
+    assert open_store(f"file://{tmp_path}").url == str(tmp_path)
+    with pytest.raises(ConfigError, match="unknown scheme 'gs'"):
+        open_store("gs://bucket/prefix")
+
+
+@pytest.mark.parametrize("bucket", ["your-bucket", "<bucket>", "my-your-name"])
+def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(S3Store, "_session", lambda *_: pytest.fail("a client was made"))
+    with pytest.raises(ConfigError, match=r"placeholder; set data\.manifest"):
+        open_store(f"s3://{bucket}/data")

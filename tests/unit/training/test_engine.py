@@ -1,0 +1,135 @@
+"""One step of an engine against Adam's own formulas, and ZeRO's fragments on one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.engine_worker import SMALL
+from tests.support.tiny_run import BATCH, config
+from warm_dist.distributed.world import World, join, shutdown
+from warm_dist.networks.unet import build
+from warm_dist.training.deepspeed_engine import build_engine
+from warm_dist.training.engine import Engine, LocalEngine
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+BETA = 0.9  # of Adam's first moment, which after one step is (1 - BETA) times the gradient
+
+
+class Product(nn.Module):
+    """x times a weight (7,): its gradient can be told beforehand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 8.0))
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x * self.weight
+
+
+def local(tmp_path: Path, world: World = ALONE, **train: Any) -> LocalEngine:
+    changes = {f"train__{key}": value for key, value in train.items()}
+    return LocalEngine(Product(), config(tmp_path, engine="local", **{"train__clip": None, **changes}), world)
+
+
+X = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(0))
+GRADIENT = X.mean(0) / 7  # of the mean of x times weight
+
+
+def backward(engine: Engine, *parts: Tensor) -> None:
+    zero = torch.zeros(())
+    for part in parts:
+        engine.backward(engine(part, zero, zero).mean())
+
+
+def moment(engine: Engine) -> Tensor:
+    return engine.fragments()[0].exp_avg
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    whole, parts = local(tmp_path), local(tmp_path, micro_batch_size=BATCH // 4)
+    backward(whole, X)
+    backward(parts, *X.chunk(4))
+    assert float(parts.step(1e-3)) == pytest.approx(float(whole.step(1e-3)), rel=1e-6)
+    torch.testing.assert_close(moment(parts), moment(whole))
+    torch.testing.assert_close(moment(whole), (1 - BETA) * GRADIENT)
+
+
+def test_a_step_takes_the_learning_rate_that_it_is_given(tmp_path):
+    engine = local(tmp_path, eps=1e-12)
+    before = engine.fragments()[0].master.clone()
+    backward(engine, X)
+    engine.step(0.02)
+    torch.testing.assert_close(before - engine.fragments()[0].master, 0.02 * GRADIENT.sign(), rtol=1e-4, atol=0)
+
+
+def test_gradients_do_not_stay_for_the_next_step(tmp_path):
+    engine = local(tmp_path)
+    for _ in range(2):
+        backward(engine, X)
+        engine.step(0.0)
+    torch.testing.assert_close(moment(engine), (1 - BETA) * (1 + BETA) * GRADIENT)
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_clipping_shortens_the_whole_gradient_and_tells_its_true_norm(tmp_path, clip):
+    engine = local(tmp_path, clip=clip)
+    backward(engine, X)
+    norm = float(engine.step(1e-3))
+    assert norm == pytest.approx(float(GRADIENT.norm()), rel=1e-5)
+    kept = min(1.0, clip / norm)
+    torch.testing.assert_close(moment(engine), (1 - BETA) * kept * GRADIENT, rtol=1e-4, atol=0)
+
+
+def test_ranks_average_their_gradients(tmp_path, monkeypatch):
+    """Three ranks with one gradient: their sum is three times that, their mean is it."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    engine = local(tmp_path, World(0, 3, torch.device("cpu"), None))
+    backward(engine, X)
+    engine.step(1e-3)
+    torch.testing.assert_close(moment(engine), (1 - BETA) * GRADIENT)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_every_element_is_one_rank_s(tmp_path, size):
+    """Seven elements: the last shares are shorter, or empty."""
+    owned = [f for rank in range(size) for f in local(tmp_path, World(rank, size, ALONE.device, None)).shard()]
+    assert [f.start for f in owned] == [sum(f.numel for f in owned[:k]) for k in range(len(owned))]
+    assert torch.cat([f.master for f in owned]).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert all(f.numel == f.exp_avg.numel() == f.exp_avg_sq.numel() > 0 for f in owned)
+
+
+# -- DeepSpeed, on one rank ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    before = dict(os.environ)
+    yield join(60)
+    shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_zero_s_masters_are_float32_and_the_forward_weights_follow_them(world, tmp_path, stage, precision):
+    """What a checkpoint writes into the masters is what the next forward pass computes with."""
+    settings = config(tmp_path, **SMALL, parallel__zero_stage=stage, parallel__precision=precision)
+    engine = build_engine(build(settings), settings, world)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    level = torch.zeros(2)
+    before = engine(x, level, level, None).detach().float()
+    assert {f.master.dtype for f in engine.fragments()} == {torch.float32}
+    for f in engine.fragments():
+        if f.name.startswith("conv_out."):  # the last layer
+            f.master.add_(1.0)
+    engine.after_load(5)
+    after = engine(x, level, level, None).detach().float()
+    assert float((after - before).abs().max()) > 0.5

@@ -1,0 +1,90 @@
+"""The figures of a run: where the time goes, who is slow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_run import ALONE, BATCH, batches, config, info
+from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.world import World
+from warm_dist.networks.flops import flops_per_image
+from warm_dist.runs.metrics import MetricsLog, read_metrics
+from warm_dist.training import step_metrics
+from warm_dist.training.step_metrics import PLACES, StepMetrics, Stopwatch
+from warm_dist.training.trainer import Trainer
+
+
+def test_stopwatch_gives_each_place_its_time(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch(torch.device("cpu"))
+    for place in ("data", "forward", "data", "", "forward"):
+        watch.at(place)
+    assert watch.read() == {"data": 2.0 + 4.0, "forward": 3.0}
+    assert watch.read() == {}
+
+
+@pytest.fixture
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    run = tmp_path_factory.mktemp("window")
+    settings = config(
+        run, engine="local", train__total_nimg=BATCH * 12, train__log_nimg=BATCH * 4, parallel__peak_flops=1e12
+    )
+    trainer = Trainer(settings, ALONE, info(), print)
+    trainer.fit(batches(ALONE, 0), MetricsLog(run / "metrics.jsonl", 1), StopSignal(), None, set())
+    return run, trainer
+
+
+def test_a_line_says_where_the_time_went(trained):
+    run, trainer = trained
+    lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["nimg"] for r in lines] == [BATCH * 4, BATCH * 8, BATCH * 12]
+    for line in lines:
+        split = sum(line[f"{place}_s"] for place in PLACES)
+        assert all(line[f"{place}_s"] >= 0 for place in PLACES)
+        assert 0.5 * line["step_s"] < split <= line["step_s"] * 1.001
+        assert line["images_per_s"] == pytest.approx(BATCH / line["step_s"])
+        assert line["flops_per_s"] == pytest.approx(line["images_per_s"] * flops_per_image(trainer.config))
+        assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e12)
+        assert 5e7 < line["memory_bytes"] < 2e10
+        assert line["skipped_steps"] == 0
+        assert line["grad_norm"] > 0
+
+
+def rows(*data_s: float) -> list[dict[str, float]]:
+    return [{"data_s": s, "forward_s": 0.1, "step_s": 0.5} for s in data_s]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slow"),
+    [
+        (rows(0.0, 0.0, 0.2, 0.0), 2),
+        (rows(0.2, 0.0), 0),
+        (rows(0.01, 0.0, 0.02, 0.0), None),
+        (rows(0.2, 0.2, 0.2, 0.2), None),
+    ],
+)
+def test_a_slow_rank_is_named(tmp_path, ranks, slow):
+    said: list[str] = []
+    measured = StepMetrics(config(tmp_path, engine="local"), ALONE, said.append)
+    line = measured._slowest(ranks)
+    assert [text.split(" is slow")[0] for text in said] == ([] if slow is None else [f"rank {slow}"])
+    if slow is not None:
+        assert line == {"slowest_rank": slow, "slowest_s": pytest.approx(0.2)}
+
+
+def test_sums_go_on_at_any_world_size(tmp_path):
+    saved: list[Any] = [[1.0, 2, 3, 4, 5], [10.0, 20, 30, 40, 50]]
+    settings = config(tmp_path, engine="local")
+    for size in (1, 2, 3):
+        total = torch.zeros(len(step_metrics.SUMS), dtype=torch.float64)
+        for rank in range(size):
+            one = StepMetrics(settings, World(rank, size, torch.device("cpu"), None), print)
+            one.load(saved)
+            total += one.sums
+        assert total.tolist() == [11, 22, 33, 44, 55]
