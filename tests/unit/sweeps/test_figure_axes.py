@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tests.support.outcomes import POWER, TOTAL, outcome
-from warm_dist.sweeps.figure_axes import Coordinate, coordinate, fanned, log_places, ticks
+from tests.support.outcomes import TOTAL, outcome
+from warm_dist.sweeps.figure_axes import log_places, ticks
 from warm_dist.sweeps.figures import curves_figure
 
 
@@ -36,25 +36,3 @@ def test_a_narrow_log_axis_has_ticks() -> None:
     assert figure is not None
     low, high = figure.axes[0].get_ylim()
     assert sum(low <= tick <= high for tick in figure.axes[0].get_yticks()) >= 4
-
-
-def test_coordinates() -> None:
-    assert coordinate("a", [1, 3, 2.0]) == Coordinate("a", [0.0, 1.0, 0.5], [(0.0, "1"), (0.5, "2"), (1.0, "3")])
-    wide = coordinate("lr", [1e-4, 1e-2, 1e-3])
-    assert wide.places == pytest.approx([0.0, 1.0, 0.5])
-    assert coordinate("a", [1.0, 20.0, 10.5]).places[2] == 0.5, "not wide enough for a log axis"
-    zero = coordinate("bnr", [0.0, 0.5, 4.0], log=True)
-    assert zero.places == pytest.approx([0, (1 / 3) / (1 / 3 + math.log10(8)), 1])
-    assert [label for _, label in zero.ticks] == ["0", "0.5", "4"]
-    mixed = coordinate("bnr", ["b", POWER, 10, True, 2, None])
-    assert [label for _, label in mixed.ticks] == ["2", "10", "b", "null", "power(bnr 0.5,\nexponent 0.2)", "true"]
-    assert mixed.places == pytest.approx([0.4, 0.8, 0.2, 1.0, 0.0, 0.6])
-    assert coordinate("a", [7, 7]) == Coordinate("a", [0.5, 0.5], [(0.5, "7")])
-    assert coordinate("a", ["x"]) == Coordinate("a", [0.5], [(0.5, "x")])
-    assert [label for _, label in coordinate("a", [0, 0.01, 1]).ticks] == ["0", "1"], "0.01 has no room"
-    assert len(coordinate("a", [f"v{k:02}" for k in range(60)]).ticks) <= 23, "labels need 0.045 each"
-
-
-def test_trials_at_one_place_are_fanned() -> None:
-    found = fanned(Coordinate("a", [0.5, 1.0, 0.5, 0.5, 0.0], []))
-    assert found == pytest.approx([0.515, 1.0, 0.5, 0.485, 0.0])

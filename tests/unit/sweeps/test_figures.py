@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support.outcomes import POWER, TOTAL, outcome
 from warm_dist.sweeps.figure_axes import log_places
-from warm_dist.sweeps.figures import bnr_curve, bnr_figure, curves, curves_figure, parallel, parallel_figure
+from warm_dist.sweeps.figures import bnr_curve, bnr_figure, curves, curves_figure
 from warm_dist.sweeps.ranking import Outcome
 
-DRAW: tuple[Callable[[Sequence[Outcome], Path], bool], ...] = (bnr_curve, curves, parallel)
+DRAW: tuple[Callable[[Sequence[Outcome], Path], bool], ...] = (bnr_curve, curves)
 BNRS = (0.0, 0.1, 0.5, 2.0)
 MEANS = {0.0: 50.0, 0.1: 40.0, 0.5: 31.0, 2.0: 34.0}
 GRID = [
@@ -149,32 +148,6 @@ def test_ten_curves_are_named() -> None:
     assert len(colours) == 11, "each named one its own, the others one"
 
 
-def test_parallel_lines_go_through_the_values_to_the_distance() -> None:
-    trials = [
-        outcome("a", (TOTAL, 10.0), bnr=0.5, values={"process.bnr": 0.5, "sampler.method": "heun"}),
-        outcome("b", (TOTAL, 20.0), bnr=1.0, seed=1, values={"process.bnr": 1.0, "sampler.method": "churn"}),
-        outcome("c", (50, 30.0), bnr=2.0, seed=2, values={"process.bnr": 2.0, "sampler.method": "x"}, state="stopped"),
-        outcome("d", bnr=5.0, values={"process.bnr": 5.0, "sampler.method": "heun"}, state="failed"),
-    ]
-    figure = parallel_figure(trials)
-    assert figure is not None
-    axes, bar = figure.axes
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["bnr", "method", "seed", "last FID"]
-    paths = [patch.get_path().vertices for patch in axes.patches]
-    nodes = np.array([path[::3] for path in paths])
-    assert nodes[:, :, 0].tolist() == [[0, 1, 2, 3]] * 3
-    expected = [[1.0, 1.0, 1.0, 1.0], [0.5, 0.0, 0.5, 0.5], [0.0, 0.5, 0.0, 0.0]]  # the best last, on top
-    assert nodes[:, :, 1] == pytest.approx(np.array(expected))
-    assert [patch.get_linestyle() for patch in axes.patches] == ["--", "-", "-"]
-    widths = [patch.get_linewidth() for patch in axes.patches]
-    assert widths[2] > widths[1] > widths[0]
-    brightness = [sum(patch.get_edgecolor()[:3]) for patch in axes.patches]
-    assert brightness[2] < brightness[1] < brightness[0], "the best is the darkest"
-    assert bar.get_ylabel() == "last FID"
-    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["10", "20", "30"]
-    assert labels(figure.legends[0]) == ["finished (2)", "stopped early (1)", "without a distance (1)"]
-
-
 def overlaps(texts: Sequence[Any]) -> list[tuple[str, str]]:
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
     return [(a, b) for k, (a, box) in enumerate(boxes) for b, other in boxes[:k] if box.overlaps(other)]
@@ -182,7 +155,7 @@ def overlaps(texts: Sequence[Any]) -> list[tuple[str, str]]:
 
 def test_labels_do_not_overlap() -> None:
     for trials in (GRID, search(60), search(300)):
-        for figure in (bnr_figure(trials), curves_figure(trials), parallel_figure(trials)):
+        for figure in (bnr_figure(trials), curves_figure(trials)):
             assert figure is not None
             figure.canvas.draw()
             for axes in figure.axes:
@@ -226,8 +199,8 @@ def test_whatever_came_of_the_trials_is_drawn(name: str, tmp_path: Path) -> None
                 assert colours is not None
                 assert len(colours) > 50, "not an empty page"
     written = {path.stem for path in tmp_path.iterdir()}
-    nothing = {"one": {"bnr_curve"}, "not finite": {"bnr_curve", "curves", "parallel"}}
-    assert written == {"bnr_curve", "curves", "parallel"} - nothing.get(name, set())
+    nothing = {"one": {"bnr_curve"}, "not finite": {"bnr_curve", "curves"}}
+    assert written == {"bnr_curve", "curves"} - nothing.get(name, set())
 
 
 @pytest.mark.parametrize("draw", DRAW)
@@ -235,9 +208,3 @@ def test_nothing_to_draw_writes_nothing(draw: Callable[[Sequence[Outcome], Path]
     for trials in ([], [outcome("a", state="failed"), outcome("b", state="failed", bnr=1.0)]):
         assert not draw(trials, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
-
-
-def test_no_searched_key_but_the_seed_has_no_coordinates(tmp_path: Path) -> None:
-    trials = [outcome(str(seed), (TOTAL, 3.0 + seed), seed=seed, values={"train.seed": seed}) for seed in range(3)]
-    assert not parallel(trials, tmp_path / "x.png")
-    assert curves(trials, tmp_path / "x.png")
