@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from warm_dist.config.load import dump, flatten, known_keys
-from warm_dist.config.run import load_config
+from warm_dist.config.run import Config, load_config
 from warm_dist.errors import ConfigError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.json")
@@ -98,4 +98,4 @@ def test_every_error_is_reported_at_once():
 def test_flatten_gives_the_keys_of_set():
     flat = flatten(dump(load_config(QUICKSTART)))
     assert flat["process.bnr"] == 0.5
-    assert flat.keys() <= set(known_keys())
+    assert flat.keys() <= set(known_keys(Config))
