@@ -10,7 +10,7 @@ import pytest
 
 from tests.golden import __main__ as golden
 from tests.golden.compare import compare, dump, flatten
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 
 @pytest.fixture

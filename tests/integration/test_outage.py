@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from launch import services
+from launch import services as servers
 from launch.services import Services, services
 from tests.integration.test_train import config_file, environment  # noqa: F401  # a fixture
 from tests.support.processes import ROOT
@@ -40,8 +40,8 @@ def running(tmp_path: Path) -> Iterator[Services]:
 def again(running: Services, log: Path) -> Popen[bytes]:
     """The same server, on the same port and database."""
     root, port = log.parent, int(running.mlflow_url.rpartition(":")[2])
-    process = supervisor.start(services._command(root, port), services._environment(running.s3), log)
-    services._wait_until_healthy(running.mlflow_url, process, log)
+    process = supervisor.start(servers._command(root, port), servers._environment(running.s3), log)
+    servers._wait_until_healthy(running.mlflow_url, process, log)
     return process
 
 

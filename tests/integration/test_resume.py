@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.pack import pack
-from data_pipelines.reading import loader
+from data_pipelines.reading import loader as loader_module
 from data_pipelines.reading.lanes import Order, rank_positions
 from data_pipelines.reading.loader import Loader, open_loader
 from data_pipelines.shards.manifest import NAME, Manifest, Shard, write_manifest
@@ -187,7 +187,9 @@ def test_a_run_on_imagenet_resumes_within_two_seconds(s3: S3Server, monkeypatch:
     manifest = simulated(store)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda shard: store.write(shard.name, b"0"), manifest.shards))
-    monkeypatch.setattr(loader, "open_store", lambda url, endpoint: Simulated("warm-dist", "simulated", endpoint))
+    monkeypatch.setattr(
+        loader_module, "open_store", lambda url, endpoint: Simulated("warm-dist", "simulated", endpoint)
+    )
     config = load_config(
         str(ROOT / "configs" / "imagenet64.json"),
         [f"data.manifest=s3://warm-dist/simulated/{NAME}", f"data.endpoint_url={s3.endpoint_url}"],

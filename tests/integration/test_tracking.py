@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import evaluate, mirror
+from launch import evaluate
+from launch import mirror as command
 from launch.services import Services, services
 from tests.support.mirrored_run import STEPS, end, log, make_run
 from warm_dist import supervisor
@@ -36,7 +37,7 @@ from warm_dist.tracking.client import CLIENT_ENV, log_finished, open_parent
 from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.mirror import Mirror
 
-MIRROR = str(Path(mirror.__file__))
+MIRROR = str(Path(command.__file__))
 
 
 @pytest.fixture(scope="session")

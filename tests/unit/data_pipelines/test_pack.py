@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import pack
+from data_pipelines import pack as pack_module
 from data_pipelines.pack import BAD, Packing, pack
 from data_pipelines.shards.manifest import NAME, read_manifest
 from data_pipelines.shards.payload import PAYLOADS, decode
@@ -160,12 +160,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "in" / "bad.png").write_bytes(png(1)[:50])
     words = [tmp_path / "in", tmp_path / "out", "--resolution", 4, "--workers", 1]
     with pytest.raises(DataError, match="1 of 2 images do not decode"):
-        call(pack.main, *words)
+        call(pack_module.main, *words)
     assert "left out: bad.png" in capsys.readouterr().err
     assert not (tmp_path / "out" / NAME).exists()
-    assert call(pack.main, *words, "--max-bad", 0.5) == 0
+    assert call(pack_module.main, *words, "--max-bad", 0.5) == 0
     assert "1 images 4x4x3, 0 classes, 1 shards" in capsys.readouterr().out
     for argument in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(SystemExit) as caught:
-            call(pack.main, *words, "--part", argument)
+            call(pack_module.main, *words, "--part", argument)
         assert caught.value.code == ConfigError.exit_code

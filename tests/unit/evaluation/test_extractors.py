@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.support.memory_store import MemoryStore
 from warm_dist.errors import ConfigError, DataError
-from warm_dist.evaluation import efficientnet_lite0
+from warm_dist.evaluation import efficientnet_lite0 as lite0_network
 from warm_dist.evaluation.extractors import Lite0, Pixels, make_extractor
 from warm_dist.evaluation.feature_stream import features
 from warm_dist.files import file_sha256
@@ -91,10 +91,10 @@ def test_lite0_does_not_depend_on_the_batch(lite0: Lite0) -> None:
 
 def test_lite0_is_the_package_network_on_the_published_input(lite0: Lite0) -> None:
     """Folding, padding and layout change rounding only; the package's own forward is the oracle."""
-    path = efficientnet_lite0.weights_file()
+    path = lite0_network.weights_file()
     assert lite0.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     images = torch.from_numpy(noise(2, 224, seed=1))
-    network = efficientnet_lite0.network(path)
+    network = lite0_network.network(path)
     with torch.inference_mode():
         expected = network.extract_features((images.float() - 127) / 128).mean(dim=(2, 3)).numpy()
     assert np.allclose(features(lite0, images, 2), expected, atol=1e-4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import report
+from launch import report as command
 from tests.support.commands import call
 from tests.support.report_runs import EVIL, Made, evaluated, make_run, write_lines
 from warm_dist.errors import ConfigError, OutputError
@@ -112,7 +112,7 @@ def test_a_wide_grid_is_shrunk(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused_and_nothing_is_written(made: Made, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=f"^{tmp_path / 'folder'}: not a run"):
-        call(report.main, made.runs[0], tmp_path / "folder", "--out", tmp_path / "page.html")
+        call(command.main, made.runs[0], tmp_path / "folder", "--out", tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     with pytest.raises(ConfigError, match="not an evaluation"):
         write_report(made.runs, [tmp_path], tmp_path / "page.html")
@@ -123,7 +123,7 @@ def test_the_command_replaces_the_page_as_a_whole(
 ) -> None:
     out = tmp_path / "page.html"
     out.write_text("before")
-    assert call(report.main, made.runs[0], made.runs[1], "--evaluation", made.evaluation, "--out", out) == 0
+    assert call(command.main, made.runs[0], made.runs[1], "--evaluation", made.evaluation, "--out", out) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.startswith(f"{out}: 2 runs, ")

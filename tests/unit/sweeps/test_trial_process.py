@@ -84,11 +84,11 @@ def test_a_trial_s_config_is_a_run_s_in_its_place(tmp_path, manifest):
 
 def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, manifest, monkeypatch):
     from warm_dist.errors import UnreachableError
-    from warm_dist.sweeps import trial_process
+    from warm_dist.sweeps import trial_process as module
 
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
     run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
-    monkeypatch.setattr(trial_process, "FREE_S", 0.5)
+    monkeypatch.setattr(module, "FREE_S", 0.5)
     _, lock = claim_run(run.run)
     with lock, pytest.raises(UnreachableError, match="another process still trains in it"):
         run.start()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import ema
+from launch import ema as command
 from tests.support.commands import call
 from tests.support.tiny_run import ALONE, BATCH, batches, config, info
 from warm_dist.checkpoints.format import SNAPSHOTS, complete_names
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
 
 def test_any_length_after_the_fact_equals_the_one_tracked_directly(run):
     path, trainer = run
-    assert call(ema.main, path, "--length", *TRACKED) == 0
+    assert call(command.main, path, "--length", *TRACKED) == 0
     start = Trainer(trainer.config, ALONE, info(), print).engine.module.state_dict()
     for length in TRACKED:
         weights = dict(
@@ -98,14 +98,14 @@ def test_snapshots_stay_when_checkpoints_go(run):
 
 def test_lengths_that_cannot_be_had(run, capsys):
     path, _ = run
-    assert call(ema.main, path, "--length", 0.01) == 0
+    assert call(command.main, path, "--length", 0.01) == 0
     assert "POOR" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--length \[0\.3\]: a relative width"):
-        call(ema.main, path, "--length", 0.3)
+        call(command.main, path, "--length", 0.3)
     with pytest.raises(ConfigError, match="no snapshot at nimg 999999999 or later"):
-        call(ema.main, path, "--length", 0.08, "--nimg", 999999999)
+        call(command.main, path, "--length", 0.08, "--nimg", 999999999)
     with pytest.raises(CheckpointError, match=r"train\.ema_lengths"):
-        call(ema.main, path / "weights", "--length", 0.08)
+        call(command.main, path / "weights", "--length", 0.08)
 
 
 def test_a_length_cannot_begin_in_mid_run(run):
