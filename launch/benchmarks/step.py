@@ -169,7 +169,7 @@ def _line(name: str, found: dict[str, Any], scale: float = 1.0, digits: int = 3)
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    from warm_dist.training.step_metrics import PLACES
+    from warm_dist.training.step_metrics import PHASES
 
     one = report["runs"]["one"]
     lines = [
@@ -182,7 +182,7 @@ def table(report: dict[str, Any]) -> str:
     for name, run in report["runs"].items():
         lines.append(_line(name, run["wall_s"], 1e3, 1))
         if name not in ("bare", "mirror"):
-            lines += [_line(f"  {place}", run[f"{place}_s"], 1e3, 1) for place in PLACES]
+            lines += [_line(f"  {place}", run[f"{place}_s"], 1e3, 1) for place in PHASES]
     lines += ["", "processor time in % of what the network takes"]
     lines += [_line(name, share, 100, 2) for name, share in report["shares"].items()]
     lines.append(_line("together", report["side"], 100, 2))

@@ -56,7 +56,7 @@ def rank(job: dict[str, Any]) -> None:
     from warm_dist.distributed.world import join, shutdown
     from warm_dist.runs.folder import describe_run, write_end
     from warm_dist.runs.metrics import MetricsLog, read_metrics
-    from warm_dist.training.step_metrics import PLACES
+    from warm_dist.training.step_metrics import PHASES
     from warm_dist.training.trainer import Trainer
 
     config = load_config(job["config"])
@@ -106,7 +106,7 @@ def rank(job: dict[str, Any]) -> None:
         lines = [line for line in read_metrics(run / METRICS) if line["kind"] == "train"][1:]
         steps = (len(marks) - 1) * config.train.log_nimg // config.train.batch_size
         found: dict[str, float] = {name: (marks[-1][name] - marks[0][name]) / steps for name in clocks}
-        found |= {f"{place}_s": statistics.mean(line[f"{place}_s"] for line in lines) for place in PLACES}
+        found |= {f"{place}_s": statistics.mean(line[f"{place}_s"] for line in lines) for place in PHASES}
         found |= {"parameters": parameters, "flops": trainer.metrics.flops, "bandwidth": speed}
         found |= {"mirror_start_s": marks[0]["mirror_s"], "images_per_s": config.train.batch_size / found["wall_s"]}
         Path(job["out"]).write_text(json.dumps(found))

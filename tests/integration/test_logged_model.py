@@ -25,7 +25,6 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
 from warm_dist.evaluation.generate import generate, sample_labels
 from warm_dist.networks.unet import build_network
-from warm_dist.tracking import model
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror
 from warm_dist.tracking.model import send_model
@@ -84,7 +83,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
             raise error
 
     with monkeypatch.context() as patch:  # the model is announced, its files do not come
-        patch.setattr(model, "save_model", once_broken)
+        patch.setattr("warm_dist.tracking.model.save_model", once_broken)
         with pytest.raises(UnreachableError, match="OSError: the server went away"):
             finish(None)
     finish(None)

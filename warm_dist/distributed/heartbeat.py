@@ -21,7 +21,7 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, beat_key, connect, master_address
 from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 
-PLACES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
+PHASES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
 """Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
 NEWS_RANKS = 64
 """All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
@@ -55,12 +55,12 @@ class Beat:
 
     @property
     def progress(self) -> tuple[int, int]:
-        place = self.told.get("place", "start")
-        return self.told.get("nimg", 0), PLACES.index(place) if place in PLACES else len(PLACES)
+        phase = self.told.get("place", "start")
+        return self.told.get("nimg", 0), PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
 class Heartbeat:
-    """`with Heartbeat(…) as heartbeat:` around a run, `heartbeat.at(place, nimg)` in it.
+    """`with Heartbeat(…) as heartbeat:` around a run, `heartbeat.at(phase, nimg)` in it.
 
     Every `interval_s` one thread writes RUN/heartbeat/rank_K.json and looks for what should stop the run: the
     preemption file, or the end of the `deepspeed` command. Another exchanges beats with the other ranks over a
@@ -89,9 +89,9 @@ class Heartbeat:
             threading.Thread(target=body, name=f"heartbeat{body.__name__}", daemon=True) for body in bodies
         ]
 
-    def at(self, place: str, nimg: int) -> None:
+    def at(self, phase: str, nimg: int) -> None:
         """Note where this rank is now. One store: it may be called in the hottest loop."""
-        self._now = (place, nimg, time.monotonic())
+        self._now = (phase, nimg, time.monotonic())
 
     def __enter__(self) -> Heartbeat:
         for thread in self._threads:
@@ -135,7 +135,7 @@ class Heartbeat:
                 return
             self._closing.wait(self.interval_s)
 
-    def _write(self, place: str) -> None:
+    def _write(self, phase: str) -> None:
         _, nimg, entered = self._now
         now = time.time()
         tree = {
@@ -144,7 +144,7 @@ class Heartbeat:
             "host": self.host,
             "rank": self.world.rank,
             "nimg": nimg,
-            "place": place,
+            "place": phase,
             "since": round(now - (time.monotonic() - entered), 3),
             "facts": dict(self.facts),
         }
@@ -171,8 +171,8 @@ class Heartbeat:
             try:
                 if store is None:
                     store = connect(timedelta(seconds=self.silent_s))
-                place, nimg, entered = self._now
-                word = {"host": self.host, "place": place, "nimg": nimg, "held_s": time.monotonic() - entered}
+                phase, nimg, entered = self._now
+                word = {"host": self.host, "place": phase, "nimg": nimg, "held_s": time.monotonic() - entered}
                 store.set(
                     keys[self.world.rank], json.dumps({**word, "count": count, "end": self._end if last else None})
                 )
@@ -227,7 +227,7 @@ class Heartbeat:
         Listens for three more intervals (7 s at most), so that also a rank killed just now is known by its silence;
         less if told() becomes true (somebody has said why), or if this rank waited so long that it is known already.
         """
-        place, nimg, entered = self._now
+        phase, nimg, entered = self._now
         waited = time.monotonic() - entered
         behind = self._behind()
         self._blames_a_peer = self._curious = True
@@ -238,7 +238,7 @@ class Heartbeat:
             if long and (behind or self._silence() or self._store_fault()):
                 break
             time.sleep(min(0.1, self.interval_s / 10))
-        mine = f"rank {self.world.rank} (host {self.host}) waited at '{place}' of nimg {nimg} for {waited:.0f} s"
+        mine = f"rank {self.world.rank} (host {self.host}) waited at '{phase}' of nimg {nimg} for {waited:.0f} s"
         fault = self._silence() or self._store_fault() or behind or f"every rank answers ({str(error).splitlines()[0]})"
         return f"{fault}; {mine}; the same command goes on from the last checkpoint, with fewer nodes if need be"
 
@@ -257,8 +257,8 @@ class Heartbeat:
 
     def _behind(self) -> str:
         """The living ranks that the others wait for: those with the least progress that have not moved for a while."""
-        place, nimg, _ = self._now
-        mine = Beat(told={"place": place, "nimg": nimg}).progress
+        phase, nimg, _ = self._now
+        mine = Beat(told={"place": phase, "nimg": nimg}).progress
         stuck = [r for r in self._others() if not self._ended(r) and self.beats[r].held_s > self.silent_s]
         least = min((self.beats[rank].progress for rank in stuck), default=mine)
         late = [rank for rank in stuck if self.beats[rank].progress == least] if least < mine else []

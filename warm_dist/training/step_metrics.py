@@ -24,7 +24,7 @@ from warm_dist.tracking.machine_load import MachineLoad
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
 """What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""
-PLACES = ("data", "forward", "backward", "update", "ema")
+PHASES = ("data", "forward", "backward", "update", "ema")
 SLOW = 1.5  # a rank that takes so many times the median for its own part of the step is told of
 
 
@@ -95,14 +95,14 @@ class StepMetrics:
         }
         steps, seconds = max(1, self.num_steps), max(self.seconds, 1e-9)
         places = self.watch.read()
-        mine = {f"{place}_s": places.get(place, 0.0) / steps for place in PLACES}
+        mine = {f"{place}_s": places.get(place, 0.0) / steps for place in PHASES}
         mine |= {"images_per_s": (nimg - self.nimg) / self.world.size / seconds}
         mine |= {"memory_bytes": memory_bytes(self.world.device), "step_s": seconds / steps}
         ranks: list[dict[str, float]] = gather(self.world, mine)
         speed = sum(rank["images_per_s"] for rank in ranks)
         norm = float(grad_norm)
         line |= {"images_per_s": speed, "grad_norm": norm if math.isfinite(norm) else None}
-        line |= {key: sum(rank[key] for rank in ranks) / len(ranks) for key in ("step_s", *(f"{p}_s" for p in PLACES))}
+        line |= {key: sum(rank[key] for rank in ranks) / len(ranks) for key in ("step_s", *(f"{p}_s" for p in PHASES))}
         line |= {"memory_bytes": max(rank["memory_bytes"] for rank in ranks)}
         line |= {"flops_per_s": speed * self.flops / self.world.size}
         if self.peak:
