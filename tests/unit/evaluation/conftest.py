@@ -19,7 +19,7 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, said: list[str]) -> Make:
+def make(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Make:
     def evaluator(read: Any = lambda rows: REAL[rows], stores: Any = open_store, **changes: Any) -> Evaluator:
         settings = config(
             tmp_path / "run",
@@ -27,6 +27,7 @@ def make(tmp_path: Path, said: list[str]) -> Make:
             sampler={"method": "heun", "num_steps": 2},
             data__manifest=f"{tmp_path}/data/manifest.parquet",
         )
-        return Evaluator(settings, ALONE, info(), read, tmp_path / "run", said.append, stores)
+        monkeypatch.setattr("warm_dist.evaluation.evaluator.open_store", stores)
+        return Evaluator(settings, ALONE, info(), read, tmp_path / "run", said.append)
 
     return evaluator
