@@ -15,7 +15,7 @@ from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.training import step_metrics
-from warm_dist.training.step_metrics import PLACES, StepMetrics, Stopwatch
+from warm_dist.training.step_metrics import PHASES, StepMetrics, Stopwatch
 from warm_dist.training.trainer import Trainer
 
 
@@ -45,8 +45,8 @@ def test_a_line_says_where_the_time_went(trained):
     lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
     assert [r["nimg"] for r in lines] == [BATCH * 4, BATCH * 8, BATCH * 12]
     for line in lines:
-        split = sum(line[f"{place}_s"] for place in PLACES)
-        assert all(line[f"{place}_s"] >= 0 for place in PLACES)
+        split = sum(line[f"{place}_s"] for place in PHASES)
+        assert all(line[f"{place}_s"] >= 0 for place in PHASES)
         assert 0.5 * line["step_s"] < split <= line["step_s"] * 1.001
         assert line["images_per_s"] == pytest.approx(BATCH / line["step_s"])
         assert line["flops_per_s"] == pytest.approx(line["images_per_s"] * flops_per_image(trainer.config))
