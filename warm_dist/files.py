@@ -31,8 +31,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Readers see the old file or the new one, never a part. The folder is created if missing. Raises OutputError.
     """
-    make_folder(path.parent)
-    _replace(path, write)
+
+    def fill(temporary: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+
+    _replace(path, fill)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

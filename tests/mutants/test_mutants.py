@@ -7,8 +7,6 @@ import re
 import subprocess
 from collections import Counter
 
-import pytest
-
 from tests.mutants.run import LIST, ROOT, main, mutated, read
 
 AREAS = ("process", "heads", "samplers", "engine", "ema", "checkpoint", "lanes", "loader", "evaluation", "mirror",
@@ -34,7 +32,6 @@ def test_there_are_faults_of_every_area():
     assert min(counts.values()) >= 5
 
 
-@pytest.mark.slow
 def test_a_run_tells_what_became_of_each_fault(tmp_path, capsys):
     entry = {"file": "toy/__init__.py", "old": "1 + 1", "why": "x", "tests": ["test_toy.py::test_two"]}
     entries = [
