@@ -26,22 +26,15 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:
     """Replace a file atomically: `write` fills a temporary file beside it, which is then renamed.
 
-    Readers see the old file or the new one, never a part. The folder is created if missing. Raises OutputError.
+    Readers see the old file or the new one, never a part. parents: create the folder if missing. Raises OutputError.
     """
-
-    def fill(temporary: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-
-    _replace(path, fill)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -54,7 +47,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """Replace a JSON file atomically, in a folder that exists. Raises OutputError."""
     text = json.dumps(tree, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), parents=False)
 
 
 def read_json(path: Path) -> Any:
