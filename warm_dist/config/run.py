@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.values import Fraction, NonNegative, Positive, PositiveFloat, Section
+from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
 from warm_dist.errors import ConfigError
 
 
@@ -24,14 +24,12 @@ class DataConfig(Section):
     endpoint_url: str | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
     resolution: Positive = Field(description="height = width, pixels; must equal the manifest's")
     channels: Positive = Field(3, description="colour channels of an image; must equal the manifest's")
-    num_classes: Annotated[int, Field(ge=0)] = Field(0, description="0: unconditional; else must equal the manifest's")
+    num_classes: Count = Field(0, description="0: unconditional; else must equal the manifest's")
     num_lanes: Positive = Field(description="image streams: divides batch_size, is a multiple of the world size")
     chunk: Positive = Field(64, description="images per ranged GET; whole chunks are shuffled over the data set")
     window: Positive = Field(1024, description="images shuffled among each other inside a lane")
     reader_threads: Positive = Field(2, description="threads of each rank that fetch and decode")
-    buffer_bytes: Positive = Field(
-        268_435_456, description="most bytes a rank's reader holds besides the manifest, but at least three batches"
-    )
+    buffer_bytes: Positive = Field(268_435_456, description="read buffer of a rank; at least three batches are held")
     cache_dir: str | None = Field(None, description="local folder, shared by the node's ranks, that caches reads")
     cache_bytes: Positive = Field(50_000_000_000, description="most bytes kept in cache_dir")
 
@@ -39,16 +37,14 @@ class DataConfig(Section):
 class ProcessConfig(Section):
     """The forward process: how much blur and noise training images get, and how the loss weighs the two heads."""
 
-    bnr: AnyBNR = Field(
-        description="blur-to-noise ratio alpha/sigma: a number (0: EDM), a path over sigma, drawn per image, or cold"
-    )
+    bnr: AnyBNR = Field(description="alpha/sigma: a number (0: EDM), a path over sigma, drawn per image, or cold")
     sigma_data: Literal["measured"] | PositiveFloat = Field(
         "measured", description="'measured': the manifest's power spectrum; a number: a 1/f^2 spectrum of this size"
     )
     p_mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="mean of ln sigma in training")
     p_std: PositiveFloat = Field(1.2, description="standard deviation of ln sigma in training")
     preconditioning: Literal["two_head", "per_frequency"] = Field(
-        "two_head", description="per_frequency: an ablation with one head, scaled for every DCT mode"
+        "two_head", description="per_frequency: one-head ablation"
     )
     residual_weight: Literal["one", "balanced", "denoiser", "sampler"] = Field(
         "one",
@@ -62,9 +58,7 @@ class NetworkConfig(Section):
 
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = Field(description="EDM's DDPM++, NCSN++ or ADM")
     channels: Positive = Field(description="feature channels that channel_mult multiplies")
-    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
-        description="multiplier of channels at each resolution, each half the one before"
-    )
+    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(description="width per resolution level")
     num_blocks: Positive = Field(description="residual blocks at each resolution")
     attention_resolutions: tuple[Positive, ...] = Field((), description="resolutions with self-attention, pixels")
     dropout: Fraction = 0.0
@@ -73,13 +67,13 @@ class NetworkConfig(Section):
 class TrainConfig(Section):
     """Batch, optimizer (Adam), augmentation, EMAs, and how often to log and save. Lengths are in images (nimg)."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     total_nimg: Positive = Field(description="images to train on; a multiple of batch_size")
     batch_size: Positive = Field(description="images per step over all ranks")
     micro_batch_size: Positive | None = Field(None, description="images per rank and backward; null: all at once")
     lr: PositiveFloat = Field(description="learning rate between ramp and decay")
-    lr_ramp_nimg: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up over the first so many images")
-    lr_decay_nimg: Annotated[int, Field(ge=0)] = Field(0, description="linear decay to 0 over the last so many images")
+    lr_ramp_nimg: Count = Field(0, description="linear warm-up over the first so many images")
+    lr_decay_nimg: Count = Field(0, description="linear decay to 0 over the last so many images")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="Adam's")
     eps: PositiveFloat = Field(1e-8, description="Adam's")
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
@@ -92,8 +86,7 @@ class TrainConfig(Section):
         (), description="also keep power-function EMAs of these relative widths sigma_rel (EDM2: [0.05, 0.1])"
     )
     snapshot_nimg: Positive | None = Field(
-        None,
-        description="keep a permanent copy of those EMAs every so many images: launch/ema.py makes any length of them",
+        None, description="images between permanent copies of them, for launch/ema.py"
     )
     max_nonfinite: Positive = Field(1, description="end after so many non-finite steps in a row; none is applied")
     log_nimg: Positive = Field(description="images between two lines of metrics.jsonl")
@@ -137,9 +130,7 @@ class SamplerConfig(Section):
     )
     num_steps: Annotated[int, Field(ge=2)] = Field(35, description="heun and churn cost 2 num_steps - 1 evaluations")
     bnr: PathBNR | None = Field(None, description="the path to sample along; null: the one of training")
-    grid: Grid = Field(
-        "edm", description="levels of sigma (cold: alpha), by name or num_steps falling numbers, 0 implied"
-    )
+    grid: Grid = Field("edm", description="levels of sigma (cold: alpha): a name, or num_steps falling numbers above 0")
     sigma_min: PositiveFloat = Field(0.002, description="lowest level above 0, data units")
     sigma_max: PositiveFloat = Field(80.0, description="first level, data units")
     rho: PositiveFloat = Field(7.0, description="exponent of grid edm: higher puts more levels near sigma_min")
@@ -180,15 +171,13 @@ class EvalConfig(Section):
     extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="of that file")
     extractor_bf16: bool = Field(False, description="inception and torchscript in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
-    kid_images: Annotated[int, Field(ge=0)] = Field(
-        5000, description="so many generated and real images also give KID, precision and recall; 0: skip these"
-    )
+    kid_images: Count = Field(5000, description="generated and real images for KID, precision and recall; 0: none")
     cache_dir: str | None = Field(
-        None, description="local folder for the real images' statistics; null: beside the manifest, if writable"
+        None, description="local folder for real images' statistics; null: beside the manifest"
     )
     batch_size: Positive = Field(64, description="images per rank and batch")
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
 
     @model_validator(mode="after")
     def _extractor(self) -> EvalConfig:
@@ -196,9 +185,7 @@ class EvalConfig(Section):
         if given and not (self.extractor_url and self.extractor_sha256):
             raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
         if self.extractor_bf16 and not given:
-            raise ValueError(
-                f"eval.extractor_bf16 is for inception and torchscript; {self.extractor} is always float32"
-            )
+            raise ValueError(f"eval.extractor_bf16 needs inception or torchscript; {self.extractor} is always float32")
         return self
 
 
@@ -210,9 +197,7 @@ class TrackingConfig(Section):
     )
     experiment: str = "warm-dist"
     run_name: str | None = Field(None, description="null: the name of the output folder")
-    parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
-        None, description="MLflow run to show this one under: a sweep's"
-    )
+    parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(None, description="MLflow parent run")
     log_model: bool = Field(True, description="at the end, log the EMA weights as an MLflow model that samples images")
     registered_model: str | None = Field(None, description="also register the model under this name; null: do not")
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(

@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
-from warm_dist.config.values import NonNegative, Positive, Section
+from warm_dist.config.values import Count, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # closer to 1 gives thousands of rungs
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
-Seed = Annotated[int, Field(ge=0)]
 SEED = "train.seed"
 
 
@@ -54,7 +53,7 @@ class TrialConfig(Section):
     processes_per_node: Positive = 1
     cpus_per_process: Positive = 1
     gpus_per_process: NonNegative = Field(0.0, description="0: on the CPU; a fraction shares a GPU among trials")
-    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="restarts of a failed trial, from its checkpoint")
+    max_failures: Count = Field(2, description="restarts of a failed trial, from its checkpoint")
 
     @model_validator(mode="after")
     def _gpus(self) -> TrialConfig:
@@ -102,9 +101,9 @@ class SweepConfig(Section):
         description="local folder on each machine for caches, and for the trials' runs if output is s3://",
     )
     space: dict[Key, Axis] = Field(default_factory=dict, description="keys to search, by dotted path")
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0,), description="values of train.seed per point")
+    seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((0,), description="values of train.seed per point")
     num_samples: Positive = Field(1, description="random draws of the keys without a grid, at each point of the grid")
-    search_seed: Seed = Field(0, description="seed of those draws")
+    search_seed: Count = Field(0, description="seed of those draws")
     scheduler: AshaConfig | None = Field(None, description="null: every trial trains to its end")
     trial: TrialConfig = TrialConfig()
     max_concurrent: Positive | None = Field(None, description="trials at a time; null: as many as the resources allow")
