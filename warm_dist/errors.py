@@ -19,73 +19,53 @@ class WarmDistError(Exception):
     exit_code = EXIT_UNEXPECTED
     resumable = False
 
+    def __init_subclass__(cls, exit_code: int | None = None, resumable: bool = False) -> None:
+        if exit_code is not None:  # else both are inherited
+            cls.exit_code, cls.resumable = exit_code, resumable
 
-class ConfigError(WarmDistError):
+
+class ConfigError(WarmDistError, exit_code=2):
     """A configuration or command line that cannot work."""
 
-    exit_code = 2
 
-
-class DataError(WarmDistError):
+class DataError(WarmDistError, exit_code=3):
     """Data that differs from its manifest: missing, changed, corrupt or undecodable."""
 
-    exit_code = 3
 
-
-class CheckpointError(WarmDistError):
+class CheckpointError(WarmDistError, exit_code=4):
     """A checkpoint that is corrupt, unreadable or from another run."""
 
-    exit_code = 4
 
-
-class NumericsError(WarmDistError):
+class NumericsError(WarmDistError, exit_code=5):
     """A non-finite loss or gradient; the update was not applied."""
 
-    exit_code = 5
 
-
-class BucketError(WarmDistError):
+class BucketError(WarmDistError, exit_code=6):
     """A bucket that does not exist."""
 
-    exit_code = 6
 
-
-class AccessError(WarmDistError):
+class AccessError(WarmDistError, exit_code=7):
     """Credentials that are missing or refused by the storage."""
 
-    exit_code = 7
 
-
-class OutputError(WarmDistError):
+class OutputError(WarmDistError, exit_code=8):
     """A folder that cannot be written, or a full disk."""
 
-    exit_code = 8
 
-
-class WorldSizeError(WarmDistError):
+class WorldSizeError(WarmDistError, exit_code=9):
     """A number of processes that cannot share batch and lanes evenly."""
 
-    exit_code = 9
 
-
-class PortError(WarmDistError):
+class PortError(WarmDistError, exit_code=10):
     """A port that is already in use."""
 
-    exit_code = 10
 
-
-class UnreachableError(WarmDistError):
+class UnreachableError(WarmDistError, exit_code=11, resumable=True):
     """A server or peer that does not answer. The input is not at fault: the same command can resume later."""
 
-    exit_code = 11
-    resumable = True
 
-
-class Stopped(WarmDistError):
+class Stopped(WarmDistError, exit_code=75, resumable=True):  # EX_TEMPFAIL of sysexits.h: the same command resumes
     """A requested stop (SIGTERM, Ctrl-C); a checkpoint was saved."""
-
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
-    resumable = True
 
 
 class PeerError(WarmDistError):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,22 +26,30 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
 
+@contextlib.contextmanager
+def writing(target: Path, hint: str = "") -> Iterator[None]:
+    """Turn an OSError inside into an OutputError that names `target` and ends with `hint`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){hint}") from None
+
+
 def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:
     """Replace a file atomically: `write` fills a temporary file beside it, which is then renamed.
 
     Readers see the old file or the new one, never a part. parents: create the folder if missing. Raises OutputError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if parents:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing to remove
-            temporary.unlink()
+    with writing(path):
+        try:
+            if parents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # after success there is nothing to remove
+                temporary.unlink()
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -86,13 +94,14 @@ def claimed(folder: Path, who: str, lock: str = ".lock") -> IO[str]:
 
     who: what else may hold it, for the message. Raises OutputError if the folder cannot be written or is locked.
     """
-    try:
+    with writing(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        return locked(folder / lock)
-    except BlockingIOError:
-        raise OutputError(f"{folder}: another {who} is using it; stop that first, or choose another folder") from None
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+        try:
+            return locked(folder / lock)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another {who} is using it; stop that first, or choose another folder"
+            ) from None
 
 
 def file_sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.values import NonNegative, PositiveFloat, Section, exact
 
@@ -55,8 +55,7 @@ class TableBNR(Section):
     sigma: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(description="rising")
     bnr: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = Field(description="the ratio at each sigma")
 
-    @model_validator(mode="after")
-    def _rising(self) -> TableBNR:
+    def model_post_init(self, context: Any) -> None:
         if len(self.sigma) != len(self.bnr):
             raise ValueError(f"a table needs as many bnr ({len(self.bnr)}) as sigma ({len(self.sigma)})")
         rows = list(zip(self.sigma, self.bnr, strict=True))
@@ -68,7 +67,6 @@ class TableBNR(Section):
                     f"alpha = bnr·sigma must not fall as sigma rises: it is {r_low * low:g} px at sigma {low:g}, "
                     f"{r_high * high:g} px at sigma {high:g}"
                 )
-        return self
 
     def alpha(self, sigma: Tensor) -> Tensor:
         knots, ratios = sigma.new_tensor([0.0, *self.sigma]), sigma.new_tensor([self.bnr[0], *self.bnr])

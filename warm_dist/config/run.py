@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
@@ -145,8 +145,7 @@ class SamplerConfig(Section):
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
     guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
 
-    @model_validator(mode="after")
-    def _grid(self) -> SamplerConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
         if isinstance(self.grid, tuple):
@@ -154,7 +153,6 @@ class SamplerConfig(Section):
                 raise ValueError("grid must fall from each entry to the next")
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} entries, num_steps is {self.num_steps}")
-        return self
 
 
 class EvalConfig(Section):
@@ -179,14 +177,12 @@ class EvalConfig(Section):
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")
     seed: Count = 0
 
-    @model_validator(mode="after")
-    def _extractor(self) -> EvalConfig:
+    def model_post_init(self, context: Any) -> None:
         given = self.extractor in ("inception", "torchscript")
         if given and not (self.extractor_url and self.extractor_sha256):
             raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
         if self.extractor_bf16 and not given:
             raise ValueError(f"eval.extractor_bf16 needs inception or torchscript; {self.extractor} is always float32")
-        return self
 
 
 class TrackingConfig(Section):
@@ -205,11 +201,9 @@ class TrackingConfig(Section):
     )
     prometheus_host: str = Field("127.0.0.1", description="address that prometheus_port is bound to")
 
-    @model_validator(mode="after")
-    def _model(self) -> TrackingConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.registered_model and not self.log_model:
             raise ValueError("tracking.registered_model needs tracking.log_model")
-        return self
 
 
 class Config(Section):
@@ -229,8 +223,7 @@ class Config(Section):
     eval: EvalConfig | None = Field(None, description="null: no evaluation during training")
     tracking: TrackingConfig = TrackingConfig()
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def model_post_init(self, context: Any) -> None:
         data, train, net = self.data, self.train, self.network
         if train.batch_size % data.num_lanes:
             raise ValueError(
@@ -259,7 +252,6 @@ class Config(Section):
         if train.lr_decay_nimg > train.total_nimg:
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
         check_sampling(self, self.sampler)
-        return self
 
     def _check_engine(self) -> None:
         parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
 from warm_dist.config.values import Count, NonNegative, Positive, Section
@@ -25,8 +25,7 @@ class Axis(Section):
     uniform: tuple[Finite, Finite] | None = Field(None, description="[low, high]")
     log_uniform: tuple[Finite, Finite] | None = Field(None, description="[low, high], uniform in the logarithm")
 
-    @model_validator(mode="after")
-    def _one(self) -> Axis:
+    def model_post_init(self, context: Any) -> None:
         given = {name: value for name, value in self if value is not None}
         if len(given) != 1:
             raise ValueError(f"needs exactly one of grid, choice, uniform, log_uniform; has {sorted(given) or 'none'}")
@@ -35,7 +34,6 @@ class Axis(Section):
                 raise ValueError(f"the low end {low:g} must be below the high end {high:g}")
         if self.log_uniform is not None and self.log_uniform[0] <= 0:
             raise ValueError(f"log_uniform needs a low end above 0, got {self.log_uniform[0]:g}")
-        return self
 
 
 class AshaConfig(Section):
@@ -55,11 +53,9 @@ class TrialConfig(Section):
     gpus_per_process: NonNegative = Field(0.0, description="0: on the CPU; a fraction shares a GPU among trials")
     max_failures: Count = Field(2, description="restarts of a failed trial, from its checkpoint")
 
-    @model_validator(mode="after")
-    def _gpus(self) -> TrialConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.gpus_per_process > 1 or (0 < self.gpus_per_process < 1 and self.processes > 1):
             raise ValueError("gpus_per_process must be 0 or 1, or a fraction for a trial of one process")
-        return self
 
     @property
     def processes(self) -> int:
@@ -111,14 +107,12 @@ class SweepConfig(Section):
     surface: SurfaceConfig | None = Field(None, description="null: no surface")
     registered_model: str | None = Field(None, description="register the best trial's model in MLflow under this name")
 
-    @model_validator(mode="after")
-    def _searched(self) -> SweepConfig:
+    def model_post_init(self, context: Any) -> None:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds has a duplicate")
         drawn = [key for key, axis in self.space.items() if axis.grid is None]
         if self.num_samples > 1 and not drawn:
             raise ValueError(f"num_samples {self.num_samples} needs a key of space that is drawn; all are on a grid")
-        return self
 
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[SweepConfig, dict[str, JsonValue]]:

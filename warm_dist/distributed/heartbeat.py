@@ -246,7 +246,7 @@ class Heartbeat:
         return self._list(silent, "has been", lambda beat: f"silent for {beat.age_s:.0f} s, last at {beat.where}")
 
     def _behind(self) -> str:
-        """The living ranks that the others wait for: those with the least progress that have stood still for a while."""
+        """The living ranks that the others wait for: those with the least progress that have not moved for a while."""
         phase, nimg, _ = self._now
         mine = Beat(told={"place": phase, "nimg": nimg}).progress
         stuck = [r for r in self._others() if not self._ended(r) and self.beats[r].held_s > self.silent_s]

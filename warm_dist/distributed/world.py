@@ -97,8 +97,9 @@ def beat_key(rank: int) -> str:
 def connect(timeout: timedelta, listener: int | None = None, size: int | None = None) -> Store:
     """Connect to the rendezvous store, or serve it on the file descriptor `listener` of a listening socket."""
     run = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
-    serving = {"is_master": listener is not None, "wait_for_workers": False, "master_listen_fd": listener}
-    store = TCPStore(*_address(), size, timeout=timeout, **serving)
+    store = TCPStore(
+        *_address(), size, listener is not None, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
+    )
     return PrefixStore(f"warm_dist/{run}", store)  # torchrun's agent keeps one store over its restarts
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from warm_dist.errors import OutputError
+from warm_dist.files import writing
 
 
 class Record(TypedDict):
@@ -21,22 +21,12 @@ class Record(TypedDict):
     kind: str  # a key of RECORDS
 
 
-class Start(Record):
-    """The first line of a run."""
-
+class Start(Record):  # the first line of a run
     id: str  # random, identifies the run
 
 
-class _Optional(TypedDict, total=False):
-    mfu: float  # flops_per_s over the device's peak; if that is known
-    slowest_rank: int  # by data_s + forward_s (ZeRO 3: data_s); with several ranks, as the next
-    slowest_s: float  # seconds a step that it takes longer than the median rank
-
-
-class Train(Record, _Optional):
-    """Training since the last such record, over all ranks; losses are null without a finite one."""
-
-    loss: float | None  # mean over images of the weighted squared error per pixel, network units
+class Train(Record, total=False):  # training since the last such record, over all ranks
+    loss: float | None  # mean over images of the weighted squared error per pixel, network units; null: none finite
     loss_blurry: float | None  # the same of the denoiser head alone
     loss_residual: float | None  # the same of the deblurrer head alone, unweighted
     head_inconsistency: float | None  # |b̂ - A x̂0| / |b̂|
@@ -50,6 +40,9 @@ class Train(Record, _Optional):
     ema_s: float
     memory_bytes: int  # peak so far, largest of all ranks
     flops_per_s: float  # of one rank
+    mfu: float  # flops_per_s over the device's peak, if that is known
+    slowest_rank: int  # by data_s + forward_s (ZeRO 3: data_s); absent with one rank, as the next
+    slowest_s: float  # its excess over the median rank, seconds a step
     lr: float  # of the last step
     skipped_steps: int  # non-finite ones in this attempt
 
@@ -58,38 +51,25 @@ class System(Record):
     """Load of the machines, under MLflow's names with their units; `node_K/NAME` with several. See machine_load."""
 
 
-class Checkpoint(Record):
-    """A checkpoint was written."""
-
+class Checkpoint(Record):  # a checkpoint was written
     write_s: float  # seconds
     bytes: int  # of all ranks' files
 
 
-class Upload(Record):
-    """An upload of a checkpoint (kind upload) or snapshot (snapshot_upload) ended."""
-
+class Upload(Record):  # an upload of a checkpoint (kind upload) or snapshot (snapshot_upload) ended
     seconds: float
     failed: float  # 0 or 1
 
 
-class Event(Record):
-    """Something worth reporting, such as a non-finite step."""
-
+class Event(Record):  # something worth reporting, such as a non-finite step
     text: str
 
 
-class _Rows(TypedDict, total=False):
-    """With more than a few eval.kid_images; means over blocks."""
-
-    kid: float
+class Eval(Record, total=False):  # an evaluation; distances compare only where `measure` is equal
+    frechet: float  # mean over blocks, as the next three
+    kid: float  # absent with few or no eval.kid_images, as the next two
     precision: float
     recall: float
-
-
-class Eval(Record, _Rows):
-    """An evaluation. Distances compare only where `measure` is equal."""
-
-    frechet: float  # mean over blocks
     spread: float | None  # standard deviation over blocks; null with one
     blocks: int
     floor: float  # distance of floor_n real images from the other real ones
@@ -134,11 +114,8 @@ class MetricsLog:
     def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
         """Append one record. Raises OutputError."""
         line = {"time": round(time.time(), 3), "attempt": self.attempt, "nimg": nimg, "kind": kind, **values}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if self.listener is not None:
             self.listener.show(kind, {"nimg": nimg, **values})
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from warm_dist.errors import DataError, OutputError
+from warm_dist.errors import DataError
+from warm_dist.files import writing
 
 PIECE_BYTES = 32 << 20  # per read of a download
 PARTIAL = ".partial"  # suffix of a file until it is complete
@@ -75,7 +74,7 @@ class Store(ABC):
     def download(self, path: str, local_file: Path) -> None:
         """Copy an object of any size to a local file, piece by piece, all from one version."""
         size, etag = self.stat(path)
-        with output(local_file), local_file.open("wb") as out:
+        with writing(local_file), local_file.open("wb") as out:
             for start in range(0, size, PIECE_BYTES):
                 out.write(self.read(path, start, min(PIECE_BYTES, size - start), etag))
 
@@ -83,12 +82,3 @@ class Store(ABC):
 def too_short(name: str, start: int, length: int, end: int) -> DataError:
     """The error for an object that ends before the requested bytes."""
     return DataError(f"{name}: bytes {start} to {start + length} were asked for, it ends at {end}")
-
-
-@contextmanager
-def output(target: Path) -> Iterator[None]:
-    """Turn an OSError inside into an OutputError that names `target`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None

@@ -17,8 +17,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from warm_dist.errors import OutputError
-from warm_dist.files import locked
+from warm_dist.files import locked, writing
 from warm_dist.store.base import PARTIAL, Stat, Store
 
 PAGE_BYTES = 256 << 10  # a request costs as much as 60 KiB of transfer: reading whole pages is cheap
@@ -37,17 +36,13 @@ class CachedStore(Store):
         self.base, self.url, self.folder, self.limit_bytes = base, base.url, folder, limit_bytes
         self._sizes: dict[tuple[str, str], int] = {}  # (path, etag) → bytes of the object
         self._keeping = True
-        try:
+        with writing(folder, "; set data.cache_dir to another folder, or to null"):
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".{os.getpid()}{PARTIAL}"
             try:
                 probe.write_bytes(bytes(min(PAGE_BYTES, limit_bytes)))
             finally:
                 probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: cannot be written ({error.strerror}); set data.cache_dir to another folder, or to null"
-            ) from None
 
     def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         if etag is None or not length:

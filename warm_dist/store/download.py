@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
-from warm_dist.files import file_sha256
+from warm_dist.errors import ConfigError, DataError, UnreachableError
+from warm_dist.files import file_sha256, writing
 from warm_dist.store.open import open_store
 
 _BLOCK_BYTES = 1 << 20
@@ -43,7 +43,7 @@ def fetch(
     path = cache / sha256 / (Path(urllib.parse.unquote(url.path)).name or "download")
     if path.is_file() and file_sha256(path) == sha256:
         return path
-    try:
+    with writing(path, "; set XDG_CACHE_HOME to another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may fetch it too
             partial = Path(folder) / path.name
@@ -54,10 +54,6 @@ def fetch(
                     file.writelines(_from_web(source, key))
             _check(partial, sha256, source, key)
             os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
-        ) from None
     return path
 
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from warm_dist.errors import AccessError, DataError
-from warm_dist.store.base import PARTIAL, Stat, Store, output, too_short
+from warm_dist.files import writing
+from warm_dist.store.base import PARTIAL, Stat, Store, too_short
 
 _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 
@@ -58,7 +59,7 @@ class FolderStore(Store):
 
     def delete(self, path: str) -> None:
         target = self.root / path
-        with output(target):
+        with writing(target):
             target.unlink(missing_ok=True)
         for folder in target.parents:  # like S3, leave no empty folders
             if folder == self.root or self.root not in folder.parents:
@@ -73,7 +74,7 @@ class FolderStore(Store):
             for partial in filter(None, map(_OWN_PARTIAL.fullmatch, names)):
                 target = Path(folder) / partial[1]
                 if ours.fullmatch(target.relative_to(self.root).as_posix()):
-                    with output(target):
+                    with writing(target):
                         target.with_name(partial[0]).unlink(missing_ok=True)
 
     @staticmethod
@@ -84,7 +85,7 @@ class FolderStore(Store):
     def _replacing(self, path: str) -> Iterator[Path]:
         target = self.root / path
         partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
-        with output(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial
