@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from warm_dist import errors
 from warm_dist.config.run import Config
-from warm_dist.networks.flops import NetworkSize
 from warm_dist.training.dry_run import forward_bytes, memory_bytes
+
+if TYPE_CHECKING:
+    from warm_dist.networks.flops import NetworkSize
 
 SIZES = (1, 8, 64, 256, 1024)
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice

@@ -7,7 +7,6 @@ import json
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-from warm_dist.networks.flops import size_of
 
 
 def forward_bytes(stage: int, precision: str) -> int:
@@ -34,6 +33,8 @@ def memory_bytes(
 
 def dry_run(config: Config, size: int) -> str:
     """The text of `launch/train.py --dry-run`."""
+    from warm_dist.networks.flops import size_of
+
     check_world_size(config, size)
     network, parallel = size_of(config), config.parallel
     parameters, emas = network.parameters, 1 + len(config.train.ema_lengths)
