@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipelines.shards import packing_record
 from data_pipelines.shards.indexed import Indexed, index_shard, merge
