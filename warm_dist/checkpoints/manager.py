@@ -144,7 +144,7 @@ class CheckpointManager:
             self.say(f"checkpoint passed over: {problem}")
         if candidates:
             raise CheckpointError(
-                f"{self.run}: no intact checkpoint (last problem: {problem}); set output to a new folder to start afresh"
+                f"{self.run}: no intact checkpoint (the last: {problem}); set output to a new folder to start afresh"
             )
         return None
 

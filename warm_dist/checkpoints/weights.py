@@ -77,7 +77,7 @@ def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | No
 
 
 def weights_path(given: Path) -> Path:
-    """The weights file `given`, that of a finished run, or that of a checkpoint (RUN/checkpoints/NIMG), then exported.
+    """The weights file of a finished run or a checkpoint (RUN/checkpoints/NIMG, exported once), or `given` itself.
 
     Raises CheckpointError for a damaged checkpoint.
     """
