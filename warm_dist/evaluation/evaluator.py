@@ -84,8 +84,8 @@ class Evaluator:
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
             if n < needed:
                 self.say(
-                    f"warning: {name} {n:,} is little for {self.extractor.num_features:,} features; a Fréchet distance "
-                    f"can rank models from {needed:,} images on"
+                    f"warning: {name} {n:,} is little for {self.extractor.num_features:,} features; from {needed:,} on "
+                    "a Fréchet distance can rank models"
                 )
 
     def spec(self, sampler: SamplerConfig) -> frechet.FidSpec:

@@ -178,7 +178,7 @@ class TorchScript(_Network):
         found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
         if not (isinstance(out, Tensor) and out.ndim == 2 and out.is_floating_point() and len(out) == 1):
             raise ConfigError(
-                f"eval.extractor_url {path}: gives {found} for one image, needs floats (1, D) or (1, D, 1, 1)"
+                f"eval.extractor_url {path}: gives {found} for one image, needs (1, D) or (1, D, 1, 1) of floats"
             )
         self.num_features = out.shape[1]
 

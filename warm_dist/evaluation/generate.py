@@ -93,7 +93,8 @@ def generate(
 
         x = solve(_watched(denoise, watch), x, points, fresh)
         if not bool(torch.isfinite(x).all()):
-            raise NumericsError(f"sampling gave a non-finite image among {part_indices[0]} to {part_indices[-1]}")
+            first, last = part_indices[0], part_indices[-1]
+            raise NumericsError(f"sampling gave a non-finite image among numbers {first} to {last}")
         out[low : low + len(part_indices)] = to_uint8(x, channel_mean).cpu().numpy()
         progress(len(part_indices))
     return out
