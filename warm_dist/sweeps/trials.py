@@ -101,7 +101,7 @@ def _check_keys(sweep: SweepConfig) -> None:
         if inner:
             raise ConfigError(f"space: {inner[0]!r} is inside {key!r}; search one of them, or whole values of {key!r}")
         if key.startswith(_MEASURE):
-            raise ConfigError(f"space: {key!r} would make Fréchet distances incomparable; move it to set")
+            raise ConfigError(f"space: {key!r} makes Fréchet distances that cannot be compared; move it to set")
 
 
 def _example(section: str) -> str:

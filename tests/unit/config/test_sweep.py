@@ -83,7 +83,7 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"space": {"train": {"grid": [1]}}}, "'train' is a section: name one of its keys"),
         ({"set": {"train": {"lr": 1}}}, "'train' is a section: name one of its keys"),
         ({"space": {"process.bnr.cap": {"grid": [1]}}}, "'bnr' is not a section"),
-        ({"space": {"train.seed": {"grid": [1, 2]}}}, "train.seed is the list seeds"),
+        ({"space": {"train.seed": {"grid": [1, 2]}}}, "train.seed is set by the sweep's list seeds"),
         ({"space": {"output": {"grid": ["a", "b"]}}}, "'output' cannot be searched"),
         ({"space": {"tracking.experiment": {"grid": ["a", "b"]}}}, "'tracking.experiment' cannot be searched"),
         ({"space": {"eval.num_images": {"grid": [100, 200]}}}, "cannot be compared"),
