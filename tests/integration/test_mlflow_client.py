@@ -46,7 +46,7 @@ def test_a_computation_that_is_no_training_is_one_finished_run(running: Services
     assert found.data.params == {"manifest": "s3://bucket/manifest.parquet"}
     assert [file.path for file in client.list_artifacts(run_id)] == ["spectrum.json"]
     assert client.get_experiment(found.info.experiment_id).name == tmp_path.name
-    with pytest.raises(ConfigError, match="by way of a server"):
+    with pytest.raises(ConfigError, match="needs the URL of a server"):
         log_finished("sqlite:///mlflow.db", "x", "y", "z", params={}, metrics={}, files=[])
 
 

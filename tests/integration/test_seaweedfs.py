@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from warm_dist import supervisor
 from warm_dist.errors import OutputError, PortError, UnreachableError
 from warm_dist.store import seaweedfs
 from warm_dist.store.open import open_store

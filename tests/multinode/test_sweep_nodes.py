@@ -239,7 +239,7 @@ def test_a_machine_lost_mid_sweep_costs_its_trial_an_attempt(lost):
     assert {end["state"] for end in states(sweep.output).values()} == {"finished"}
     assert len(states(sweep.output)) == 4
     assert sweep.said.count("crashed (") == 1
-    assert re.search(rf"{re.escape(run.name)}  crashed \(\w+: .*\); starts again from its last checkpoint", sweep.said)
+    assert re.search(rf"{re.escape(run.name)}  crashed \(\w+: .*\); restarts from its last checkpoint", sweep.said)
     assert lost["noticed_s"] < 30  # 12 s by HEALTH, and a busy machine
 
 
