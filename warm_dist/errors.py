@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 EXIT_OK = 0
@@ -77,6 +78,15 @@ class PeerError(WarmDistError):
 
     def __reduce__(self) -> tuple[type[PeerError], tuple[str, int, bool]]:
         return PeerError, (str(self), self.exit_code, self.resumable)  # ranks send it to each other
+
+
+@contextmanager
+def writing(target: Path, hint: str = "") -> Iterator[None]:
+    """Turn an OSError inside into an OutputError that names `target` and ends with `hint`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){hint}") from None
 
 
 def redact(value: Any) -> Any:

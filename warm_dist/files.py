@@ -9,11 +9,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from warm_dist.errors import OutputError
+from warm_dist.errors import OutputError, writing
 
 _LOCK_POLL_S = 0.05
 
@@ -24,15 +24,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def writing(target: Path, hint: str = "") -> Iterator[None]:
-    """Turn an OSError inside into an OutputError that names `target` and ends with `hint`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){hint}") from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:

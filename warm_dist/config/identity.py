@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from warm_dist.config.load import dump
@@ -21,16 +23,19 @@ INCIDENTAL = ("$schema", "description", "output", "tracking", "checkpoint", "dat
 def first_difference(saved: dict[str, Any], config: Config) -> tuple[str, Any, Any] | None:
     """The first key of RESUMED that differs, its saved value and its value in `config`; None if all are equal."""
     ours = dump(config)
-    pairs = ((key, _value(saved, key), _value(ours, key)) for key in RESUMED)
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+    for key in RESUMED:
+        a, b = (reduce(getitem, key.split("."), tree) for tree in (saved, ours))
+        if a != b:
+            return key, a, b
+    return None
 
 
 def digest(config: Config) -> str:
     """8 hex digits of all keys that affect the network or its Fréchet distance."""
     tree = dump(config)
     for key in INCIDENTAL:
-        path, _, leaf = key.rpartition(".")
-        _value(tree, path).pop(leaf, None)
+        *path, leaf = key.split(".")
+        reduce(getitem, path, tree).pop(leaf, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -44,9 +49,3 @@ def recipe(config: Config, fingerprint: str) -> str:
     sections = {key: tree[key] for key in ("process", "network", "train")}
     text = json.dumps([sections, tree["parallel"]["precision"], fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _value(tree: dict[str, Any], path: str) -> Any:
-    for key in path.split(".") if path else ():
-        tree = tree[key]
-    return tree

@@ -53,11 +53,11 @@ def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
     try:
         # through JSON: lists become tuples, all other types stay strict
         return model.model_validate_json(json.dumps(tree, allow_nan=False))
-    except (ValueError, ConfigError) as error:
-        if not isinstance(error, ValidationError):
-            raise ConfigError(f"{name}: {error}") from None
+    except ValidationError as error:
         lines = dict.fromkeys(_explain(dict(item), known_keys(model)) for item in error.errors())
         raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _explain(item: dict[str, Any], keys: list[str]) -> str:
@@ -78,22 +78,15 @@ def _explain(item: dict[str, Any], keys: list[str]) -> str:
     return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}{got}"
 
 
-def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
-    out = {prefix: model}
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys as dotted paths that begin with `prefix`, sections included."""
+    out = []
     for name, field in model.model_fields.items():
+        out.append(prefix + (field.alias or name))
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                out.update(_sections(kind, f"{prefix}{name}."))
+                out += known_keys(kind, f"{prefix}{name}.")
     return out
-
-
-def known_keys(model: type[BaseModel]) -> list[str]:
-    """All keys as dotted paths, sections included."""
-    return [
-        prefix + (field.alias or name)
-        for prefix, section in _sections(model).items()
-        for name, field in section.model_fields.items()
-    ]
 
 
 def override(tree: dict[str, Any], text: str) -> None:

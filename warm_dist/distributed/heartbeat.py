@@ -81,10 +81,9 @@ class Heartbeat:
         self._blames_a_peer = self._curious = False
         self._closing, self._wake = threading.Event(), threading.Event()
         self._runner = deepspeed_runner()
-        bodies = [self._watch, self._talk] if world.size > 1 else [self._watch]
-        self._threads = [
-            threading.Thread(target=body, name=f"heartbeat{body.__name__}", daemon=True) for body in bodies
-        ]
+        self._threads = [threading.Thread(target=self._watch, name="heartbeat_watch", daemon=True)]
+        if world.size > 1:
+            self._threads.append(threading.Thread(target=self._talk, name="heartbeat_talk", daemon=True))
 
     def at(self, phase: str, nimg: int) -> None:
         """Set this rank's phase. A single assignment, cheap enough for the inner loop."""
@@ -167,7 +166,11 @@ class Heartbeat:
                 beat |= {"count": count, "end": self._end if last else None}
                 store.set(keys[self.world.rank], json.dumps(beat))
                 if self._curious or count % every == 0:
-                    self._hear(store.multi_get(keys))
+                    values = store.multi_get(keys)
+                    self._answered = now = time.monotonic()
+                    for rank, raw in enumerate(values):
+                        if raw != self.beats[rank].raw:
+                            self.beats[rank] = Beat(raw, now, json.loads(raw))
             except RuntimeError:
                 pass  # the store is gone or does not answer, which `_answered` shows
             if last:
@@ -176,12 +179,6 @@ class Heartbeat:
             self._wake.wait(self.interval_s)
             if self._curious:
                 self._closing.wait(self.interval_s / 8)
-
-    def _hear(self, values: list[bytes]) -> None:
-        self._answered = now = time.monotonic()
-        for rank, raw in enumerate(values):
-            if raw != self.beats[rank].raw:
-                self.beats[rank] = Beat(raw, now, json.loads(raw))
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world.size) if rank != self.world.rank]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from warm_dist.files import writing
+from warm_dist.errors import writing
 
 
 class Record(TypedDict):
@@ -104,7 +104,11 @@ class MetricsLog:
 
     def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
         self.path, self.attempt, self.listener = path, attempt, listener
-        _mend_last_line(path)
+        if path.exists() and path.stat().st_size:
+            with path.open("rb+") as file:  # end a line that a killed process left unfinished; readers skip it
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def begin(self) -> None:
         """Write the first line of a new run, whose random id lets mirrors recognise the run."""
@@ -123,15 +127,6 @@ class MetricsLog:
         """Pass figures of each rank to the listener only: there may be a thousand ranks."""
         if self.listener is not None:
             self.listener.show_ranks(ranks)
-
-
-def _mend_last_line(path: Path) -> None:
-    """End a line that a killed process left unfinished; readers skip it."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def parse_line(line: str) -> dict[str, Any] | None:

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
-from warm_dist.errors import DataError
-from warm_dist.files import writing
+from warm_dist.errors import DataError, writing
 
 PIECE_BYTES = 32 << 20  # per read of a download
 PARTIAL = ".partial"  # suffix of a file until it is complete

@@ -17,7 +17,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from warm_dist.files import locked, writing
+from warm_dist.errors import writing
+from warm_dist.files import locked
 from warm_dist.store.base import PARTIAL, Stat, Store
 
 PAGE_BYTES = 256 << 10  # a request costs as much as 60 KiB of transfer: reading whole pages is cheap

@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from warm_dist.errors import ConfigError, DataError, UnreachableError
-from warm_dist.files import file_sha256, writing
+from warm_dist.errors import ConfigError, DataError, UnreachableError, writing
+from warm_dist.files import file_sha256
 from warm_dist.store.open import open_store
 
 _BLOCK_BYTES = 1 << 20

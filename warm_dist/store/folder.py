@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from warm_dist.errors import AccessError, DataError
-from warm_dist.files import writing
+from warm_dist.errors import AccessError, DataError, writing
 from warm_dist.store.base import PARTIAL, Stat, Store, too_short
 
 _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")

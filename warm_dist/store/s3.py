@@ -67,16 +67,14 @@ class S3Store(Store):
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, monotonic time of its creation
-        with self._errors(""):
-            session = self._session(credentials)
-            self.client, self.streaming = (self._connect(session, attempts) for attempts in (attempts, 1))
 
-    def _session(self, credentials: tuple[str, str] | None) -> Any:
         import boto3
 
-        if self.endpoint_url:  # outside AWS the metadata service does not exist, and asking for it takes seconds
+        if endpoint_url:  # outside AWS the metadata service does not exist, and asking for it takes seconds
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-        return boto3.session.Session(*(credentials or ()))
+        with self._errors(""):
+            session = boto3.session.Session(*(credentials or ()))
+            self.client, self.streaming = (self._connect(session, attempts) for attempts in (attempts, 1))
 
     def _connect(self, session: Any, attempts: int) -> Any:
         from botocore.config import Config
@@ -184,13 +182,12 @@ class S3Store(Store):
             return Stat(head["ContentLength"], head["ETag"].strip('"'))
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        out = {}
         with self._errors(prefix):
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                for item in page.get("Contents", ()):
-                    out[item["Key"][len(self.prefix) :]] = Stat(item["Size"], item["ETag"].strip('"'))
-        return dict(sorted(out.items()))
+            paginator = self.client.get_paginator("list_objects_v2")
+            pages = paginator.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            items = [item for page in pages for item in page.get("Contents", ())]
+        found = {item["Key"][len(self.prefix) :]: Stat(item["Size"], item["ETag"].strip('"')) for item in items}
+        return dict(sorted(found.items()))
 
     def delete(self, path: str) -> None:
         with self._errors(path):
@@ -199,14 +196,13 @@ class S3Store(Store):
     def discard_partials(self, ours: re.Pattern[str]) -> None:
         # some servers do not implement this request, some users may not send it
         with suppress(ConfigError, AccessError), self._errors(""):
-            pages = self.client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
-                for item in page.get("Uploads", ()):
-                    if not ours.fullmatch(item["Key"][len(self.prefix) :]):
-                        continue
+            paginator = self.client.get_paginator("list_multipart_uploads")
+            pages = paginator.paginate(Bucket=self.bucket, Prefix=self.prefix)
+            for item in (item for page in pages for item in page.get("Uploads", ())):
+                if ours.fullmatch(item["Key"][len(self.prefix) :]):
                     with suppress(self.client.exceptions.NoSuchUpload):
-                        target = {"Bucket": self.bucket, "Key": item["Key"], "UploadId": item["UploadId"]}
-                        self.client.abort_multipart_upload(**target)
+                        upload = {"Key": item["Key"], "UploadId": item["UploadId"]}
+                        self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
 
     def _name(self, path: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{path}"

@@ -111,12 +111,8 @@ class S3Server:
             "dir": self.directory / "data",
             "ip": HOST,
             "ip.bind": HOST,  # without it weed listens on every address
-            "s3.port": port,
             "s3.config": self.directory / "s3.json",
-            "master.port": port + 1,
-            "volume.port": port + 2,
-            "filer.port": port + 3,
-            "admin.port": port + 4,
+            **{f"{name}.port": port + k for k, name in enumerate(("s3", "master", "volume", "filer", "admin"))},
             "webdav": "false",
             "admin.ui": "false",
             "s3.port.iceberg": 0,
