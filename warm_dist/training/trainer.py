@@ -264,10 +264,11 @@ class Trainer:
 
     def report_uploads(self) -> None:
         """Log which uploads have ended since the last call, and say which failed. Rank 0 only."""
-        for upload in self.checkpoints.ended() if self.checkpoints and self.log else ():
+        if self.checkpoints is None or self.log is None:
+            return
+        for upload in self.checkpoints.ended():
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
-            assert self.log is not None
             kind = "upload" if upload.name.startswith(CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
             if kind == "upload" and not failed:
