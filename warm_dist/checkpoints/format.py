@@ -100,30 +100,36 @@ def complete_names(store: Store, group: str) -> list[str]:
 
 def open_saved(store: Store, name: str) -> Saved:
     """Read the metadata of a complete checkpoint or snapshot. Raises CheckpointError if COMPLETE is not valid."""
-    place = f"{store.url}/{name}/{COMPLETE}"
+    where = f"{store.url}/{name}/{COMPLETE}"
     try:
         meta = json.loads(store.read(f"{name}/{COMPLETE}"))
     except (DataError, ValueError) as error:
-        raise CheckpointError(f"{place}: not readable ({error})") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{place}: of format {found}, this version reads format {FORMAT}")
+        raise CheckpointError(f"{where}: not readable ({error})") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{where}: of format {found}, this version reads format {FORMAT}")
     if missing := {"nimg", "num_steps", "config", "data", "fingerprint", "files"} - meta.keys():
-        raise CheckpointError(f"{place}: lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{where}: lacks {', '.join(sorted(missing))}")
     return Saved(store, name, meta)
 
 
 class _Tensor(NamedTuple):
+    """A stored fragment: elements start … stop - 1 of a parameter, at offset … end - 1 in its file, bytes."""
+
     kind: str
     name: str
     start: int
-    place: int
+    offset: int
     size: int
     sha256: str
 
     @property
     def stop(self) -> int:
         return self.start + self.size // 4
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
 
 
 Wanted = Callable[[str, str, int, int], bool]
@@ -132,13 +138,13 @@ Wanted = Callable[[str, str, int, int], bool]
 
 def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
     """The fragments in a rank's file, in their order."""
-    place = f"{saved}/{file['done']}"
+    where = f"{saved}/{file['done']}"
     try:
         text = saved.store.read(f"{saved.name}/{file['done']}")
     except DataError as error:
         raise CheckpointError(str(error)) from None
     if _digest(text) != file["sha256"]:
-        raise CheckpointError(f"{place}: differs from what COMPLETE says was written")
+        raise CheckpointError(f"{where}: differs from what COMPLETE says was written")
     out = []
     for key, (offset, size, sha256) in json.loads(text)["tensors"].items():
         kind, _, rest = key.partition("/")
@@ -152,8 +158,7 @@ def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> It
     for file in files:
         run: list[_Tensor] = []
         for tensor in [t for t in _index(saved, file) if wanted(t.kind, t.name, t.start, t.stop)]:
-            if run and (run[-1].place + run[-1].size != tensor.place
-                        or tensor.place + tensor.size - run[0].place > _GET_BYTES):  # fmt: skip
+            if run and (run[-1].end != tensor.offset or tensor.end - run[0].offset > _GET_BYTES):
                 yield from _read(saved, file["file"], run)
                 run = []
             run.append(tensor)
@@ -162,13 +167,13 @@ def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> It
 
 
 def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor, Tensor]]:
-    place, end = run[0].place, run[-1].place + run[-1].size
+    begin, end = run[0].offset, run[-1].end
     try:
-        data = memoryview(bytearray(saved.store.read(f"{saved.name}/{file}", place, end - place)))
+        data = memoryview(bytearray(saved.store.read(f"{saved.name}/{file}", begin, end - begin)))
     except DataError as error:
         raise CheckpointError(str(error)) from None
     for tensor in run:
-        part = data[tensor.place - place : tensor.place - place + tensor.size]
+        part = data[tensor.offset - begin : tensor.end - begin]
         if _digest(part) != tensor.sha256:
             key = f"{tensor.kind}/{tensor.name}@{tensor.start}"
             raise CheckpointError(f"{saved}/{file}: {key} differs from what was written")

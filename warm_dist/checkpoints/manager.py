@@ -133,12 +133,12 @@ class CheckpointManager:
         for remote, name in candidates:
             store = self.remote if remote else self.local
             assert store is not None
-            saved: Saved | None
+            saved: Saved  # unless there is a problem
             saved, problem = self._agreed(partial(open_saved, store, name))
-            if saved is not None:
+            if problem is None:
                 check(saved)
                 _, problem = self._agreed(partial(load, saved))
-            if saved is not None and problem is None:
+            if problem is None:
                 on_main(self.world, partial(self._send_left_behind, saved), "leftovers")
                 return saved
             self.say(f"checkpoint passed over: {problem}")

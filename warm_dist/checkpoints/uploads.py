@@ -130,10 +130,9 @@ class Uploads:
 
     def _arrived(self, name: str, file: dict[str, Any]) -> bool:
         """Whether this rank's file is in the store, and not one of an earlier attempt at the same nimg."""
-        try:
+        with suppress(DataError):
             return bool(hashlib.sha256(self.store.read(f"{name}/{file['done']}")).hexdigest() == file["sha256"])
-        except DataError:
-            return False
+        return False
 
     @staticmethod
     def _retry(upload: Upload, action: Callable[[], Any]) -> Any:

@@ -26,11 +26,9 @@ def spectrum_figure(
 
     spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: the suggestions. Raises OutputError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).ravel()
     for panel in panels:
         panel.grid(alpha=0.25, which="major")
@@ -40,6 +38,8 @@ def spectrum_figure(
         _shares(panel, name, spectrum, bnrs)
     _price(panels[4], spectrum, bnrs)
     _paths(panels[5], path, bnr, bnrs)
+    for panel in panels:
+        panel.legend(fontsize=8)
     replace_file(file, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
@@ -52,7 +52,6 @@ def _power(panel: Any, spectrum: Array, sigma_data: float) -> None:
         panel.axhline(sigma**2, color="tab:red", linestyle=style, linewidth=1, label=f"noise, σ = {sigma:g}")
     panel.set(title="Power per mode", ylabel="S")
     _frequencies(panel)
-    panel.legend(fontsize=8)
 
 
 def _snr(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
@@ -66,7 +65,6 @@ def _snr(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
     title = "Signal to noise, σ = " + ", ".join(f"{sigma:g} ({style})" for sigma, style in styles)
     panel.set(title=title, ylabel="a²S/σ²", ylim=(1e-6, None))
     _frequencies(panel)
-    panel.legend(fontsize=8)
 
 
 def _shares(panel: Any, name: str, spectrum: Array, bnrs: Sequence[float]) -> None:
@@ -74,7 +72,6 @@ def _shares(panel: Any, name: str, spectrum: Array, bnrs: Sequence[float]) -> No
         split = analysis.shares(spectrum, ConstantBNR(bnr=bnr))
         panel.semilogx(SIGMAS, getattr(split, name) / split.total, color=colour, label=f"BNR {bnr:g}")
     panel.set(title=f"{name.capitalize()}'s share of the error", xlabel="σ", ylabel="share", ylim=(0, 1.05))
-    panel.legend(fontsize=8)
 
 
 def _price(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
@@ -82,7 +79,6 @@ def _price(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
         price = analysis.shares(spectrum, ConstantBNR(bnr=bnr)).price
         panel.semilogx(SIGMAS, price, color=colour, label=f"BNR {bnr:g}")
     panel.set(title="Price of blur: error against hot diffusion at the same σ", xlabel="σ", ylabel="total / hot")
-    panel.legend(fontsize=8)
 
 
 def _paths(panel: Any, path: TableBNR, bnr: float, bnrs: Sequence[float]) -> None:
@@ -91,7 +87,6 @@ def _paths(panel: Any, path: TableBNR, bnr: float, bnrs: Sequence[float]) -> Non
     for colour, ratio in zip(_COLOURS, bnrs, strict=False):
         panel.axhline(ratio, color=colour, linewidth=0.8, label=f"BNR {ratio:g}")
     panel.set(title="Paths: the ratio of both levels", xlabel="σ", ylabel="BNR = α/σ, pixels")
-    panel.legend(fontsize=8)
 
 
 def _frequencies(panel: Any) -> None:

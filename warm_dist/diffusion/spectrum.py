@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -30,17 +29,12 @@ def exact_float32() -> Iterator[None]:
 
 
 @cache
-def _dct_matrix(n: int) -> NDArray[np.float64]:
+def dct_matrix(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """The orthonormal DCT-II matrix C, (n, n): row k is frequency k; C Cᵀ = I."""
     k, j = np.arange(n)[:, None], np.arange(n)[None, :]
     matrix = math.sqrt(2 / n) * np.cos(math.pi * k * (2 * j + 1) / (2 * n))
     matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-@cache
-def dct_matrix(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
-    """The orthonormal DCT-II matrix C, (n, n): row k is frequency k; C Cᵀ = I."""
-    return torch.from_numpy(_dct_matrix(n)).to(device=device, dtype=dtype)
+    return torch.from_numpy(matrix).to(device=device, dtype=dtype)
 
 
 @cache

@@ -50,13 +50,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        info: DataInfo,
-        read: Read,
-        run: Path,
-        say: Callable[[str], None],
+        self, config: Config, world: World, info: DataInfo, read: Read, run: Path, say: Callable[[str], None]
     ) -> None:
         assert config.eval is not None
         self.config, self.world, self.info, self.read, self.run, self.say = config, world, info, read, run, say

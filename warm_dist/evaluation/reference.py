@@ -95,10 +95,8 @@ def load(stores: Sequence[Store], spec: ReferenceSpec) -> Reference | None:
     from safetensors import SafetensorError
 
     for store in stores:
-        try:
+        with contextlib.suppress(WarmDistError, SafetensorError, KeyError, ValueError):  # absent, unreachable, damaged
             return _parse(store.read(spec.path), spec)
-        except (WarmDistError, SafetensorError, KeyError, ValueError):
-            continue  # absent, unreachable or damaged
     return None
 
 
@@ -113,11 +111,9 @@ def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> 
     }
     data = save(tensors | {"sha256": _digest(tensors)}, {"spec": json.dumps(vars(spec))})
     for store in stores:
-        try:
+        with contextlib.suppress(WarmDistError):  # such as a read-only data set
             store.write(spec.path, data)
-        except WarmDistError:
-            continue  # such as a read-only data set
-        return f"{store.url}/{spec.path}"
+            return f"{store.url}/{spec.path}"
     return None
 
 

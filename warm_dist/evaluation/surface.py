@@ -1,4 +1,4 @@
-"""The cells of an NFE x BNR surface: measured for each network, block by block, kept as soon as they are there, and listed."""
+"""The cells of an NFE x BNR surface: evaluated block by block and saved after each, then as table, CSV and metrics."""
 
 from __future__ import annotations
 

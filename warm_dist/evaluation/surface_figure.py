@@ -53,12 +53,10 @@ def _rank(bnr: str) -> tuple[float, str]:
 
 def draw(parts: Sequence[Panel], path: Path) -> None:
     """Write a PNG with one row per panel: heat map, distance against NFE, against BNR. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     heights = [1.6 + max(2.2, 0.42 * len(panel.bnr)) for panel in parts]
     figure = Figure(figsize=(16, sum(heights)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, panel in zip(rows, parts, strict=True):
         row.suptitle(panel.title, fontsize=11)
@@ -73,7 +71,8 @@ def _heat_map(axes: Any, panel: Panel) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator
 
-    values = [[_value(panel, bnr, nfe) for nfe in panel.nfe] for bnr in panel.bnr]
+    cells = [[panel.cells.get((bnr, nfe), {}).get("frechet") for nfe in panel.nfe] for bnr in panel.bnr]
+    values = [[math.nan if value is None else float(value) for value in row] for row in cells]
     finite = [value for row in values for value in row if 0 < value < math.inf]
     low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
     image = axes.imshow(values, cmap="viridis_r", norm=LogNorm(low, max(high, low * 1.001)), aspect="auto")
@@ -132,8 +131,3 @@ def _curves(axes: Any, panel: Panel, along: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)
-
-
-def _value(panel: Panel, bnr: str, nfe: int) -> float:
-    value = panel.cells.get((bnr, nfe), {}).get("frechet")
-    return math.nan if value is None else float(value)

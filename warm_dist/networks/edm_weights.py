@@ -36,29 +36,21 @@ def _modules(network: UNet) -> Iterator[tuple[str, str]]:
             yield name, name
     resolution = network.resolution
     yield "stem", f"enc.{resolution}x{resolution}_conv"
-    count, halved = 0, 0
-    for k, block in enumerate(network.encoder):
-        assert isinstance(block, Block)
-        if block.mode == "down":
-            resolution, count = resolution // 2, 0
-            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_down"
-            if len(network.pyramid):
-                yield f"pyramid.{halved}.conv", f"enc.{resolution}x{resolution}_aux_residual"
-            halved += 1
-        else:
-            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_block{count}"
-            count += 1
-    for k in range(2):
-        yield f"middle.{k}", f"dec.{resolution}x{resolution}_in{k}"
-    count = 0
-    for k, block in enumerate(network.decoder):
-        assert isinstance(block, Block)
-        if block.mode == "up":
-            resolution, count = resolution * 2, 0
-            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_up"
-        else:
-            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_block{count}"
-            count += 1
+    for k in range(len(network.pyramid)):
+        halved = resolution >> (k + 1)
+        yield f"pyramid.{k}.conv", f"enc.{halved}x{halved}_aux_residual"
+    for part, blocks in (("encoder", network.encoder), ("decoder", network.decoder)):
+        if part == "decoder":
+            for k in range(2):
+                yield f"middle.{k}", f"dec.{resolution}x{resolution}_in{k}"
+        count = 0
+        for k, block in enumerate(blocks):
+            assert isinstance(block, Block)
+            if block.mode:
+                resolution, count = resolution // 2 if block.mode == "down" else resolution * 2, 0
+            role = block.mode or f"block{count}"
+            count += not block.mode
+            yield f"{part}.{k}", f"{part[:3]}.{resolution}x{resolution}_{role}"
     ends = (
         ("out_norm", "out_conv")
         if network.adm

@@ -138,12 +138,7 @@ class UNet(nn.Module):
         return one_hot * (labels >= 0)[:, None]  # -1 is "no class"
 
     def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        c_blur: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
+        self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """x: (B, C, H, W), c_noise, c_blur: (B,), labels: (B,) int64, -1 for none, augment: (B, 9) → (B, 2C, H, W)."""
         emb = self.embed(c_noise, c_blur, labels, augment)

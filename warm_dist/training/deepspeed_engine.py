@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 0 to 3 behind the engine protocol."""
+"""DeepSpeed's ZeRO stages 0 to 3 as an engine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,10 @@ from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
 from warm_dist.networks.blocks import Block
-from warm_dist.training.engine import (
-    BaseEngine,
-    Engine,
-    Fragment,
-    LocalEngine,
-    clip_and_guard,
-    ensure_state,
-    make_adam,
-    set_steps,
-)
+from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
 
-class DeepSpeedEngine(BaseEngine):
+class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 of DeepSpeed 0.19.8, whose internal attributes it reads, with torch's Adam.
 
     bf16 at stage 0 is torch autocast over float32 weights: DeepSpeed's own bf16 stage 0 loses accuracy.
@@ -82,8 +73,7 @@ class DeepSpeedEngine(BaseEngine):
             return super().fragments()
         flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         ensure_state(self.optimizer, flats)
-        parts = (self._fragment(name, p) for name, p in self.module.named_parameters())
-        return [part for part in parts if part is not None]
+        return [part for name, p in self.module.named_parameters() if (part := self._fragment(name, p))]
 
     def _fragment(self, name: str, p: Any) -> Fragment | None:
         if self.stage == 3:

@@ -9,15 +9,20 @@ from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 
 
+def forward_bytes(stage: int, precision: str) -> int:
+    """Bytes of a forward weight or its gradient; stage 0 computes in bf16 over float32 weights (autocast)."""
+    return 2 if precision == "bf16" and stage else 4
+
+
 def memory_bytes(
     parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
 ) -> int:
     """Bytes of weights, gradients, Adam and EMAs on a rank's device, without activations.
 
-    Stage 0 has float32 weights and gradients, also in bf16 (autocast); higher stages add a float32 master partition.
+    Stage 0 has float32 weights and gradients; higher stages add a float32 master partition to the forward weights.
     offload: master weights, Adam and EMAs are on the host. Source: ZeRO (arXiv 1910.02054), section 5.
     """
-    shard, each = parameters / size, 2 if precision == "bf16" and stage else 4
+    shard, each = parameters / size, forward_bytes(stage, precision)
     weights = each * (shard if stage == 3 else parameters)
     gradients = each * (shard if stage >= 2 else parameters)
     adam = 8 * (shard if stage else parameters)

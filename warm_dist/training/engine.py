@@ -1,4 +1,4 @@
-"""The engine protocol, and the reference engine in plain PyTorch.
+"""The interface of engines, and the reference engine in plain PyTorch.
 
 An engine exposes its state as flat float32 fragments of named parameters; EMAs and checkpoints know no other sharding.
 """
@@ -6,10 +6,11 @@ An engine exposes its state as flat float32 fragments of named parameters; EMAs 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,30 +40,6 @@ class Fragment:
     def numel(self) -> int:
         """Number of elements."""
         return self.master.numel()
-
-
-class Engine(Protocol):
-    """A network with its optimizer. All calls are collectives: every rank must make them."""
-
-    module: nn.Module
-
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
-        """The network, see `heads.Network`."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's mean loss, scaled by 1/num_accumulation."""
-
-    def step(self, lr: float) -> Tensor:
-        """Clip the gradient, update unless it is non-finite, clear it. Returns its norm, a 0-d tensor on the device."""
-
-    def fragments(self) -> list[Fragment]:
-        """The state in this rank's memory: all of it at stage 0, 1/W of it above."""
-
-    def shard(self) -> list[Fragment]:
-        """This rank's part of the state; over all ranks, every element occurs exactly once."""
-
-    def after_load(self, num_steps: int) -> None:
-        """After writing into `fragments`: set the step count and rebuild the forward weights."""
 
 
 def make_adam(parameters: Any, config: Config) -> torch.optim.Adam:
@@ -108,8 +85,8 @@ def share_of(fragment: Fragment, rank: int, size: int) -> Fragment | None:
     return Fragment(fragment.name, fragment.start + low, **views)
 
 
-class BaseEngine:
-    """Common parts of the engines: autocast, and the fragments of an optimizer without sharding."""
+class Engine(ABC):
+    """A network with its optimizer. All calls are collectives: every rank must make them."""
 
     optimizer: torch.optim.Optimizer
 
@@ -118,8 +95,24 @@ class BaseEngine:
         self.num_accumulation = micro_batches(config, world.size)[1]
         self.precision = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=autocast)
 
+    @abstractmethod
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
+        """The network, see `heads.Network`."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss, scaled by 1/num_accumulation."""
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradient, update unless it is non-finite, clear it. Returns its norm, a 0-d tensor on the device."""
+
+    @abstractmethod
+    def after_load(self, num_steps: int) -> None:
+        """After writing into `fragments`: set the step count and rebuild the forward weights."""
+
     def fragments(self) -> list[Fragment]:
-        """Whole parameters."""
+        """The state in this rank's memory: all of it (the default) or, at ZeRO stages 1 to 3, 1/W of it."""
         ensure_state(self.optimizer, self.module.parameters())
         out = []
         for name, p in self.module.named_parameters():
@@ -128,12 +121,11 @@ class BaseEngine:
         return out
 
     def shard(self) -> list[Fragment]:
-        """An equal share of every parameter."""
-        parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
-        return [part for part in parts if part is not None]
+        """This rank's part of the state; over all ranks, every element occurs exactly once."""
+        return [part for f in self.fragments() if (part := share_of(f, self.world.rank, self.world.size))]
 
 
-class LocalEngine(BaseEngine):
+class LocalEngine(Engine):
     """Plain PyTorch, the reference for all engines. Several ranks average their gradients."""
 
     def __init__(self, module: nn.Module, config: Config, world: World) -> None:

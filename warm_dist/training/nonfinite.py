@@ -45,7 +45,7 @@ class NonFiniteGuard:
         bad: (1,) bool on the device, whether this step was non-finite. Returns True if any rank was asked to stop.
         Raises NumericsError.
         """
-        stopping = self._adopt()
+        stopping = self._receive()
         self._post(stop)
         self._coming = trace
         cuda = bad.device.type == "cuda"
@@ -58,9 +58,9 @@ class NonFiniteGuard:
 
     def settle(self) -> bool:
         """Read all flags under way, so that no save follows an unread one. A collective; see `check`."""
-        stopping = self._adopt()
+        stopping = self._receive()
         self._post(False)
-        return self._adopt() or stopping
+        return self._receive() or stopping
 
     def _post(self, stop: bool) -> None:
         broken = False
@@ -71,7 +71,7 @@ class NonFiniteGuard:
         self._flags.post(stop, broken)
         self._posted, self._coming = self._coming, None
 
-    def _adopt(self) -> bool:
+    def _receive(self) -> bool:
         stopping, broken = self._flags.read()
         trace, self._posted = self._posted, None
         if trace is None:

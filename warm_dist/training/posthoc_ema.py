@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from warm_dist.errors import ConfigError
 
+Array = NDArray[np.float64]
 
-def inner_products(
-    t_a: NDArray[np.float64], gamma_a: NDArray[np.float64], t_b: NDArray[np.float64], gamma_b: NDArray[np.float64]
-) -> NDArray[np.float64]:
+
+def inner_products(t_a: Array, gamma_a: Array, t_b: Array, gamma_b: Array) -> Array:
     """∫ p_a p_b dτ for broadcast times and exponents.
 
     (γa+1)(γb+1) / (γa+γb+1) · s^(γ of the later) / t_later, with s = earlier/later, since the integrand is a power of τ
@@ -25,13 +25,11 @@ def inner_products(
     earlier, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     gamma_later = np.where(t_a > t_b, gamma_a, gamma_b)
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
-    out: NDArray[np.float64] = scale * (earlier / later) ** gamma_later / later
+    out: Array = scale * (earlier / later) ** gamma_later / later
     return out
 
 
-def combination(
-    times: NDArray[np.float64], gammas: NDArray[np.float64], time: float, gamma: float
-) -> NDArray[np.float64]:
+def combination(times: Array, gammas: Array, time: float, gamma: float) -> Array:
     """Coefficients (n,) of the snapshots (times, gammas), (n,) each, that best approximate the profile (time, gamma).
 
     Raises ConfigError if all snapshots are earlier than `time`.
@@ -45,17 +43,11 @@ def combination(
     # normalized columns: profiles of early times are high and narrow
     size = np.sqrt(np.diag(gram))
     scaled = gram / np.outer(size, size)
-    out: NDArray[np.float64] = np.linalg.lstsq(scaled, target / size, rcond=1e-13)[0] / size
+    out: Array = np.linalg.lstsq(scaled, target / size, rcond=1e-13)[0] / size
     return out
 
 
-def mismatch(
-    coefficients: NDArray[np.float64],
-    times: NDArray[np.float64],
-    gammas: NDArray[np.float64],
-    time: float,
-    gamma: float,
-) -> float:
+def mismatch(coefficients: Array, times: Array, gammas: Array, time: float, gamma: float) -> float:
     """Distance of the combined profile from the wanted one, relative to the latter's norm; 0 is exact."""
     unit = np.ones(1)
     times = times / time

@@ -71,9 +71,8 @@ class StepMetrics:
     @torch.no_grad()
     def add(self, result: Loss) -> None:
         """Add the losses of a micro-batch."""
-        rows = torch.stack(
-            [result.total, result.blurry, result.residual, result.inconsistency, torch.ones_like(result.total)]
-        ).double()
+        counts = torch.ones_like(result.total)
+        rows = torch.stack([result.total, result.blurry, result.residual, result.inconsistency, counts]).double()
         self.sums += rows.where(torch.isfinite(result.total), 0.0).sum(1)
 
     def load(self, saved: list[list[float]]) -> None:
@@ -85,7 +84,7 @@ class StepMetrics:
         self.sums.copy_(torch.tensor(mine, dtype=torch.float64))
 
     def flush(self, nimg: int, grad_norm: Tensor) -> tuple[dict[str, float | None], list[dict[str, float]]]:
-        """The metrics since the last flush, and every rank's own; then starts anew. A collective."""
+        """The metrics since the last flush, and every rank's own; resets them. A collective."""
         sums = self.sums.clone()
         if self.world.size > 1:
             dist.all_reduce(sums)
@@ -130,8 +129,8 @@ class StepMetrics:
         if alone[slowest] > SLOW * median and lost > 0.05 * row["step_s"]:
             data_ms, forward_ms = row["data_s"] * 1e3, row["forward_s"] * 1e3
             self.say(
-                f"rank {slowest} is slow: {data_ms:.1f} ms a step for data and {forward_ms:.1f} ms for the forward pass, "
-                f"together {lost * 1e3:.1f} ms more than the median rank; all others wait for it"
+                f"rank {slowest} is slow: {data_ms:.1f} ms a step for data and {forward_ms:.1f} ms for the forward "
+                f"pass, together {lost * 1e3:.1f} ms more than the median rank; all others wait for it"
             )
         return {"slowest_rank": slowest, "slowest_s": lost}
 

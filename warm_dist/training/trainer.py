@@ -40,7 +40,7 @@ Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 
 
 def learning_rate(config: Config, nimg: int) -> float:
-    """The learning rate of the step from nimg: linear ramp over lr_ramp_nimg, linear decay to 0 over lr_decay_nimg."""
+    """The learning rate of the step from nimg: linear ramp over lr_ramp_nimg, decay to 0 over the last lr_decay_nimg."""
     train = config.train
     ramp = min(1.0, (nimg + train.batch_size) / train.lr_ramp_nimg) if train.lr_ramp_nimg else 1.0
     decay = min(1.0, (train.total_nimg - nimg) / train.lr_decay_nimg) if train.lr_decay_nimg else 1.0
@@ -264,10 +264,11 @@ class Trainer:
 
     def report_uploads(self) -> None:
         """Log which uploads have ended since the last call, and say which failed. Rank 0 only."""
-        for upload in self.checkpoints.ended() if self.checkpoints and self.log else ():
+        if self.checkpoints is None or self.log is None:
+            return
+        for upload in self.checkpoints.ended():
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
-            assert self.log is not None
             kind = "upload" if upload.name.startswith(CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
             if kind == "upload" and not failed:
