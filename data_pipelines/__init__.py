@@ -1,1 +1,1 @@
-"""From images anywhere to training batches: packing, indexing, storage, and the reader that seeks."""
+"""From image files to training batches: packing, indexing, and a reader that can start anywhere."""

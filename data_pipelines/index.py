@@ -1,6 +1,6 @@
-"""WebDataset shards → manifest: a walk over the tars, and the data's statistics. Also for shards that others wrote.
+"""Write the manifest of existing WebDataset shards: `python -m data_pipelines.index SHARDS_URL`.
 
-`python -m data_pipelines.index SHARDS_URL` gives existing shards (png, jpg, webp, npy members; cls labels) a manifest.
+Shards may come from other programs: png, jpg, webp or npy members, cls labels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from warm_dist.store.open import open_store
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=__doc__)
     parser.add_argument("shards_url", help="s3://bucket/prefix or a folder with .tar files")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
@@ -28,10 +28,8 @@ def main() -> int:
     store = open_store(args.shards_url, args.endpoint_url)
     names = [name for name in store.list() if name.endswith(".tar")]
     task = partial(index_stored, args.shards_url, args.endpoint_url)
-    done = in_processes(task, names, args.workers)
-    indexed = sorted(
-        tqdm(done, desc="index", total=len(names), unit="shard", disable=None), key=lambda part: part.shard.name
-    )
+    bar = tqdm(in_processes(task, names, args.workers), "index", len(names), unit="shard", disable=None)
+    indexed = sorted(bar, key=lambda part: part.shard.name)
     manifest = write_manifest(store, merge(indexed))
     print(f"{manifest.info.num_images} images in {len(names)} shards, fingerprint {manifest.info.fingerprint}")
     return 0

@@ -1,4 +1,4 @@
-"""Print what a manifest says. `python -m data_pipelines.info MANIFEST_URL [--json]`"""
+"""Describe a data set by its manifest: `python -m data_pipelines.info MANIFEST_URL [--json]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from warm_dist.errors import run
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """The manifest in a few numbers. `images_per_class`: fewest and most; null without classes."""
+    """Summarise a manifest. "images_per_class": fewest and most; None without classes."""
     info = manifest.info
     classes = np.bincount(manifest.label, minlength=info.num_classes) if info.num_classes else None
     return {
@@ -52,7 +52,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.info", description=__doc__)
     parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")

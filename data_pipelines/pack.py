@@ -1,8 +1,9 @@
-"""Images → WebDataset shards and their manifest, on S3 or in a folder.
+"""Pack images into WebDataset shards with a manifest, on S3 or in a folder.
 
 `python -m data_pipelines.pack SOURCE OUT_URL --resolution 64`. SOURCE: openmoji, digits, a folder of images (class
 folders become labels), a .zip or .tar of one, a .parquet file or a folder of those or of .tar shards, CIFAR's .tar.gz.
-The same source gives the same bytes, however many processes and machines pack it. Killed, the same command goes on.
+The same source gives the same bytes for any number of processes and machines. If it is killed, the same command
+continues.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
 BAD = "bad_images.json"
-OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # the names that shards get here: number and content
-RAW_UP_TO = 64  # pixels: raw arrays are hardly larger than PNGs there, and need no decoding
-_TOLD = 20  # bad images on stderr; the report has all of them
+OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # names of our shards: number and hash
+RAW_UP_TO = 64  # pixels: up to this size raw arrays are hardly larger than PNGs and need no decoding
+_PRINTED = 20  # bad images on stderr; bad_images.json lists all
 
 
 class _Shard(NamedTuple):
-    """What a process needs to make one shard. first: number of its first image in the source."""
+    """A shard to write. first: index of its first image in the source."""
 
     number: int
     first: int
@@ -61,29 +62,25 @@ def pack(
     source: Source,
     out_url: str,
     endpoint_url: str | None = None,
-    resolution: int | None = None,
-    shard_size: int = 1024,
-    payload: str | None = None,
-    max_bad: float = 0.0,
     workers: int = 1,
     progress: Callable[[int], object] = lambda count: None,
+    **options: Any,
 ) -> Manifest:
-    """Write the source's images below `out_url`; the manifest comes last, so nothing half-written is ever readable.
-
-    resolution: what the images must have (None: whatever they have). payload: one of PAYLOADS; None: npy up to 64 px.
-    max_bad: largest fraction of undecodable images, which are left out and listed in bad_images.json and on stderr.
-    workers: processes; more than one needs a source whose parts can be pickled. progress: told of every shard's images.
-    Shards are named by their content: a former data set in the same place stays whole until the new manifest replaces
-    its own, and loses its other shards then. What an interrupted packing has done is taken up by the same call.
-    Raises DataError for too many bad images or none at all, ConfigError for a payload or shard size that cannot be.
-    """
-    packing = Packing(source, out_url, endpoint_url, resolution, shard_size, payload, max_bad)
+    """Pack a source and return its manifest; see `Packing` for the options, `Packing.run` for workers and progress."""
+    packing = Packing(source, out_url, endpoint_url, **options)
     packing.run(workers=workers, progress=progress)
     return packing.finish()
 
 
 class Packing:
-    """A source on its way into shards: `run` makes those that are missing, `finish` writes the manifest."""
+    """Packs a source below `out_url`: `run` writes the missing shards, `finish` the manifest.
+
+    resolution: required of the images, pixels (None: any). payload: one of PAYLOADS (None: npy up to 64 px, else png).
+    max_bad: largest fraction of undecodable images, which are left out and listed in bad_images.json and on stderr.
+    Shards are named by content and the manifest is written last, so an earlier data set in the same folder stays readable
+    until then; its other shards are deleted afterwards. An interrupted packing continues with the same arguments.
+    Raises DataError for an empty source, ConfigError for an impossible option.
+    """
 
     def __init__(
         self,
@@ -96,9 +93,8 @@ class Packing:
         max_bad: float = 0.0,
     ) -> None:
         if shard_size < 1 or payload not in (None, *PAYLOADS) or not 0 <= max_bad < 1:
-            raise ConfigError(
-                f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}: need >= 1, one of {PAYLOADS}, [0, 1)"
-            )
+            given = f"shard_size {shard_size}, payload {payload!r}, max_bad {max_bad}"
+            raise ConfigError(f"{given}: need >= 1, one of {PAYLOADS}, [0, 1)")
         if not len(source):
             raise DataError("the source has no images")
         self.source, self.shard_size, self.max_bad = source, shard_size, max_bad
@@ -112,7 +108,11 @@ class Packing:
     def run(
         self, part: tuple[int, int] = (1, 1), workers: int = 1, progress: Callable[[int], object] = lambda count: None
     ) -> int:
-        """Make what is missing of the i-th of n parts (i, n); returns how many shards of all parts are still missing."""
+        """Write the missing shards of part (i, n), and return how many shards of all parts are still missing.
+
+        workers: processes; more than one needs a source whose parts can be pickled. progress: called with the number of
+        images of each finished shard. Raises ConfigError for an impossible part or image size, and what the store raises.
+        """
         share, shares = part
         if not 1 <= share <= shares:
             raise ConfigError(f"part {share}/{shares}: needs 1 <= i <= n")
@@ -125,7 +125,10 @@ class Packing:
         return self.num_shards - len(packing_record.finished(self.store, self.output.recipe))
 
     def finish(self) -> Manifest:
-        """Merge the parts into the manifest, and remove what it does not name. See `pack`."""
+        """Write the manifest of all shards, which must exist, and delete shards and records that it does not need.
+
+        Raises DataError for too many undecodable images or no decodable one, and what the store raises.
+        """
         records = packing_record.finished(self.store, self.output.recipe)
         indexed: list[Indexed] = []
         bad: list[BadImage] = []
@@ -139,7 +142,7 @@ class Packing:
         if len(bad) > self.max_bad * total:
             raise DataError(
                 f"{len(bad)} of {total} images do not decode, {listed}; repair them, or leave them out with "
-                f"--max-bad {math.ceil(1000 * len(bad) / total) / 1000:g}: what is packed is not packed again"
+                f"--max-bad {math.ceil(1000 * len(bad) / total) / 1000:g}; packed shards are kept"
             )
         former = _former_shards(self.store, self.endpoint_url)
         manifest = write_manifest(self.store, merge(indexed, self.source.class_names, self.source.attribution))
@@ -154,19 +157,18 @@ class Packing:
         return _Shard(number, first, self.source.part(first, first + self._count(number)))
 
     def _clean(self, former: set[str], current: set[str]) -> None:
-        """Remove the shards of the former manifest and of unfinished packings, and the records of the latter."""
+        """Delete the shards of the former manifest and of unfinished packings, and all records of packings."""
         records = list(self.store.list(f"{packing_record.FOLDER}/"))
         abandoned = {name for path in records if OURS.fullmatch(name := packing_record.shard_of(path))}
         for name in [*sorted((former | abandoned) - current), *records]:
             self.store.delete(name)
-        # nobody else's: the prefix may be a whole bucket
-        self.store.discard_partials(
-            re.compile(rf"{OURS.pattern}|{packing_record.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}")
-        )
+        # only our own files: the prefix may be a whole bucket
+        ours = rf"{OURS.pattern}|{packing_record.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}"
+        self.store.discard_partials(re.compile(ours))
 
 
 def _make(output: _Output, shard: _Shard) -> int:
-    """In any process: one shard and its record, or the record alone if no image is good. Returns its number."""
+    """Write a shard and its record, or only the record if no image decodes; returns its number. Runs in any process."""
     store = shared_store(output.url, output.endpoint_url)
     bad: list[BadImage] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -182,12 +184,12 @@ def _make(output: _Output, shard: _Shard) -> int:
 
 
 def _named(shard: _Shard, bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
-    """Decoded samples with their names in the tar; the others are collected in `bad`."""
+    """Decoded samples with their names in the tar; the others are appended to `bad`."""
     for number, item in enumerate(shard.items, shard.first):
         if isinstance(item, BadImage):
             bad.append(item)
         else:
-            # webdataset takes everything after the first dot for the kind of the member; ustar names end at 100 bytes
+            # webdataset treats everything after the first dot as the member's type; ustar names have at most 100 bytes
             readable = re.sub(r"[^A-Za-z0-9_-]+", "-", item.key)[-64:].strip("-")
             yield f"{number:08d}-{readable}", item
 
@@ -206,7 +208,7 @@ def _tar_writer() -> Any:
 
 
 def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None) -> int:
-    """Write a tar; returns the number of its images."""
+    """Write a tar and return its number of images."""
     TarWriter = _tar_writer()
 
     count = 0
@@ -223,24 +225,26 @@ def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int |
                 tar.write(members)
                 count += 1
     except OSError as error:
-        raise OutputError(f"{local.parent}: cannot be written ({error.strerror}); TMPDIR names another place") from None
+        raise OutputError(
+            f"{local.parent}: cannot be written ({error.strerror}); set TMPDIR to another folder"
+        ) from None
     return count
 
 
 def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
-    """Shards that `pack` wrote here before; a manifest that cannot be read is as good as none."""
+    """The shards that an earlier packing wrote here; none if its manifest cannot be read."""
     try:
         shards = read_manifest(f"{store.url}/{NAME}", endpoint_url).shards
     except DataError:
         return set()
-    return {shard.name for shard in shards if OURS.fullmatch(shard.name)}  # never delete what was only indexed
+    return {shard.name for shard in shards if OURS.fullmatch(shard.name)}  # never delete shards of other programs
 
 
 def _report(bad: Sequence[BadImage], store: Store) -> None:
-    for item in bad[:_TOLD]:
+    for item in bad[:_PRINTED]:
         print(f"left out: {item.key}: {item.reason}", file=sys.stderr)
-    if len(bad) > _TOLD:
-        print(f"left out: {len(bad) - _TOLD} more, see {store.url}/{BAD}", file=sys.stderr)
+    if len(bad) > _PRINTED:
+        print(f"left out: {len(bad) - _PRINTED} more, see {store.url}/{BAD}", file=sys.stderr)
     if bad:
         text = json.dumps([{"key": item.key, "reason": item.reason} for item in bad], indent=1)
         store.write(BAD, text.encode())
@@ -256,38 +260,32 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; None: this process's own."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the command line; None: this process's own."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m data_pipelines.pack", description=__doc__, formatter_class=raw)
     parser.add_argument("source", help="see above")
     parser.add_argument("out_url", help="s3://bucket/prefix or a folder")
     parser.add_argument("--resolution", type=int, required=True, help="height = width, pixels")
     parser.add_argument("--resize", choices=RESIZE, default="box", help="adm: ImageNet's center-crop (default: box)")
-    parser.add_argument(
-        "--shuffle", action="store_true", help="pack in a fixed random order: for sources sorted by class"
-    )
+    parser.add_argument("--shuffle", action="store_true", help="pack in a fixed random order, if sorted by class")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
     parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
     parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
-    parser.add_argument(
-        "--part", type=_part, metavar="i/n", help="only the i-th of n parts; without it, all that is missing is packed"
-        " and the parts become one data set"
-    )  # fmt: skip
+    text = "pack only the i-th of n parts; default: pack all missing shards and write the manifest"
+    parser.add_argument("--part", type=_part, metavar="i/n", help=text)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Pack as the command line says."""
+    """Run the command."""
     args = parse()
     from tqdm import tqdm
 
     source = open_source(args.source, args.resolution, args.resize, args.shuffle)
-    packing = Packing(
-        source, args.out_url, args.endpoint_url, args.resolution, args.shard_size, args.payload, args.max_bad
-    )
+    options = args.resolution, args.shard_size, args.payload, args.max_bad
+    packing = Packing(source, args.out_url, args.endpoint_url, *options)
     with tqdm(desc="pack", total=None if args.part else len(source), unit="image", disable=None) as bar:
         missing = packing.run(args.part or (1, 1), args.workers, bar.update)
     if args.part:

@@ -1,6 +1,6 @@
-"""Audit a data set: every shard's sha256, every image's crc32 and decoding.
+"""Check every shard's sha256 and every image's crc32 and decoding: `python -m data_pipelines.verify MANIFEST_URL`.
 
-`python -m data_pipelines.verify MANIFEST_URL`; exit code 3 and a list if anything is damaged.
+Exits with code 3 and a list if anything is damaged.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.shards.indexed import sha256
 from data_pipelines.shards.manifest import Manifest, Shard, read_manifest
 from data_pipelines.shards.payload import decode
 from data_pipelines.shards.process_pool import in_processes, shared_store
 from warm_dist.errors import DataError, run
+from warm_dist.files import file_sha256
 from warm_dist.store.base import split_url
 
 
@@ -34,7 +34,7 @@ class _Task(NamedTuple):
 
 
 def verify(manifest: Manifest, url: str, endpoint_url: str | None = None, workers: int = 1) -> Iterator[list[str]]:
-    """For each shard below `url`, as it gets done: one line for each damage, none if all is well. Reads everything."""
+    """Check the shards below `url`; yields a list of damages for each, in order of completion. Reads everything."""
     size, channels = manifest.info.resolution, manifest.info.channels
     borders = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1)).tolist()
 
@@ -57,7 +57,7 @@ def _damages(task: _Task) -> list[str]:
             shared_store(task.url, task.endpoint_url).download(name, local)
         except DataError as error:
             return [str(error)]
-        if sha256(local) != task.shard.sha256:
+        if file_sha256(local) != task.shard.sha256:
             damages.append(f"shard {name}: sha256 differs from the manifest's")
         with local.open("rb") as file:
             for image, offset, length, crc in task.rows:
@@ -74,7 +74,7 @@ def _damages(task: _Task) -> list[str]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.verify", description=__doc__)
     parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")

@@ -1,1 +1,1 @@
-"""From a manifest to training batches: the order of the data, and the reader."""
+"""The order of the data and the reader that turns a manifest into batches."""

@@ -1,7 +1,7 @@
-"""The order of the data: a pure function of (seed, epoch, shard sizes), dealt to lanes, so that resuming is seeking.
+"""The order of the data: a pure function of (seed, epoch, shard sizes), so that resuming is seeking.
 
-Global position p counts images for ever: epoch p // N, lane p mod L. A rank owns L / world neighbouring lanes; which
-image stands at p depends neither on the world size nor on the batch size.
+Global position p counts all images read: epoch p // N, lane p mod L. A rank owns L / world neighbouring lanes. The image
+at p depends neither on the world size nor on the batch size.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ _CACHED_EPOCHS = 2  # a batch may span two
 
 
 class Order:
-    """Which manifest row stands at which position.
+    """Maps positions to manifest rows.
 
-    shard_sizes: images per shard; rows count through the shards. chunk: neighbouring images that are permuted as one,
-    so that one ranged GET fetches them. window: images of a lane that are shuffled among each other.
+    shard_sizes: images per shard; rows count through the shards. chunk: number of neighbouring images that stay together,
+    so that one ranged GET fetches them. window: number of a lane's images that are shuffled among each other.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, num_lanes: int, chunk: int, window: int) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
         self.num_images = int(sizes.sum())
         if self.num_images == 0 or min(num_lanes, chunk, window) < 1:
-            raise ValueError(
-                f"{self.num_images} images, {num_lanes} lanes, chunk {chunk}, window {window}: all must be > 0"
-            )
+            given = f"{self.num_images} images, {num_lanes} lanes, chunk {chunk}, window {window}"
+            raise ValueError(f"{given}: all must be > 0")
         self.seed, self.num_lanes, self.window = seed, num_lanes, window
-        # each shard is cut into chunks, the last one of a shard may be shorter
+        # each shard is cut into chunks; its last one may be shorter
         counts = -(-sizes // chunk)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         self._starts = np.repeat(np.cumsum(sizes) - sizes, counts) + within * chunk
@@ -42,7 +41,7 @@ class Order:
         self._lock = Lock()
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
-        """(N,) int64: the manifest row at each position of the epoch; every row exactly once. Read-only."""
+        """The manifest row at each position of the epoch, (N,) int64, every row exactly once. Read-only."""
         with self._lock:
             if epoch not in self._cache:
                 self._cache[epoch] = self._make(epoch)
@@ -52,7 +51,7 @@ class Order:
             return self._cache[epoch]
 
     def row_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Manifest rows at global positions, shape of `positions`."""
+        """The manifest rows at global positions, in the shape of `positions`."""
         epochs, within = np.divmod(positions, self.num_images)
         out = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -62,7 +61,7 @@ class Order:
 
     def _make(self, epoch: int) -> NDArray[np.int64]:
         n, lanes = self.num_images, self.num_lanes
-        # raw bits and stable sorts: numpy may change permutation() and shuffle() between versions, these never
+        # raw bits and stable sorts, because numpy may change permutation() and shuffle() between versions
         bits = generator(self.seed, "order", epoch).bit_generator.random_raw
         chunks = np.argsort(bits(len(self._starts)), kind="stable")
         lengths = self._lengths[chunks]
@@ -84,7 +83,7 @@ class Order:
 
 
 def rank_positions(nimg: int, batch_size: int, num_lanes: int, rank: int, world: int) -> NDArray[np.int64]:
-    """(batch_size / world,) int64: the rank's positions in the global batch [nimg, nimg + batch_size), ascending."""
+    """The rank's positions in the global batch [nimg, nimg + batch_size), (batch_size / world,) int64, ascending."""
     positions = np.arange(nimg, nimg + batch_size, dtype=np.int64)
     mine = (positions % num_lanes) // (num_lanes // world) == rank
     return np.compress(mine, positions)

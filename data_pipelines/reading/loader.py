@@ -1,7 +1,7 @@
-"""Batches from any position on: ranged GETs by threads, ordered, bounded in bytes, every image checked by its crc32.
+"""Reads batches from any position: ranged GETs in threads, in order, bounded memory, every crc32 checked.
 
-Work is cut into blocks of consecutive batches. The rows of a block are sorted by place, neighbours are merged into one
-GET, and while one block is consumed the next is fetched. What is in a batch depends on none of this.
+Reading proceeds in blocks of consecutive batches: a block's rows are sorted by offset, neighbours are merged into one
+GET, and the next block is fetched while one is consumed. The content of a batch depends on none of this.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from warm_dist.store.base import Store, split_url
 from warm_dist.store.cache import CachedStore
 from warm_dist.store.open import open_store
 
-_RAMP = 4  # blocks grow by this factor, so that the first batch waits for little
-# A request costs about as long as this many bytes take, so smaller gaps are read and thrown away.
+_RAMP = 4  # growth of blocks; small first blocks make the first batch fast
+# Smaller gaps between images are read and dropped: a request takes as long as this many bytes.
 # Derived: 3 ms a request (measured, SeaweedFS on loopback) at 20 MB/s for each thread.
 _GAP_BYTES = 64 << 10
-_GET_BYTES = 8 << 20  # of one GET at most, so that threads share a large block
+_GET_BYTES = 8 << 20  # limit of one GET, so that threads share a large block
 _REPACK = "if `python -m data_pipelines.verify` finds the same, pack the data again"
 
 
 def open_loader(config: Config, rank: int, world: int) -> Loader:
-    """The loader that a configuration describes, for one rank.
+    """The loader of a config, for one rank.
 
-    Raises WorldSizeError, ConfigError naming the key that differs from the manifest, DataError, OutputError for a
+    Raises WorldSizeError, ConfigError naming a key that differs from the manifest, DataError, OutputError for a
     data.cache_dir that cannot be written, and what the store raises.
     """
     data, train = config.data, config.train
@@ -74,7 +74,7 @@ def open_loader(config: Config, rank: int, world: int) -> Loader:
 
 @dataclass(frozen=True)
 class _Block:
-    """Images on their way. positions: (n,), ascending. inverse: (n,), each position's index into `images`."""
+    """Images being fetched. positions: (n,), ascending. inverse: (n,), each position's index into `images`."""
 
     positions: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -88,11 +88,11 @@ class _Block:
 
 
 class Loader:
-    """Reads a data set for one rank. `batches` for training, `read` for evaluation; `close` when done.
+    """Reads a data set for one rank: `batches` for training, `read` for evaluation; `close` when done.
 
-    Raises WorldSizeError for an impossible world, and at once DataError (see `check`) if the shards are not as packed.
-    threads: that fetch and decode. most_bytes: that `batches` holds at once: two blocks, the batch handed out, and each
-    thread's GET. It is at most buffer_bytes unless that is too small for three batches and a small GET a thread.
+    threads: number that fetch and decode. most_bytes: the most that `batches` holds at once (two blocks, the current batch
+    and each thread's GET), at most buffer_bytes unless that is too small for three batches and a small GET a thread.
+    Raises WorldSizeError for an impossible world, DataError (see `check`) if the shards are not as packed.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Loader:
         info = manifest.info
         self._shape = (info.resolution, info.resolution, info.channels)
         batch_bytes = batch_size // world * info.resolution**2 * info.channels
-        spare = buffer_bytes - 3 * batch_bytes  # a batch handed out and a block on either side of it are always held
-        # a quarter of the spare ones, since a store may hold a GET twice
+        spare = buffer_bytes - 3 * batch_bytes  # the current batch and two blocks of at least one are always held
+        # a quarter of the spare bytes, since a store may hold a GET twice
         get_bytes = min(_GET_BYTES, spare // 4 // threads)
         self._get_bytes = max(int(manifest.length.max()), get_bytes)
         others = batch_bytes + threads * store.held_bytes(self._get_bytes)
-        # half of what is left for the block that is consumed, half for the one that is fetched
+        # the rest is shared by the block being consumed and the one being fetched
         batches = max(1, (buffer_bytes - others) // 2 // batch_bytes)
         self._max_block = batches * batch_size
         self.threads, self.most_bytes = threads, 2 * batches * batch_bytes + others
@@ -141,11 +141,9 @@ class Loader:
         return self.manifest.info
 
     def describe(self) -> list[str]:
-        """Lines for people: threads, memory, shards, and whether a larger buffer would save requests."""
-        lines = [
-            f"reader: {self.threads} threads, at most {self.most_bytes / 1e6:.0f} MB a rank, "
-            f"{len(self.manifest.shards):,} shards checked"
-        ]
+        """Lines for the user: threads, memory, shards, and whether a larger buffer would save requests."""
+        memory, shards = f"{self.most_bytes / 1e6:.0f} MB a rank", f"{len(self.manifest.shards):,} shards checked"
+        lines = [f"reader: {self.threads} threads, at most {memory}, {shards}"]
         if self.pieces > 1:
             lines.append(
                 f"reader: a window comes in {self.pieces} pieces, and a chunk is fetched up to as often; "
@@ -155,27 +153,29 @@ class Loader:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes held at once until now: measured over the lives of blocks, batches and GETs, those of `read` too."""
+        """The most bytes held at once so far, measured over blocks, batches and GETs, including those of `read`."""
         return self._held.peak
 
     def check(self) -> None:
-        """Compare all shards with the manifest, and pin them. Raises DataError for missing ones and other sizes."""
+        """Check all shards against the manifest and pin their versions.
+
+        Raises DataError for a missing shard, another size, or a shard replaced since the first check.
+        """
         found = self.store.list()
         for number, shard in enumerate(self.manifest.shards):
             stat = found.get(shard.name)
             if stat is None:
                 raise DataError(f"shard {shard.name} is missing from {self.store.url}")
             if stat.size != shard.size_bytes:
-                raise DataError(
-                    f"shard {shard.name} in {self.store.url} has {stat.size} bytes, the manifest says {shard.size_bytes}"
-                )
+                sizes = f"{stat.size} bytes, the manifest says {shard.size_bytes}"
+                raise DataError(f"shard {shard.name} in {self.store.url} has {sizes}")
             if self._etags.setdefault(number, stat.etag) != stat.etag:
-                raise DataError(f"shard {shard.name} in {self.store.url} was replaced since it was first looked at")
+                raise DataError(f"shard {shard.name} in {self.store.url} was replaced since it was first checked")
 
     def batches(self, nimg: int) -> Iterator[Batch]:
-        """Endless batches of this rank, (batch_size / world, C, H, W), from global position `nimg` on.
+        """Endless batches of this rank from global position `nimg`; images are (batch_size / world, C, H, W).
 
-        Raises DataError naming the image and its shard when the batch that holds a damaged image is due.
+        Raises DataError naming image and shard when a batch with a damaged image is due.
         """
         blocks = self._blocks(nimg)
         ahead = deque([next(blocks)])
@@ -196,39 +196,35 @@ class Loader:
                             positions=block.positions[here],
                             keys=tuple(self.manifest.key[rows]),
                         )
-                        del images  # before the account lets it go, like the bytes of a GET in `_get`
-                del block  # before the next but one is asked for: two are held at most
+                        del images  # before it stops being counted
+                del block  # before another is fetched, so that at most two are held
         finally:
             for block in ahead:
                 for future in block.futures:
                     future.cancel()
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(n, C, H, W) uint8: the images of these manifest rows, in this order. Raises as `batches`."""
+        """The images of these manifest rows in order, (n, C, H, W) uint8. Raises as `batches`."""
         block = self._fetch(np.arange(len(rows)), np.asarray(rows, np.int64))
         block.wait()
         return block.images[block.inverse]
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _blocks(self, start: int) -> Iterator[_Block]:
-        """Blocks grow up to one window of each lane: then nearly every chunk is fetched once, as a whole."""
-        limit = self.batch_size
+        """Blocks of growing size, up to one window of each lane: nearly every chunk is then fetched once, as a whole."""
+        limit, size = self.batch_size, self.batch_size
         while True:
             end = min(start + limit, self._window_end(start))
-            positions = np.concatenate(
-                [
-                    rank_positions(nimg, self.batch_size, self.num_lanes, self.rank, self.world)
-                    for nimg in range(start, end, self.batch_size)
-                ]
-            )
+            layout = size, self.num_lanes, self.rank, self.world
+            positions = np.concatenate([rank_positions(nimg, *layout) for nimg in range(start, end, size)])
             yield self._fetch(positions, self.order.row_of(positions))
             start, limit = end, min(limit * _RAMP, self._max_block)
 
     def _window_end(self, start: int) -> int:
-        """The first batch border at or after the end of the windows that the batch at `start` begins in."""
+        """The first batch border at or after the end of the windows in which the batch at `start` begins."""
         size, epoch = self.order.num_images, start // self.order.num_images
         windows = self.order.window * self.num_lanes
         end = epoch * size + min(size, ((start - epoch * size) // windows + 1) * windows)
@@ -236,7 +232,7 @@ class Loader:
         return start + batches * self.batch_size
 
     def _fetch(self, positions: NDArray[np.int64], rows: NDArray[np.int64]) -> _Block:
-        """Start reading. Neighbouring rows, with small gaps at most, are one GET; a row that occurs twice is read once."""
+        """Start fetching. Rows with small gaps share a GET; a row that occurs twice is read once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         manifest = self.manifest
         images = np.empty((len(unique), self._shape[2], *self._shape[:2]), np.uint8)
@@ -258,20 +254,19 @@ class Loader:
         manifest = self.manifest
         first, last = int(manifest.offset[rows[0]]), int(manifest.offset[rows[-1]] + manifest.length[rows[-1]])
         with self._held.during(self.store.held_bytes(last - first)):
-            self._read(rows, first, last - first, out)  # its bytes end with its frame, before the account lets them go
+            self._read(rows, first, last - first, out)  # its bytes are freed with its frame, before the count drops
 
     def _read(self, rows: NDArray[np.int64], first: int, length: int, out: NDArray[np.uint8]) -> None:
         manifest, shard = self.manifest, int(self.manifest.shard[rows[0]])
         name, etag = manifest.shards[shard].name, self._etags[shard]
         data = memoryview(self.store.read(name, first, length, etag))
-        places = zip((manifest.offset[rows] - first).tolist(), manifest.length[rows].tolist(), strict=True)
-        for row, (start, size), crc, image in zip(
-            rows.tolist(), places, manifest.crc32[rows].tolist(), out, strict=True
-        ):
+        starts, sizes, crcs = manifest.offset[rows] - first, manifest.length[rows], manifest.crc32[rows]
+        columns = rows.tolist(), starts.tolist(), sizes.tolist(), crcs.tolist()
+        for row, start, size, crc, image in zip(*columns, out, strict=True):
             payload = data[start : start + size]
             if crc32(payload) != crc:
                 cached = self.store.forget(name, first + start, size, etag)
-                advice = "its cached copy is dropped, run the same command again" if cached else _REPACK
+                advice = "its cached copy was deleted, run the same command again" if cached else _REPACK
                 raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")
             try:
                 image[:] = decode(payload, self._shape).transpose(2, 0, 1)
@@ -280,11 +275,11 @@ class Loader:
 
 
 class _Held:
-    """Counts the bytes held now and at most, over all threads."""
+    """Counts the bytes held now and their peak, over all threads."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
-        self._lock = RLock()  # a finalizer may run in whatever thread and line the collector chooses
+        self._lock = RLock()  # a finalizer may run in any thread, even one that holds the lock
 
     def add(self, count: int) -> None:
         with self._lock:

@@ -1,1 +1,1 @@
-"""WebDataset shards and their manifest: encoding, indexing, statistics."""
+"""WebDataset shards and their manifest."""

@@ -1,8 +1,7 @@
-"""What the manifest holds of one shard, read from the shard itself, and many of them put together."""
+"""Indexes shards and merges their indexes into a manifest."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ from data_pipelines.shards.process_pool import shared_store
 from data_pipelines.shards.statistics import BATCH_BYTES, Statistics
 from data_pipelines.shards.tars import samples
 from warm_dist.errors import DataError
+from warm_dist.files import file_sha256
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """One shard as the manifest will have it. shape: (H, W, C) of its images, () without any. Rows in their order."""
+    """A shard's part of the manifest. shape: (H, W, C) of its images, () without images. Arrays: one row per image."""
 
     shard: Shard
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Indexed:
 
 
 def index_shard(file: Path, name: str) -> Indexed:
-    """Index one tar and decode all of it. Raises DataError if it is damaged or its images differ in shape."""
+    """Index a tar, decoding every image. Raises DataError if it is damaged or its images differ in shape."""
     entries = samples(file, name)
     measure, images, shape = Statistics(), [], None
     with file.open("rb") as stream:
@@ -47,17 +47,15 @@ def index_shard(file: Path, name: str) -> Indexed:
                 raise DataError(f"image {entry.key!r} in shard {name}: does not decode ({error})") from None
             shape = image.shape
             if shape[0] != shape[1]:
-                raise DataError(
-                    f"image {entry.key!r} in shard {name}: has shape {shape}, images must be square; "
-                    "use data_pipelines.pack"
-                )
+                advice = "images must be square; use data_pipelines.pack"
+                raise DataError(f"image {entry.key!r} in shard {name}: has shape {shape}, {advice}")
             images.append(image)
             if len(images) * image.size >= BATCH_BYTES:
                 measure.add(images)
                 images = []
     measure.add(images)
     return Indexed(
-        Shard(name, file.stat().st_size, len(entries), sha256(file)),
+        Shard(name, file.stat().st_size, len(entries), file_sha256(file)),
         shape or (),
         tuple(sorted({entry.payload for entry in entries})),
         tuple(entry.key for entry in entries),
@@ -70,21 +68,20 @@ def index_shard(file: Path, name: str) -> Indexed:
 
 
 def merge(shards: Iterable[Indexed], class_names: Sequence[str] = (), attribution: str = "") -> Manifest:
-    """The manifest of these shards, in this order. class_names: empty means numbers, or no classes without labels.
+    """The manifest of these shards in this order, without its fingerprint.
 
-    Raises DataError if there are no images, shapes differ, or keys repeat.
+    class_names: if empty, numbers if there are labels. Raises DataError without images, for different shapes, or for
+    repeated keys.
     """
     parts, measure, first, seen = [], Statistics(), None, set[str]()
     for part in shards:
-        parts.append(replace(part, measure=Statistics()))  # its sums may be megabytes, and there may be thousands
+        parts.append(replace(part, measure=Statistics()))  # sums may be megabytes each, for thousands of shards
         if not part.keys:
             continue
         first = first or part
         if part.shape != first.shape:
-            raise DataError(
-                f"shard {part.shard.name}: has images of shape {part.shape}, where {first.shape} is needed as in "
-                f"{first.shard.name}"
-            )
+            other = f"{first.shape} as in {first.shard.name}"
+            raise DataError(f"shard {part.shard.name}: has images of shape {part.shape}, needs {other}")
         before = len(seen)
         seen.update(part.keys)
         if len(seen) < before + len(part.keys):
@@ -111,16 +108,8 @@ def merge(shards: Iterable[Indexed], class_names: Sequence[str] = (), attributio
     )
 
 
-def sha256(file: Path) -> str:
-    """Of a file of any size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def index_stored(url: str, endpoint_url: str | None, name: str) -> Indexed:
+    """Download and index the shard `name` below `url`. Raises as `index_shard`, and what the store raises."""
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
         shared_store(url, endpoint_url).download(name, local)

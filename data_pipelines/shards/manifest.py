@@ -1,4 +1,4 @@
-"""The manifest: one Parquet row a sample and a JSON header. Its hash is the data's fingerprint."""
+"""The manifest: one Parquet row per sample and a JSON header. Its hash is the data's fingerprint."""
 
 from __future__ import annotations
 
@@ -22,15 +22,8 @@ NAME = "manifest.parquet"
 VERSION = 2
 _HEADER = b"warm-dist"  # the key of the JSON header in the Parquet schema's metadata
 _ARRAYS = ("mean_image", "power_spectrum", "low_mean", "low_covariance")
-_COLUMNS = {
-    "shard": "int32",
-    "key": "string",
-    "label": "int64",
-    "offset": "int64",
-    "length": "int64",
-    "crc32": "uint32",
-}
-_FEW_ROWS = 1 << 20  # so many rows fit into memory whatever the file claims
+_TYPES = {"shard": "int32", "key": "string", "label": "int64", "offset": "int64", "length": "int64", "crc32": "uint32"}
+_FEW_ROWS = 1 << 20  # up to this number rows fit into memory whatever the file claims
 
 
 class Shard(NamedTuple):
@@ -44,9 +37,9 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What there is to read. Columns are (N,), one row a sample, in the order of the shards and of the samples in them.
+    """A data set's samples. Columns are (N,), one row per sample, ordered by shard and offset.
 
-    shard: index into `shards`. key: the sample's name. label: -1 without classes. offset, length: the image's bytes
+    shard: index into `shards`. key: the sample's name. label: -1 without classes. offset, length: of the image's bytes
     inside the shard. crc32: of these bytes. payload: "npy", or the suffix of the encoded images.
     """
 
@@ -63,31 +56,33 @@ class Manifest:
     attribution: str
 
     def name(self, row: int) -> str:
-        """How errors speak of a sample."""
+        """A sample's name in errors."""
         return f"image {self.key[row]!r} in shard {self.shards[self.shard[row]].name}"
 
 
 def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
-    """Read and check the manifest at `url` (…/manifest.parquet). Raises DataError if it is none, damaged or inconsistent."""
+    """Read and check the manifest at `url` (…/manifest.parquet).
+
+    Raises DataError if it is missing, damaged or inconsistent, and what the store raises.
+    """
     folder, name = split_url(url)
     data = open_store(folder, endpoint_url).read(name)
     try:
-        manifest = _parse(data)
+        return _parse(data)
     except _Damage as damage:
         raise DataError(f"{url}: {damage}") from None
-    return manifest
 
 
 def write_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Write to the store's manifest.parquet; returns the manifest with its fingerprint. Raises DataError if inconsistent."""
+    """Write manifest.parquet and return the manifest with its fingerprint. Raises DataError if it is inconsistent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         _check(manifest)
     except _Damage as damage:
-        raise DataError(f"{store.url}: the manifest would be wrong, {damage}") from None
-    columns = {name: pa.array(getattr(manifest, name)) for name in _COLUMNS}
+        raise DataError(f"{store.url}: the manifest would be invalid, it {damage}") from None
+    columns = {name: pa.array(getattr(manifest, name)) for name in _TYPES}
     table = pa.table(columns).replace_schema_metadata({_HEADER: json.dumps(_header(manifest))})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -97,7 +92,7 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
 
 
 class _Damage(Exception):
-    pass
+    """What is wrong with a manifest; its text continues "the manifest …"."""
 
 
 def _header(manifest: Manifest) -> dict[str, Any]:
@@ -122,17 +117,17 @@ def _parse(data: bytes) -> Manifest:
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        # every row has a key and a crc32 of its own: a file with fewer bytes than rows would only fill the memory
+        # rows have distinct keys and crc32s, so a file with fewer bytes than rows is false and would fill the memory
         if file.metadata.num_rows > max(_FEW_ROWS, len(data)):
             raise _Damage(f"claims {file.metadata.num_rows} rows in {len(data)} bytes")
         schema = file.schema_arrow
         metadata = (schema.metadata or {}).get(_HEADER)
         if metadata is None:
             raise _Damage("has no warm-dist header; make one with `python -m data_pipelines.index`")
-        found = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in _COLUMNS}
-        if found != _COLUMNS:
-            raise _Damage(f"has columns {found}, needs {_COLUMNS}")
-        table = file.read(list(_COLUMNS))
+        found = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in _TYPES}
+        if found != _TYPES:
+            raise _Damage(f"has columns {found}, needs {_TYPES}")
+        table = file.read(list(_TYPES))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _Damage(f"is not a readable Parquet file ({error})") from None
     if any(column.null_count for column in table.columns):
@@ -166,7 +161,7 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
             Shard(str(shard["name"]), int(shard["size_bytes"]), int(shard["num_images"]), str(shard["sha256"]))
             for shard in header["shards"]
         ),
-        **{name: table[name].to_numpy() for name in _COLUMNS},
+        **{name: table[name].to_numpy() for name in _TYPES},
         payload=str(header["payload"]),
         class_names=tuple(str(name) for name in header["class_names"]),
         attribution=str(header["attribution"]),
@@ -178,18 +173,15 @@ def _check(manifest: Manifest) -> None:
     if rows == 0 or info.num_images != rows:
         raise _Damage(f"has {rows} rows, its header counts {info.num_images} images")
     counts = [shard.num_images for shard in manifest.shards]
-    if (
-        min(counts, default=-1) < 0
-        or sum(counts) != rows
-        or not np.array_equal(manifest.shard, np.repeat(np.arange(len(counts)), counts))
-    ):
+    counted = min(counts, default=-1) >= 0 and sum(counts) == rows
+    if not counted or not np.array_equal(manifest.shard, np.repeat(np.arange(len(counts)), counts)):
         raise _Damage("does not list its rows shard by shard, as many as the header counts")
     names = [shard.name for shard in manifest.shards]
     outside_folder = [name for name in names if name.startswith("/") or ".." in name.split("/") or "\0" in name]
     if outside_folder or len(set(names)) < len(names):
         raise _Damage(f"names the shards {outside_folder[:1] or 'twice'}, which must be different files of its folder")
     sizes = np.array([shard.size_bytes for shard in manifest.shards], np.int64)[manifest.shard]
-    # compared without adding, which may overflow
+    # compared by subtraction: a sum may overflow
     outside = (manifest.offset < 0) | (manifest.length <= 0) | (manifest.length > sizes - manifest.offset)
     if outside.any():
         raise _Damage(f"places {manifest.name(int(outside.argmax()))} outside of it")
@@ -204,7 +196,6 @@ def _check(manifest: Manifest) -> None:
     statistics = (info.channel_mean, np.array(info.sigma_data), *(getattr(info, name) for name in _ARRAYS))
     if not all(np.isfinite(statistic).all() for statistic in statistics):
         raise _Damage("has statistics that are not finite")
-    if info.power_spectrum.min() < 0 or not math.isclose(
-        info.sigma_data**2, float(info.power_spectrum.mean()), rel_tol=1e-6, abs_tol=1e-12
-    ):
+    power = float(info.power_spectrum.mean())
+    if info.power_spectrum.min() < 0 or not math.isclose(info.sigma_data**2, power, rel_tol=1e-6, abs_tol=1e-12):
         raise _Damage(f"has sigma_data {info.sigma_data}, which is not the root of the power spectrum's mean")

@@ -1,7 +1,7 @@
-"""What a packing has done so far: one record beside each finished shard, so that it can go on, elsewhere or later.
+"""Records of finished shards, with which an interrupted packing continues, on any machine.
 
-`parts/RECIPE/NNNNNN-….npz` below the data set's folder; RECIPE is a hash of the source and of every option that the
-shards' bytes depend on, so work on something else is never mistaken for this.
+They are `parts/RECIPE/NNNNNN.SHARD.npz` below the data set's folder. RECIPE is a hash of the source and of every option
+that the shards' bytes depend on, so records of another packing are never used.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from warm_dist.errors import DataError
 from warm_dist.store.base import Store
 
 FOLDER = "parts"
-EMPTY = "empty"  # in the place of the shard's name where no image was good
+EMPTY = "empty"  # instead of the shard's name if no image decodes
 _READERS = 8
 _ROWS = ("label", "offset", "length", "crc32")
 _SUMS = ("total", "squares", "products")
 
 
 class Part(NamedTuple):
-    """A finished shard, None if no image of it was good, and what was left out."""
+    """A finished shard (None if no image decodes) and the images left out."""
 
     indexed: Indexed | None
     bad: Sequence[BadImage]
 
 
 def path_of(recipe: str, number: int, shard: str) -> str:
-    """Where the record of the number-th shard lies; shard: its file's name, or EMPTY."""
+    """The path of the number-th shard's record. shard: its file name, or EMPTY."""
     return f"{FOLDER}/{recipe}/{number:06d}.{shard}.npz"
 
 
@@ -48,13 +48,13 @@ def shard_of(path: str) -> str:
 
 
 def finished(store: Store, recipe: str) -> dict[int, str]:
-    """Number → path of the records that are there."""
+    """Number → path of the existing records."""
     paths = [path for path in store.list(f"{FOLDER}/{recipe}/") if path.endswith(".npz")]
     return {int(path.rpartition("/")[2].partition(".")[0]): path for path in paths}
 
 
 def save(store: Store, recipe: str, number: int, part: Part) -> None:
-    """Write the record of a shard that is already stored."""
+    """Write the record of a stored shard."""
     arrays = {}
     head: dict[str, object] = {"bad": [asdict(item) for item in part.bad]}
     if part.indexed:
@@ -68,7 +68,7 @@ def save(store: Store, recipe: str, number: int, part: Part) -> None:
 
 
 def load_all(store: Store, paths: Sequence[str]) -> Iterator[Part]:
-    """The records at these paths, in order, a few read at a time. Raises DataError for a damaged one."""
+    """Read the records at these paths, in order, a few at a time. Raises DataError for a damaged record."""
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(paths), _READERS):
             yield from pool.map(lambda path: _load(store, path), paths[start : start + _READERS])
@@ -91,4 +91,4 @@ def _load(store: Store, path: str) -> Part:
             )
             return Part(indexed, bad)
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{store.url}/{path}: is damaged ({error}); delete it, and the same command goes on") from None
+        raise DataError(f"{store.url}/{path}: is damaged ({error}); delete it and run the same command again") from None

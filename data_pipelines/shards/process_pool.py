@@ -1,4 +1,4 @@
-"""Work spread over processes, one a CPU, that end with their owner."""
+"""Spreads work over processes that end with their owner."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[Result]:
-    """`work` of every task, as they get done. Few tasks are taken ahead; the first error cancels what is left.
+    """Apply `work` to every task; yields results as they complete. The first error cancels the remaining tasks.
 
-    count: of processes; 1 works in this one. With more, `work` and the tasks must be picklable and the caller's script
+    count: number of processes; 1 uses this one. With more, `work` and the tasks must be picklable and the caller's script
     importable. Raises ConfigError for a count below 1, Stopped if a process was killed, and what `work` raises.
     """
     if count < 1:
@@ -33,7 +33,7 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: i
         yield from map(work, tasks)
         return
     remaining = iter(tasks)
-    # spawn: a fork would copy the locks of this process's threads in whatever state they are
+    # spawn, because a fork would copy locks that other threads hold
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
     try:
         pending: set[Future[Result]] = {pool.submit(work, task) for task in islice(remaining, 2 * count)}
@@ -43,21 +43,20 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: i
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
-        raise Stopped(
-            "a worker process was killed (no memory left?); the same command goes on, with fewer --workers it takes less"
-        ) from None
+        advice = "run the same command again, with fewer --workers to use less"
+        raise Stopped(f"a worker process was killed (out of memory?); {advice}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @lru_cache(maxsize=4)
 def shared_store(url: str, endpoint_url: str | None) -> Store:
-    """`open_store`, once a process: making a client of S3 takes as long as packing fifty images."""
+    """`open_store`, cached: creating an S3 client takes as long as packing fifty images."""
     return open_store(url, endpoint_url)
 
 
 def _begin(owner: int) -> None:
     supervisor.end_with_parent(signal.SIGKILL)
-    if os.getppid() != owner:  # it was gone before the kernel was asked
+    if os.getppid() != owner:  # the owner ended before the kernel was asked
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner handles it

@@ -1,4 +1,4 @@
-"""What is inside a tar, without ever extracting it: places of regular files, and of WebDataset samples."""
+"""Locates regular files and WebDataset samples inside a tar without extracting it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import IO, NamedTuple
 
 from warm_dist.errors import DataError
 
-IMAGES = ("npy", "png", "jpg", "jpeg", "webp")  # suffixes of what a sample may hold
+IMAGES = ("npy", "png", "jpg", "jpeg", "webp")  # suffixes of a sample's image
 _PIECE_BYTES = 1 << 20
-MAX_LABEL = 1 << 20  # a class number beyond a million is damage
+MAX_LABEL = 1 << 20  # larger class numbers count as damage
 
 
 class Member(NamedTuple):
@@ -35,40 +35,38 @@ class Entry(NamedTuple):
 
 
 def members(file: Path, name: str) -> Iterator[Member]:
-    """The regular files of an uncompressed tar. Links, devices, folders and sparse files are passed over.
+    """The regular files of an uncompressed tar; links, devices, folders and sparse files are skipped.
 
-    Names are only ever keys: `../x` is as harmless as x. Raises DataError for what is no tar, not whole, or has
-    garbage inside; `name` is how the error calls it.
+    Names serve only as keys, so `../x` is harmless. name: of the tar in errors. Raises DataError for a file that is not a
+    tar, is truncated, or has garbage inside.
     """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             reached = -1
             while (member := tar.next()) is not None:
-                # a negative size would send tarfile backwards for ever (CVE-2025-8194)
+                # a negative size would send tarfile backwards forever (CVE-2025-8194)
                 if tar.offset <= reached or member.size < 0 or member.offset_data + member.size > size:
-                    raise DataError(
-                        f"{name}: truncated, or a lie: {member.name[:80]!r} claims {member.size} bytes that are not there"
-                    )
+                    claim = f"{member.name[:80]!r} claims {member.size} bytes that are not there"
+                    raise DataError(f"{name}: truncated, or a false size: {claim}")
                 reached = tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for every file
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a kilobyte per file
                 if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
-            # tarfile takes a tar that breaks off between two members for a whole one
+            # tarfile accepts a tar that is truncated between two members
             stream.seek(tar.offset)
             if not _only_zeros(stream):
                 raise DataError(f"{name}: truncated, or garbage inside: no end of archive after {tar.offset} bytes")
     except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError, RecursionError) as error:
-        raise DataError(
-            f"{name}: not a readable tar ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name}: not a readable tar ({reason})") from None
 
 
 def samples(file: Path, name: str) -> list[Entry]:
-    """The WebDataset samples of a tar, by offset: members that share a name up to the first dot.
+    """The WebDataset samples of a tar by offset; members with the same name up to the first dot form a sample.
 
-    Raises DataError as `members`, and for a sample without exactly one image, with a label that is no class number, or
-    with a member that occurs twice.
+    Raises DataError as `members` does, and for a sample without exactly one image, with an invalid label, or with a
+    member that occurs twice.
     """
     found: dict[str, dict[str, Member]] = {}
     for member in members(file, name):
@@ -83,7 +81,7 @@ def samples(file: Path, name: str) -> list[Entry]:
 
 
 def read_label(text: bytes, name: str) -> int:
-    """A cls member's number. Raises DataError."""
+    """The class number in a cls member. name: of the sample in errors. Raises DataError if it is not a class number."""
     number = text.strip()
     if not (number.isdigit() and len(number) < 8 and int(number) < MAX_LABEL):
         raise DataError(f"{name} has the label {text[:40].decode('ascii', 'replace').strip()!r}, needs a class number")
@@ -104,7 +102,7 @@ def _entry(stream: IO[bytes], key: str, sample: dict[str, Member], name: str) ->
 
 
 def _only_zeros(stream: IO[bytes]) -> bool:
-    """Is there at least one block, and nothing but zeros to the end?"""
+    """Whether at least one block, and only zeros, remain until the end."""
     total = 0
     while piece := stream.read(_PIECE_BYTES):
         if piece.strip(b"\0"):

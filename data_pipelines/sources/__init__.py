@@ -1,1 +1,1 @@
-"""Where images come from before packing."""
+"""Sources of images for packing."""

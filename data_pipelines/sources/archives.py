@@ -1,4 +1,4 @@
-"""Sources inside archives: zip, tar (trees of pictures, or WebDataset shards), and CIFAR's own. Nothing is extracted."""
+"""Zip and tar archives as sources, without extracting them: trees of images, or WebDataset shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from warm_dist.errors import DataError
 
 @lru_cache(maxsize=64)
 def opened(path: str, modified_ns: int) -> BinaryIO:
-    """One open file a process and version, since a part reads a thousand places of it."""
+    """An open file, cached per process and version, because a part reads a thousand ranges of it."""
     return open(path, "rb")
 
 
@@ -37,11 +37,13 @@ class _ZipMember:
             check_size(name, archive.getinfo(name).file_size)
             return archive.read(name)
         except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from None  # damaged, encrypted, or an unknown method
+            raise ValueError(
+                f"{type(error).__name__}: {error}"
+            ) from None  # damaged, encrypted, or of an unknown method
 
 
 def open_zip(path: Path, transform: Transform) -> Source:
-    """A zip of pictures. Raises DataError if it is none."""
+    """A zip archive of images. Raises DataError if it is not readable as one."""
     try:
         with zipfile.ZipFile(path) as archive:
             files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist() if not info.is_dir()}
@@ -51,7 +53,7 @@ def open_zip(path: Path, transform: Transform) -> Source:
     return listed_tree(sizes, lambda name: name, _ZipMember(str(path)), transform, str(path))
 
 
-def read_place(place: tuple[str, int, int]) -> bytes:
+def _read_place(place: tuple[str, int, int]) -> bytes:
     path, offset, size = place
     check_size(path, size)
     file = opened(path, os.stat(path).st_mtime_ns)
@@ -60,7 +62,7 @@ def read_place(place: tuple[str, int, int]) -> bytes:
 
 
 def open_tars(paths: list[Path], transform: Transform) -> Source:
-    """Plain tars. With cls members their numbers are the labels, else folders as in any tree. Raises DataError."""
+    """Uncompressed tars; labels come from cls members, else from folders. Raises DataError for a damaged tar."""
     places: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     for path in paths:
@@ -68,17 +70,17 @@ def open_tars(paths: list[Path], transform: Transform) -> Source:
             place = (str(path), member.offset, member.size)
             stem, _, suffix = member.name.rpartition(".")
             if suffix == "cls":
-                labels[stem] = read_label(read_place(place), f"{path}: {member.name!r}")
+                labels[stem] = read_label(_read_place(place), f"{path}: {member.name!r}")
             elif is_picture(member.name):
                 if member.name in places:
                     raise DataError(f"{path}: the picture {member.name[:80]!r} occurs twice")
                 places[member.name] = place
     sizes = {name: place[2] for name, place in places.items()}
     if not labels:
-        return listed_tree(sizes.items(), places.__getitem__, read_place, transform, str(paths[0]))
+        return listed_tree(sizes.items(), places.__getitem__, _read_place, transform, str(paths[0]))
     bare = next((name for name in places if name.rpartition(".")[0] not in labels), None)
     if bare is not None:
         raise DataError(f"{places[bare][0]}: {bare!r} has no cls member, others have")
     records = [Record(name, labels[name.rpartition(".")[0]], place) for name, place in places.items()]
     names = [str(number) for number in range(max(record.label for record in records) + 1)]
-    return listed(records, read_place, transform, names, str(paths[0]), sizes.values())
+    return listed(records, _read_place, transform, names, str(paths[0]), sizes.values())

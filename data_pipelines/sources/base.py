@@ -1,4 +1,4 @@
-"""A source is a list of pictures that are read and decoded when they are due."""
+"""The base of all sources: ordered lists of images that are read and decoded on demand."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from data_pipelines.sources.transform import Transform, decode_image
 from warm_dist.rng import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_FILE_BYTES = 256 << 20  # a picture file beyond it is a mistake or an attack
+MAX_FILE_BYTES = 256 << 20  # larger image files are a mistake or an attack
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. label: class number, -1 without classes. image: (H, W, C) uint8."""
+    """One decoded image. label: class number, -1 without classes. image: (H, W, C) uint8."""
 
     key: str
     label: int
@@ -28,7 +28,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BadImage:
-    """One image that does not decode, and why."""
+    """An image that does not decode, and the reason."""
 
     key: str
     reason: str
@@ -39,11 +39,10 @@ Item = Sample | BadImage
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in an order that never changes; iterable any number of times.
+    """Samples in a fixed order; iterable any number of times.
 
-    part: (start, stop) → these samples; what it returns can be pickled where packing is to use several processes.
-    identity: a text that changes with what is in the source. shuffled: the same samples in an order of packing's
-    choice, or None where random access would be slow.
+    part: (start, stop) → these samples, picklable for packing in several processes. identity: text that changes with the
+    content. shuffled: returns the samples in a fixed random order; None where random access would be slow.
     """
 
     length: int
@@ -55,7 +54,7 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """The number of classes, 0 without classes."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -66,7 +65,7 @@ class Source:
 
 
 class Record(NamedTuple):
-    """A picture that was not read yet. place: what the source's reader needs."""
+    """An image not yet read. place: its location, for the source's reader."""
 
     key: str
     label: int
@@ -75,7 +74,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """A part of a listed source. read: a record's place → the file's bytes, or the finished (H, W, C) uint8."""
+    """A part of a listed source. read: a record's place → the file's bytes, or the final image (H, W, C) uint8."""
 
     records: Sequence[Record]
     read: Callable[[Any], bytes | NDArray[np.uint8]]
@@ -99,19 +98,16 @@ def listed(
     attribution: str = "",
     identity: Iterable[object] = (),
 ) -> Source:
-    """A source whose pictures can be read in any order. identity: one value a record that changes with its content."""
+    """A source of images that can be read in any order. identity: a value per record that changes with its content."""
     digest = hashlib.sha256(repr((transform, tuple(class_names))).encode())
     for record, content in zip(records, identity, strict=True):
         digest.update(f"{record.key}\0{record.label}\0{content}\n".encode("utf-8", "surrogateescape"))
 
     def ordered(order: Sequence[int] | range, text: str) -> Source:
-        return Source(
-            len(order),
-            tuple(class_names),
-            attribution,
-            lambda start, stop: Pictures([records[row] for row in order[start:stop]], read, transform),
-            text,
-        )
+        def part(start: int, stop: int) -> Pictures:
+            return Pictures([records[row] for row in order[start:stop]], read, transform)
+
+        return Source(len(order), tuple(class_names), attribution, part, text)
 
     def shuffled() -> Source:
         bits = generator(0, "pack", 0).bit_generator.random_raw(len(records))
@@ -128,7 +124,10 @@ def listed_tree(
     transform: Transform,
     attribution: str,
 ) -> Source:
-    """Pictures by relative path; files: names and sizes of everything. A single folder around all is no class."""
+    """A source of the images among `files`, (relative path, size); class folders become labels.
+
+    Folders that contain everything are not classes. Raises what `listed` raises.
+    """
     sizes = {name: size for name, size in files if is_picture(name)}
     paths = sorted(name.split("/") for name in sizes)
     depth = 0
@@ -143,17 +142,17 @@ def listed_tree(
 
 
 def is_picture(name: str) -> bool:
-    """By the name; what macOS's Finder and others hide is none."""
+    """Whether a file is an image by its name; hidden files and macOS metadata are not."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(SUFFIXES) and not base.startswith(".") and not name.startswith("__MACOSX/")
 
 
 def check_size(name: str, size: int) -> None:
-    """Raises ValueError for a file that no picture needs."""
+    """Raises ValueError for a file larger than MAX_FILE_BYTES."""
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{name}: {size} bytes, pictures have {MAX_FILE_BYTES} at most")
+        raise ValueError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are allowed")
 
 
 def finished(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The reader of sources that hold finished pictures."""
+    """The reader of sources that hold final images."""
     return image

@@ -1,4 +1,4 @@
-"""CIFAR's own archives as sources; their pickles are read without running anything in them."""
+"""CIFAR's original archives as sources; their pickles are read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +17,56 @@ from data_pipelines.sources.base import Record, Source, finished, listed
 from data_pipelines.sources.transform import Transform, fit
 from warm_dist.errors import DataError
 
-_CIFAR_BYTES = 256 << 20  # of one file in CIFAR's archives; the largest has 155 MB
+_CIFAR_BYTES = 256 << 20  # limit for one file of the archive; CIFAR's largest has 155 MB
 _CIFAR_IMAGE = 3 * 32 * 32
 
 
 def open_cifar(path: Path, transform: Transform) -> Source:
-    """CIFAR-10's or CIFAR-100's training images from the archive as its authors give it (python or binary version).
+    """The training images of CIFAR-10 or CIFAR-100, from the authors' python or binary archive.
 
-    Raises DataError for anything else: a compressed tar cannot be read in any order, and pickles are not trusted.
+    Raises DataError for any other archive, because a compressed tar cannot be read in any order.
     """
+    from PIL import Image
+
     contents = _cifar_files(path)
     try:
         images, labels, names = _cifar_arrays(contents)
         if not len(images) or len(images) != len(labels) or not 0 <= min(labels) <= max(labels) < len(names):
             raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(names)} class names")
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle may raise any type
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{path}: not CIFAR-10's or CIFAR-100's archive ({reason}); unpack other compressed tars first"
-        ) from None
+        raise DataError(f"{path}: not a CIFAR-10 or CIFAR-100 archive ({reason}); unpack other tars first") from None
     attribution = f"CIFAR-{len(names)} (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html"
-    records = [
-        Record(f"train-{number:05d}", int(label), _resized(image, transform))
-        for number, (image, label) in enumerate(zip(images, labels, strict=True))
-    ]
+    records = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        resized = image if transform.resolution == len(image) else fit(Image.fromarray(image), transform)
+        records.append(Record(f"train-{number:05d}", int(label), resized))
     identity = [zlib.crc32(record.place.tobytes()) for record in records]
     return listed(records, finished, transform, names, attribution, identity)
 
 
-def _resized(image: NDArray[np.uint8], transform: Transform) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    return image if transform.resolution == len(image) else fit(Image.fromarray(image), transform)
-
-
 def _cifar_files(path: Path) -> dict[str, bytes]:
-    """The small files of a compressed tar, by their bare names."""
-
-    def files() -> Iterator[tuple[str, bytes]]:
+    """File name → content of the files in a compressed tar."""
+    files = {}
+    try:
         with tarfile.open(path, "r|gz") as tar:
             for count, member in enumerate(tar):
                 if member.size < 0 or count > 100:
-                    raise tarfile.ReadError("more, or less, than CIFAR has")
+                    raise tarfile.ReadError("not the files of CIFAR")
                 if member.isreg() and member.size <= _CIFAR_BYTES and (stream := tar.extractfile(member)):
-                    yield member.name.rpartition("/")[2], stream.read()
-
-    try:
-        return dict(files())
+                    files[member.name.rpartition("/")[2]] = stream.read()
     except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable compressed tar ({error})") from None
+    return files
 
 
 def _cifar_arrays(files: dict[str, bytes]) -> tuple[NDArray[np.uint8], list[int], tuple[str, ...]]:
-    """(N, 32, 32, 3) images, labels (fine ones), class names."""
+    """Images (N, 32, 32, 3), labels (CIFAR-100: the fine ones) and class names."""
     if "batches.meta.txt" in files or "fine_label_names.txt" in files:
         ten = "batches.meta.txt" in files
         text = files["batches.meta.txt" if ten else "fine_label_names.txt"].decode("ascii")
         batches = [files[f"data_batch_{number}.bin"] for number in range(1, 6)] if ten else [files["train.bin"]]
-        marks = 1 if ten else 2  # CIFAR-100 has the coarse class before the fine one
+        marks = 1 if ten else 2  # CIFAR-100 stores the coarse class before the fine one
         rows = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, marks + _CIFAR_IMAGE)
         return _planes(rows[:, marks:]), rows[:, marks - 1].tolist(), tuple(text.split())
     ten = "batches.meta" in files
@@ -91,7 +82,7 @@ def _planes(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class _Pickled:
-    """Stands for numpy's array and dtype: keeps what they would have been made from, and does nothing with it."""
+    """A stand-in for numpy's array and dtype that only stores their state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.state: Any = None
@@ -101,13 +92,13 @@ class _Pickled:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows nothing but lists, dicts, numbers, strings and the stand-in for numpy's arrays."""
+    """Loads only lists, dicts, numbers, strings and the stand-in for numpy's arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
             if name in ("ndarray", "dtype", "_reconstruct"):
                 return _Pickled
-        elif (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+        elif (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 pickles them for Python 2
             return codecs.encode
         raise pickle.UnpicklingError(f"{module}.{name} is refused")
 

@@ -1,4 +1,4 @@
-"""A folder of pictures as a source."""
+"""A folder of images as a source."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class _FolderFile:
 
 
 def open_folder(root: Path, transform: Transform) -> Source:
+    """The images below a folder; class folders become labels. Symbolic links to folders are not followed."""
+
     def files() -> Iterator[tuple[str, int]]:
         pending = [""]
         while pending:

@@ -1,4 +1,4 @@
-"""From what a user names to a source."""
+"""Opens the source that a user names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from warm_dist.errors import ConfigError
 
 
 def open_source(spec: str, resolution: int, resize: str = "box", shuffle: bool = False) -> Source:
-    """ "openmoji", "digits"; a folder of images, or a .zip or .tar of one; a .parquet, or a folder of .parquet or .tar
-    files; CIFAR-10's or CIFAR-100's own archive (.tar.gz; the training images).
+    """Open a source of images (resolution, resolution, C) uint8.
 
-    Images come out as (resolution, resolution, C) uint8; resize: see `transform.decode_image`. In a folder, zip or tar
-    whose images all lie in class folders, the sorted names of these are the classes; a tar's cls members come first.
-    shuffle: a fixed pseudo-random order instead of the source's own. Raises ConfigError for an unknown source or what
-    it cannot do, DataError for an archive that cannot be read.
+    spec: "openmoji", "digits", a folder of images, a .zip or .tar of one, a .parquet file, a folder of .parquet or .tar
+    files, or CIFAR's .tar.gz (its training images). resize: see `transform.decode_image`. If all images of a folder, zip
+    or tar are in class folders, the sorted folder names are the classes; cls members of a tar take precedence.
+    shuffle: use a fixed pseudo-random order. Raises ConfigError for an unknown source or an option it does not support,
+    DataError for an archive that cannot be read.
     """
     from data_pipelines.sources import archives, cifar, parquet
 
@@ -42,12 +42,10 @@ def open_source(spec: str, resolution: int, resize: str = "box", shuffle: bool =
         else:
             source = archives.open_tars([path], transform) if suffix == ".tar" else cifar.open_cifar(path, transform)
     else:
-        raise ConfigError(
-            f"{spec}: no such source; give 'openmoji', 'digits', a folder of images, a .zip, .tar or .parquet file, or "
-            "CIFAR's .tar.gz"
-        )
+        known = "'openmoji', 'digits', a folder of images, a .zip, .tar or .parquet file, or CIFAR's .tar.gz"
+        raise ConfigError(f"{spec}: no such source; give {known}")
     if not shuffle:
         return source
     if source.shuffled is None:
-        raise ConfigError(f"{spec}: is read in its own order, row group by row group; leave out --shuffle")
+        raise ConfigError(f"{spec}: can only be read in its own order; leave out --shuffle")
     return source.shuffled()

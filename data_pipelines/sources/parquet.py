@@ -1,11 +1,10 @@
-"""Sources in Parquet: a column of encoded images and one of labels, as Hugging Face writes them, read in its own order."""
+"""Parquet files as sources: a column of encoded images and one of labels, as Hugging Face writes them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from data_pipelines.sources.transform import Transform, decode_image
 from warm_dist.errors import DataError
 
 LABELS = ("label", "labels", "fine_label")
-_BATCH_ROWS = 64  # decoded from a row group at a time, so that groups of any size fit into memory
+_BATCH_ROWS = 64  # read from a row group at a time, so that groups of any size fit into memory
 
 
 class _Columns(NamedTuple):
@@ -25,7 +24,7 @@ class _Columns(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """Rows [start, stop) of one row group. first: of the group, within its file."""
+    """Rows [start, stop) of a row group. first: the group's first row in its file."""
 
     path: str
     group: int
@@ -51,7 +50,7 @@ class _Rows:
 
     def _item(self, key: str, data: bytes | None, label: int) -> Item:
         if self.num_classes and not 0 <= label < self.num_classes:
-            return BadImage(key, f"label {label} is none of the {self.num_classes} classes")
+            return BadImage(key, f"label {label} is not one of the {self.num_classes} classes")
         try:
             return Sample(key, label, decode_image(data or b"", self.transform))
         except ValueError as error:
@@ -59,7 +58,7 @@ class _Rows:
 
 
 def open_tables(paths: list[Path], transform: Transform) -> Source:
-    """The rows of all files, one after another. Raises DataError for a schema without images or with odd labels."""
+    """The rows of all files in order. Raises DataError for a schema without images or with non-integer labels."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -77,7 +76,7 @@ def open_tables(paths: list[Path], transform: Transform) -> Source:
             if found != kinds:
                 raise DataError(f"{path}: its columns {columns} have the types {found}, the first file's {kinds}")
         except KeyError as error:
-            raise DataError(f"{path}: lacks the column {error}, which {paths[0].name} has") from None
+            raise DataError(f"{path}: lacks the column {error} of {paths[0].name}") from None
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path}: not readable as Parquet ({error})") from None
         first = 0
@@ -87,29 +86,22 @@ def open_tables(paths: list[Path], transform: Transform) -> Source:
             first += rows
         described.append((path.name, path.stat().st_size, first))
     names = _class_names(paths, schema, columns.label)
-    return Source(
-        sum(group.stop for group in groups),
-        names,
-        str(paths[0]),
-        partial(_part, groups, columns, len(names), transform),
-        repr((described, columns, names, transform)),
-    )
 
+    def part(start: int, stop: int) -> _Rows:
+        slices, begin = [], 0
+        for group in groups:
+            low, high = max(start - begin, 0), min(stop - begin, group.stop)
+            if low < high:
+                slices.append(group._replace(start=low, stop=high))
+            begin += group.stop
+        return _Rows(slices, columns, len(names), transform)
 
-def _part(
-    groups: list[_Slice], columns: _Columns, num_classes: int, transform: Transform, start: int, stop: int
-) -> _Rows:
-    slices, begin = [], 0
-    for group in groups:
-        low, high = max(start - begin, 0), min(stop - begin, group.stop)
-        if low < high:
-            slices.append(group._replace(start=low, stop=high))
-        begin += group.stop
-    return _Rows(slices, columns, num_classes, transform)
+    identity = repr((described, columns, names, transform))
+    return Source(sum(group.stop for group in groups), names, str(paths[0]), part, identity)
 
 
 def _cells(piece: _Slice, columns: _Columns) -> Iterator[tuple[int, bytes | None, int | None]]:
-    """(row within the group, image file, label) of a slice."""
+    """(row within the group, encoded image, label) of each row in a slice."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,9 +129,7 @@ def _find_columns(path: Path, schema: Any) -> _Columns:
 
     image = next((field.name for field in schema if _holds_images(field.type)), None)
     if image is None:
-        raise DataError(
-            f"{path}: no column of encoded images (binary, or a struct with binary 'bytes'); has {schema.names}"
-        )
+        raise DataError(f"{path}: no column of images (binary, or a struct with binary 'bytes'); has {schema.names}")
     label = next((name for name in LABELS if name in schema.names), None)
     if label and not pa.types.is_integer(schema.field(label).type):
         raise DataError(f"{path}: column {label!r} is {schema.field(label).type}, class labels must be integers")
@@ -156,7 +146,7 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _class_names(paths: list[Path], schema: Any, label: str | None) -> tuple[str, ...]:
-    """From Hugging Face's metadata if they are there, else numbers up to the largest label."""
+    """Class names from Hugging Face's metadata, else numbers up to the largest label."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -167,7 +157,7 @@ def _class_names(paths: list[Path], schema: Any, label: str | None) -> tuple[str
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[label]["names"])
     except (KeyError, TypeError, ValueError):
-        pass  # written by somebody else
+        pass  # not written by Hugging Face's datasets
     largest = -1
     for path in paths:
         try:
@@ -177,5 +167,5 @@ def _class_names(paths: list[Path], schema: Any, label: str | None) -> tuple[str
         found = pc.max(column).as_py()
         largest = max(largest, -1 if found is None else int(found))
     if largest >= 1 << 20:
-        raise DataError(f"{paths[0]}: column {label!r} has the label {largest}, which is no class number")
+        raise DataError(f"{paths[0]}: column {label!r} has the label {largest}, which is not a class number")
     return tuple(str(number) for number in range(largest + 1))

@@ -1,4 +1,4 @@
-"""Any picture → a square of the wanted size, always the same pixels: box, Lanczos, and ADM's center-crop for ImageNet."""
+"""Decodes an image file and resizes it to a square, reproducibly: box, Lanczos, or ADM's center crop for ImageNet."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
-
 RESIZE = ("box", "lanczos", "adm")
 
 
 class Transform(NamedTuple):
-    """resolution: height = width, pixels. resize: one of RESIZE."""
+    """How to resize. resolution: height = width, pixels. resize: one of RESIZE."""
 
     resolution: int
     resize: str = "box"
 
 
 def decode_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
-    """Any image file → (resolution, resolution, 3) uint8, transparency on white.
+    """Decode an image file to (resolution, resolution, 3) uint8, with transparency on white.
 
-    "box" and "lanczos" turn the picture upright and filter its central square in one step. "adm" is the recipe of the
+    "box" and "lanczos" apply the EXIF orientation and filter the central square in one step. "adm" is the recipe of the
     published ImageNet models (Dhariwal, Nichol, arXiv 2105.05233): as stored, halved by box filters while it is at
-    least twice too large, then bicubic, then cropped. Raises ValueError for what is damaged, no image, deeper than
-    8 bits, or a decompression bomb (twice PIL's MAX_IMAGE_PIXELS).
+    least twice too large, then bicubic, then cropped. Raises ValueError for a file that is damaged, not an image, deeper
+    than 8 bits, or a decompression bomb (twice PIL's MAX_IMAGE_PIXELS).
     """
     from PIL import Image, ImageOps
 
@@ -43,12 +42,12 @@ def decode_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return fit(picture.convert("RGB"), transform)
-    except Exception as error:  # PIL's plugins raise almost anything on damaged files; whatever it is, the file is bad
+    except Exception as error:  # PIL's plugins raise many types on damaged files
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def fit(picture: Image.Image, transform: Transform) -> NDArray[np.uint8]:
-    """An RGB or grey picture → (resolution, resolution, C) uint8, cropped to its center."""
+    """Crop an RGB or grey image to its center and resize it to (resolution, resolution, C) uint8."""
     from PIL.Image import Resampling
 
     size = transform.resolution
@@ -63,7 +62,7 @@ def fit(picture: Image.Image, transform: Transform) -> NDArray[np.uint8]:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         resampling = Resampling.LANCZOS if transform.resize == "lanczos" else Resampling.BOX
-        # cropped first: resize's own box lets pixels beyond it into the filter
+        # cropped first, because resize's box argument lets pixels outside the box into the filter
         picture = picture.crop((left, top, left + side, top + side)).resize((size, size), resampling)
     pixels = np.array(picture)
     return pixels if pixels.ndim == 3 else pixels[..., None]

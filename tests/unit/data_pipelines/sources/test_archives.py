@@ -97,4 +97,4 @@ def test_files_that_no_picture_needs_are_bad_images(
     for spec, name in ((tmp_path / "bomb.zip", "a.png"), (tree, "ant/x.png")):
         bad = [item for item in open_source(str(spec), 8) if isinstance(item, BadImage)]
         assert [item.key for item in bad] == [name]
-        assert "5000 bytes, pictures have 4000 at most" in bad[0].reason
+        assert "5000 bytes, at most 4000 are allowed" in bad[0].reason

@@ -20,7 +20,7 @@ def test_openmoji_without_skin_tones() -> None:
     assert isinstance(first, Sample)
     assert first.image.shape == (16, 16, 3)
     assert (first.image[0, 0] == 255).all()  # white paper
-    with pytest.raises(ConfigError, match="24 does not divide 64"):
+    with pytest.raises(ConfigError, match="24 must divide 64"):
         open_source("openmoji", 24)
 
 

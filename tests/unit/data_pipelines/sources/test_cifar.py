@@ -57,7 +57,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatc
     ):
         members["cifar/data_batch_3"] = evil
         path = write_tar(tmp_path / "cifar.tar.gz", members, "w:gz")
-        with pytest.raises(DataError, match=r"not CIFAR-10's or CIFAR-100's archive .*is refused"):
+        with pytest.raises(DataError, match=r"not a CIFAR-10 or CIFAR-100 archive .*is refused"):
             open_source(str(path), 32)
     assert not (tmp_path / "hacked").exists()
 
