@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipelines.shards import packing_record
 from data_pipelines.shards.indexed import Indexed, index_shard, merge
@@ -192,9 +192,22 @@ def _named(shard: _Shard, bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
             yield f"{number:08d}-{readable}", item
 
 
+def _tar_writer() -> Any:
+    """webdataset's TarWriter, without torch: webdataset loads it where it can, for classes that packing has no use for."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # to an import as if it were not installed
+    try:
+        from webdataset import TarWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return TarWriter
+
+
 def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None) -> int:
     """Write a tar; returns the number of its images."""
-    from webdataset import TarWriter
+    TarWriter = _tar_writer()
 
     count = 0
     try:

@@ -47,9 +47,9 @@ def drive(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe(sweep, every))
         return errors.EXIT_OK
-    place = make_paths(sweep, "", None)
-    with contextlib.nullcontext() if place.remote else claimed(Path(place.output), "sweep"):
-        return Session(sweep, every, place).run(args.resume, args.retry_failed)
+    paths = make_paths(sweep, "", None)
+    with contextlib.nullcontext() if paths.remote else claimed(Path(paths.output), "sweep"):
+        return Session(sweep, every, paths).run(args.resume, args.retry_failed)
 
 
 if __name__ == "__main__":

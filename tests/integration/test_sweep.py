@@ -146,7 +146,7 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
     code, said = sweep.end()
     print(said, f"ended {time.monotonic() - began:.1f} s after Ctrl-C")
     assert (code, "Traceback" in said) == (errors.Stopped.exit_code, False)
-    assert "trials not ended; the same command with --resume goes on" in said
+    assert "trials not ended; the same command with --resume continues" in said
     assert (output / "results" / "table.csv").exists()
 
     code, said = Command(config, "--resume").end()

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.test_train import environment
 from tests.multinode.nodes import Cluster, need
 from tests.support.processes import MARK, end_marked, marked, wait_for
 from tests.support.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_named, write_sweep
+from tests.support.training import environment
 from warm_dist import errors
 from warm_dist.files import read_json
 from warm_dist.runs.metrics import read_metrics
@@ -239,7 +239,7 @@ def test_a_machine_lost_mid_sweep_costs_its_trial_an_attempt(lost):
     assert {end["state"] for end in states(sweep.output).values()} == {"finished"}
     assert len(states(sweep.output)) == 4
     assert sweep.said.count("crashed (") == 1
-    assert re.search(rf"{re.escape(run.name)}  crashed \(\w+: .*\); starts again from its last checkpoint", sweep.said)
+    assert re.search(rf"{re.escape(run.name)}  crashed \(\w+: .*\); restarts from its last checkpoint", sweep.said)
     assert lost["noticed_s"] < 30  # 12 s by HEALTH, and a busy machine
 
 

@@ -1,4 +1,4 @@
-"""The picture of a spectral analysis: spectrum, signal to noise, the heads' shares, the price of blur and BNR paths."""
+"""The figure of a spectral analysis: spectrum, signal-to-noise ratio, the heads' shares, cost of blur, BNR paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def spectrum_figure(
 ) -> None:
     """Write the 2 x 3 panels as one PNG.
 
-    spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: what the analysis suggests. Raises OutputError.
+    spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: the suggestions. Raises OutputError.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,8 +62,9 @@ def _snr(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
             label = f"BNR {bnr:g}" if style == "-" else None
             panel.loglog(ratio.frequency, np.maximum(ratio.power, 1e-9), color=colour, linestyle=style, label=label)
     panel.axhline(1, color="black", linewidth=0.8)
-    panel.set(title="Signal to noise, σ = " + ", ".join(f"{s:g} ({style})" for s, style in zip(_SNR_SIGMAS, ("dotted", "dashed", "solid"), strict=True)),
-              ylabel="a²S/σ²", ylim=(1e-6, None))  # fmt: skip
+    styles = zip(_SNR_SIGMAS, ("dotted", "dashed", "solid"), strict=True)
+    title = "Signal to noise, σ = " + ", ".join(f"{sigma:g} ({style})" for sigma, style in styles)
+    panel.set(title=title, ylabel="a²S/σ²", ylim=(1e-6, None))
     _frequencies(panel)
     panel.legend(fontsize=8)
 
@@ -78,9 +79,8 @@ def _shares(panel: Any, name: str, spectrum: Array, bnrs: Sequence[float]) -> No
 
 def _price(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
     for colour, bnr in zip(_COLOURS, bnrs, strict=False):
-        panel.semilogx(
-            SIGMAS, analysis.shares(spectrum, ConstantBNR(bnr=bnr)).price, color=colour, label=f"BNR {bnr:g}"
-        )
+        price = analysis.shares(spectrum, ConstantBNR(bnr=bnr)).price
+        panel.semilogx(SIGMAS, price, color=colour, label=f"BNR {bnr:g}")
     panel.set(title="Price of blur: error against hot diffusion at the same σ", xlabel="σ", ylabel="total / hot")
     panel.legend(fontsize=8)
 

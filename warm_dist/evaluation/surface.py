@@ -1,4 +1,4 @@
-"""The cells of an NFE × BNR surface: measured for one network, block by block, and kept as soon as they are there."""
+"""The cells of an NFE × BNR surface, evaluated for one network block by block and saved after each."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class SurfaceOptions:
-    """What to measure, and where the results go; None leaves the choice to the network's config.
+    """What to evaluate, and where the results go; None means the value in the network's config.
 
-    method, bnr, nfe: every combination is a cell. overrides: `sampler.key=VALUE`. blocks: of seeds, for mean and spread.
-    manifest, endpoint_url: of the real images.
+    method, bnr, nfe: every combination is a cell. overrides: `sampler.key=VALUE`. blocks: number of blocks of seeds,
+    for mean and spread. manifest, endpoint_url: of the real images.
     """
 
     out: Path
@@ -45,24 +45,24 @@ class SurfaceOptions:
 
 
 def open_results(out: Path) -> dict[str, Any]:
-    """The cells that OUT/results.json holds, by key; those of an older version are left out, to be measured again.
+    """The cells in OUT/results.json by key, without those of an older version. Creates the folder.
 
-    Creates the folder. Raises DataError for a results.json of something else, OutputError.
+    Raises DataError if results.json is not of this command, OutputError if the folder cannot be created.
     """
     make_folder(out)
     kept = read_json(out / RESULTS)
     if not isinstance(kept, dict) and (out / RESULTS).exists():
-        raise DataError(f"{out / RESULTS}: is no results of this command; name another --out")
+        raise DataError(f"{out / RESULTS}: not written by this command; choose another --out")
     return {key: cell for key, cell in (kept or {}).items() if "per_block" in cell}
 
 
 class NetworkCells:
-    """The cells of one weights file. Raises CheckpointError, and ConfigError for a sampler it cannot be sampled with."""
+    """The cells of one weights file. Raises CheckpointError, and ConfigError for samplers that do not suit it."""
 
     def __init__(self, weights: Path, options: SurfaceOptions, world: World) -> None:
         self.weights, self.options, self.world = weights, options, world
         self.path: Path = on_main(world, lambda: weights_path(weights))
-        model = load_weights(self.path)  # not kept: there may be many
+        model = load_weights(self.path)  # loaded again by `measure`: there may be many networks
         self.recipe, self.digest = recipe(model.config, model.info.fingerprint), file_sha256(self.path)
         config = with_data(model.config, options.manifest, options.endpoint_url)
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
@@ -85,16 +85,16 @@ class NetworkCells:
     def measure(
         self, stop: StopSignal, results: dict[str, Any], open_reader: Callable[[Config, int, int], Reader]
     ) -> list[dict[str, Any]]:
-        """The cells of all samplers, in their order: first one block of each, then the next.
+        """Evaluate the cells of all samplers, one block of each at a time; returns them in the samplers' order.
 
-        results: what is there already; filled, and kept by rank 0 after each block. A collective.
+        results: the cells there are; filled, and saved by rank 0 after each block. A collective.
         """
         world, options, model = self.world, self.options, load_weights(self.path)
-        with contextlib.closing(open_reader(self.config, 0, 1)) as reader:  # only looked up in
+        with contextlib.closing(open_reader(self.config, 0, 1)) as reader:  # used for `read` alone
             check_data(model.info, reader.info, self.path)
             evaluator = Evaluator(self.config, world, model.info, reader.read, options.out, self.say)
             evaluator.network.load_state_dict(model.network.state_dict())
-            keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # equal ones once
+            keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # without duplicates
             for block, (key, sampler) in itertools.product(range(options.blocks), keys.items()):
                 cell = results.setdefault(key, {"per_block": []})
                 if len(cell["per_block"]) == block and "problem" not in cell:
@@ -114,7 +114,7 @@ class NetworkCells:
         except NumericsError as error:
             self.say(f"{self.weights}: {error}")
             for name in cell.keys() - {"weights", "sha256", "sampler", "per_block"}:
-                del cell[name]  # the means of blocks before
+                del cell[name]  # the means over earlier blocks
             cell |= evaluator.identity(sampler) | {"problem": str(error), "frechet": None}
             return
         cell["per_block"].append(values)

@@ -1,4 +1,4 @@
-"""What launch/evaluate.py shows of its lines: a table for people, one for programs, a picture, and MLflow's curves."""
+"""The results of launch/evaluate.py as a text table, a CSV file, a figure, and MLflow metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from warm_dist.evaluation import surface_figure
+from warm_dist.files import replace_file
+
 Line = dict[str, Any]
 COLUMNS = ("weights", "bnr", "method", "nfe", "frechet", "spread", "blocks", "floor", "floor_n", "num_images", "kid",
            "precision", "recall", "name", "measure", "spec", "sha256")  # fmt: skip
@@ -14,9 +17,7 @@ MEASURES = ("frechet", "spread", "kid", "precision", "recall", "floor")
 
 
 def write(lines: list[Line], out: Path) -> None:
-    """OUT/table.csv and, with two cells or more, OUT/surface.png. Raises OutputError."""
-    from warm_dist.evaluation import surface_figure
-    from warm_dist.files import replace_file
+    """Write OUT/table.csv and, with two or more cells, OUT/surface.png. Raises OutputError."""
 
     def fill(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -30,7 +31,7 @@ def write(lines: list[Line], out: Path) -> None:
 
 
 def points(lines: list[Line]) -> dict[tuple[str, int], float]:
-    """As MLflow metrics: frechet/METHOD/bnr_0.5 and its like, with NFE as the step."""
+    """MLflow metrics by (key, step), such as frechet/heun/bnr_0.5, with NFE as the step."""
     return {
         (f"{measure}/{line['method']}/bnr_{_name(line['bnr'])}", line["nfe"]): float(line[measure])
         for line in lines
@@ -40,12 +41,12 @@ def points(lines: list[Line]) -> dict[tuple[str, int], float]:
 
 
 def _name(text: str) -> str:
-    """What MLflow takes in a metric's key."""
+    """Replace what MLflow does not allow in a metric's key."""
     return "".join(c if c.isalnum() or c in "_-. " else "_" for c in text)
 
 
 def text(lines: list[Line]) -> str:
-    """One row a cell, then one for each set of networks that differ by their seed alone."""
+    """A text table: one row per cell, then one for each set of networks that differ only in their seed."""
     rows = [
         f"{'weights':<34} {'BNR':>12} {'method':>12} {'NFE':>4} {'Fréchet':>9} {'spread':>7} {'floor':>7}"
         f" {'KID':>8} {'precision':>9} {'recall':>6}"

@@ -1,4 +1,4 @@
-"""Pictures of the process: real images on their way up, samples on theirs down."""
+"""Pictures of the process: real images along the forward path, samples along the sampler's steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def draw_forward(
     model: Model, sampler: SamplerConfig, real: NDArray[Any], args: argparse.Namespace, title: str, path: Path
 ) -> None:
-    """A x0 and x = A x0 + σ ε of real images along the path, one noise an image."""
+    """Write a table of A x0 and x = A x0 + σ ε along the path, with one ε per image. Raises OutputError.
+
+    real: (N, C, H, W) uint8.
+    """
     import numpy as np
     import torch
 
@@ -46,7 +49,7 @@ def draw_forward(
 
 
 def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, title: str, path: Path) -> None:
-    """x, b̂ and x̂0 of samples at the sampler's own steps."""
+    """Write a table of x, b̂ and x̂0 of samples at the sampler's steps. Raises OutputError."""
     import numpy as np
     import torch
 
@@ -59,7 +62,7 @@ def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace
     seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
 
     def watch(x: Tensor, level: Any, heads: Any) -> None:
-        # Heun's second evaluation of a level is followed by the first of the next step there, which replaces it
+        # Heun evaluates a level twice; the first evaluation of the next step replaces the second of this one
         seen[Point(float(level.sigma), float(level.alpha))] = (x, heads.blurry, heads.clean)
 
     labels = sample_labels(args.seed, range(args.n), model.config.data.num_classes)
@@ -88,7 +91,7 @@ def _chosen(points: list[Any], count: int) -> list[Any]:
 
 
 def _shown(x: Tensor, sigma: float, model: Model) -> NDArray[Any]:
-    """Noise of σ 80 is scaled down to the data's own contrast; images keep theirs."""
+    """x as uint8 images, scaled to the data's contrast: large σ is scaled down, clean images are unchanged."""
     import torch
 
     from warm_dist.data import to_uint8

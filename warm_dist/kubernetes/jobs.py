@@ -1,4 +1,4 @@
-"""Kubernetes objects of one job: a template of k8s/base with a config, names and numbers filled in, checked beforehand."""
+"""Renders the Kubernetes objects of a job: templates of k8s/base with a checked config, names and sizes filled in."""
 
 from __future__ import annotations
 
@@ -18,20 +18,12 @@ from warm_dist.config.run import Config
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
-from warm_dist.kubernetes.checks import (
-    SCRATCH,
-    SOURCES,
-    Object,
-    check_name,
-    check_reachable,
-    check_secrets,
-    check_store,
-    check_visible,
-)
+from warm_dist.kubernetes import checks
+from warm_dist.kubernetes.checks import SCRATCH, SOURCES, Object
 from warm_dist.sweeps.trials import trials
 
-STOP_FILE = f"{SCRATCH}/stop"  # base/training's preStop hook makes it
-MLFLOW_URL = "http://mlflow:5000"  # base/tracking's
+STOP_FILE = f"{SCRATCH}/stop"  # created by the preStop hook of base/training
+MLFLOW_URL = "http://mlflow:5000"  # the Service of base/tracking
 METRICS_PORT, MASTER_PORT = 9400, 29500
 GPU = "nvidia.com/gpu"
 _IMAGES = "/images"  # where the claim `images` is mounted
@@ -39,7 +31,7 @@ _IMAGES = "/images"  # where the claim `images` is mounted
 
 @dataclass(frozen=True)
 class JobSize:
-    """What a job is given. gpus: a node, a process has one each; 0: processes on the CPU. cpus, memory_gib: a process."""
+    """The size of a job. gpus: per node, one for each process (0: train on CPUs). cpus, memory_gib: per process."""
 
     nodes: int
     gpus: int
@@ -51,19 +43,18 @@ class JobSize:
         if self.nodes < 1 or self.processes < 1 or self.cpus < 1 or self.memory_gib < 1 or self.gpus < 0:
             raise ConfigError(f"{self}: nodes, processes, cpus and memory must be positive, gpus not negative")
         if self.gpus and self.gpus != self.processes:
-            raise ConfigError(f"{self.processes} processes cannot have {self.gpus} GPUs: each drives one of its own")
+            raise ConfigError(f"{self.processes} processes cannot use {self.gpus} GPUs: each process needs one")
 
     @property
     def world(self) -> int:
-        """Processes of all nodes."""
+        """The number of processes on all nodes."""
         return self.nodes * self.processes
 
     @property
     def resources(self) -> Object:
-        """Of one node's pod, as Kubernetes writes them. No limit on CPU: it would slow down, not protect."""
-        gib = (
-            self.processes * self.memory_gib
-        )  # in the largest unit, as Kubernetes itself would write it: a TrainJob never changes
+        """Requests and limits of one node's pod. CPU has no limit, which would only slow it down."""
+        gib = self.processes * self.memory_gib
+        # in the largest unit, as Kubernetes normalises it: applying an unchanged TrainJob again must change nothing
         memory = {"memory": f"{gib}Gi" if gib % 1024 else f"{gib // 1024}Ti"}
         gpus = {GPU: str(self.gpus)} if self.gpus else {}
         return {"requests": {"cpu": str(self.processes * self.cpus), **memory, **gpus}, "limits": {**memory, **gpus}}
@@ -75,7 +66,7 @@ class JobSize:
 
 @dataclass(frozen=True)
 class RenderedJob:
-    """Rendered objects, in the order to apply, and what to tell people of them."""
+    """Objects in the order to apply, and a summary for the user."""
 
     objects: list[Object]
     summary: str
@@ -84,12 +75,12 @@ class RenderedJob:
 def training(
     config: Config, name: str, size: JobSize, template: Object, runtime: Object, image: str | None
 ) -> RenderedJob:
-    """ConfigMap and TrainJob of a run. template, runtime: k8s/base/training's TrainJob and TrainingRuntime.
+    """The ConfigMap and TrainJob of a run. template, runtime: the TrainJob and TrainingRuntime of k8s/base/training.
 
-    image: another than the runtime's; the run then gets a runtime of its own. Raises ConfigError for a config that pods
-    cannot run, WorldSizeError with the legal sizes.
+    image: replaces the runtime's; the run then gets its own runtime. Raises ConfigError for a config that pods cannot
+    run, WorldSizeError with the legal sizes.
     """
-    check_name(name)
+    checks.check_name(name)
     config = in_pods(config, name)
     check_world_size(config, size.world)
     settings = _config_map(name, template, {"train.json": _text(dump(config))})
@@ -102,7 +93,7 @@ def training(
     pod["initContainers"][0]["env"] = [{"name": "WORLD_SIZE", "value": str(size.world)}]
     _use(pod, settings)
     objects = [settings, job]
-    if image:  # TrainJob.spec.trainer.image would leave the init container with the old one
+    if image:  # TrainJob.spec.trainer.image does not change the init container's image
         own = _named(runtime, name)
         _set_image(_pod_of(own["spec"]), image)
         job["spec"]["runtimeRef"]["name"] = name
@@ -111,9 +102,9 @@ def training(
 
 
 def without_trainer(job: RenderedJob, runtime: Object) -> RenderedJob:
-    """The same training for a cluster without Kubeflow Trainer: the JobSet that it would make. runtime: k8s/base/training's.
+    """The same training as the JobSet that Kubeflow Trainer would create, for clusters without Trainer.
 
-    Source: Kubeflow Trainer v2.3.0, plugins torch and jobset.
+    runtime: the TrainingRuntime of k8s/base/training. Source: Kubeflow Trainer v2.3.0, plugins torch and jobset.
     """
     train_job = job.objects[-1]
     runtime = next((other for other in job.objects if other["kind"] == "TrainingRuntime"), runtime)
@@ -144,16 +135,16 @@ def without_trainer(job: RenderedJob, runtime: Object) -> RenderedJob:
 
 
 def in_pods(config: Config, name: str) -> Config:
-    """The config as a TrainJob's pods read it: their own disk, their stop file, the cluster's MLflow and Prometheus.
+    """The config for a TrainJob's pods: paths on their disk, their stop file, the cluster's MLflow and Prometheus.
 
-    Raises ConfigError for what a pod cannot see, or would lose.
+    Raises ConfigError for data that a pod cannot reach or would lose.
     """
     tree = dump(config)
     if config.checkpoint.url is None:
-        raise ConfigError(f"checkpoint.url is null: a pod's disk goes with it; set it to s3://your-bucket/runs/{name}")
-    check_store("checkpoint.url", config.checkpoint.url)
-    check_visible(config)
-    check_secrets(tree)
+        raise ConfigError(f"checkpoint.url is null: pods lose their disks; set it to s3://your-bucket/runs/{name}")
+    checks.check_store("checkpoint.url", config.checkpoint.url)
+    checks.check_visible(config)
+    checks.check_secrets(tree)
     tree["output"] = f"{SCRATCH}/{name}"
     tree["parallel"]["preemption_file"] = STOP_FILE
     tree["tracking"] |= {"prometheus_port": METRICS_PORT, "prometheus_host": "0.0.0.0"}
@@ -166,21 +157,22 @@ def in_pods(config: Config, name: str) -> Config:
 def sweep(
     settings: SweepConfig, base: dict[str, JsonValue], name: str, size: JobSize, template: Object, image: str | None
 ) -> RenderedJob:
-    """ConfigMap and RayJob of a sweep. base: its trials' config, as `load_sweep` gives it. template: k8s/base/tuning/rayjob.yaml.
+    """The ConfigMap and RayJob of a sweep. base: its trials' config, as `load_sweep` returns it.
 
-    Raises ConfigError for a sweep that pods cannot run, or whose trials are larger than the job.
+    template: k8s/base/tuning/rayjob.yaml. Raises ConfigError for a sweep that pods cannot run, or whose trials do not fit
+    the job.
     """
-    check_name(name)
-    check_store("output", settings.output)
-    check_reachable("endpoint_url", settings.endpoint_url)
+    checks.check_name(name)
+    checks.check_store("output", settings.output)
+    checks.check_reachable("endpoint_url", settings.endpoint_url)
     if settings.ray_address:
-        raise ConfigError(f"ray_address {settings.ray_address}: a RayJob brings a Ray of its own; leave it null")
+        raise ConfigError(f"ray_address {settings.ray_address}: a RayJob starts its own Ray; leave it null")
     base = copy.deepcopy(base)
     every = trials(settings, base)
     config = every[0].config
-    check_visible(config)
+    checks.check_visible(config)
     for part in (dump(settings), dump(config)):
-        check_secrets(part)
+        checks.check_secrets(part)
     assign(base, "tracking.mlflow_url", config.tracking.mlflow_url or MLFLOW_URL, name)
     at_once = _trials_at_once(settings, size)
     tree = dump(settings) | {"base": "base.json", "set": {}, "node_dir": f"{SCRATCH}/sweeps"}
@@ -206,9 +198,8 @@ def _trials_at_once(settings: SweepConfig, size: JobSize) -> int:
     at_once = size.nodes // trial.nodes if trial.nodes > 1 else size.nodes * per_node
     if not per_node or not at_once:
         needs = " and ".join(f"{exact(amount)} {kind}" for kind, amount in trial.bundle.items())
-        raise ConfigError(
-            f"a trial needs {needs} on each of {trial.nodes} nodes; {size} have {exact(have['CPU'])} CPU and {size.gpus} GPU each"
-        )
+        offer = f"{size} have {exact(have['CPU'])} CPU and {size.gpus} GPU each"
+        raise ConfigError(f"a trial needs {needs} on each of {trial.nodes} nodes; {offer}")
     return min(at_once, settings.max_concurrent or at_once)
 
 
@@ -222,20 +213,19 @@ def packing(
     template: Object,
     image: str | None,
 ) -> RenderedJob:
-    """JobSet that packs a data set in size.nodes parts and makes them one. template: k8s/base/data/pack.yaml.
+    """The JobSet that packs a data set in size.nodes parts and merges them. template: k8s/base/data/pack.yaml.
 
-    source, out_url, endpoint_url: those of `arguments`, which are data_pipelines.pack's. A path is one in the
-    PersistentVolumeClaim `images`, mounted at /images. Raises ConfigError for what no pod has.
+    arguments: of data_pipelines.pack; source, out_url and endpoint_url repeat theirs. A path must be in the
+    PersistentVolumeClaim `images`, mounted at /images. Raises ConfigError for data that pods cannot reach.
     """
-    check_name(name)
-    check_store("out_url", out_url)
+    checks.check_name(name)
+    checks.check_store("out_url", out_url)
     inside = posixpath.normpath(source)
     claimed = inside == _IMAGES or inside.startswith(f"{_IMAGES}/")
     if not claimed and source not in SOURCES:
-        raise ConfigError(
-            f"source {source!r}: a pod has {', '.join(SOURCES)}, and the claim `images` at {_IMAGES}; no other path of yours"
-        )
-    check_reachable("--endpoint-url", endpoint_url)
+        known = f"{', '.join(SOURCES)}, and the claim `images` at {_IMAGES}"
+        raise ConfigError(f"source {source!r}: pods have {known}; they cannot see your other paths")
+    checks.check_reachable("--endpoint-url", endpoint_url)
     job = _named(template, name)
     parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
     words = [*arguments, "--workers", str(size.processes)]
@@ -255,13 +245,13 @@ def packing(
 
 
 def _named(template: Object, name: str) -> Object:
-    job: Object = json.loads(json.dumps(template))  # unlike a deep copy it makes two of what YAML's anchors made one
+    job: Object = json.loads(json.dumps(template))  # a deep copy would keep YAML's anchors shared
     job["metadata"]["name"] = name
     return job
 
 
 def _config_map(name: str, template: Object, files: dict[str, str]) -> Object:
-    """Immutable, and named after its content: a job never sees another config than its own."""
+    """An immutable ConfigMap named after its content, so that a job never sees another config than its own."""
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:10]
     labels = {key: value for key, value in template["metadata"]["labels"].items() if not key.startswith("kueue")}
     metadata = {"name": f"{name}-{digest}", "namespace": template["metadata"]["namespace"], "labels": labels}
@@ -269,7 +259,7 @@ def _config_map(name: str, template: Object, files: dict[str, str]) -> Object:
 
 
 def _pod_of(runtime: Object) -> Object:
-    """The pod template's spec in a TrainingRuntime's, or in a patch of one."""
+    """The spec of the pod template in a TrainingRuntime's spec, or in a patch of it."""
     (replicated,) = runtime["template"]["spec"]["replicatedJobs"]
     pod: Object = replicated["template"]["spec"]["template"]["spec"]
     return pod

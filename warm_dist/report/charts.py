@@ -1,4 +1,4 @@
-"""Charts of a report as inline SVG: text stays text, ink follows the page, a run has one colour and one mark everywhere."""
+"""Charts of a report as inline SVG: text stays text, ink follows the page, each run has one colour and marker."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-_INK = "#010203"  # a colour that nothing else has: becomes currentColor, so that the page's scheme decides
+_INK = "#010203"  # unused elsewhere; replaced by currentColor to follow the page's colour scheme
 # Relative luminance 0.15 to 0.30: at least 3:1 (WCAG 1.4.11) against the page's white and against its dark ground.
 _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
 _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
-_MOST_POINTS = 300  # a curve's in the page: half a point a pixel
-_LOG_FROM = 8.0  # max/min of the values above which a distance gets a log axis: a linear one would hide the end
-_SIZE = (6.0, 3.3)  # inches; 72 units each in the SVG's own coordinates
-_LABEL_GAP = 9.0  # points from one label to the next, their font's height
+_MOST_POINTS = 300  # per curve: half a point per pixel
+_LOG_FROM = 8.0  # max/min above which distances get a log axis: a linear one would hide the small values
+_SIZE = (6.0, 3.3)  # inches, of 72 SVG units each
+_LABEL_GAP = 9.0  # between labels, points: the height of their font
 _RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "warm-dist",
@@ -33,7 +33,7 @@ _RC: Any = {
 
 
 class Look(NamedTuple):
-    """How a run looks in every chart and table: `#rrggbb`, matplotlib's marker, the same mark as a character."""
+    """A run's appearance in every chart and table: `#rrggbb`, matplotlib's marker, and that marker as a character."""
 
     colour: str
     marker: str
@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points (x, y) in order of x, with the y's standard deviations if known; `label` stands at the end of the line."""
+    """Points (x, y) by rising x, standard deviations of y if known, and a label for the end of the line."""
 
     look: Look
     points: Sequence[tuple[float, float]]
@@ -49,17 +49,17 @@ class Series(NamedTuple):
     label: str = ""
     dashes: str = "-"
     own: bool = True
-    """A run's own result, drawn larger than what an evaluation adds."""
+    """The run's own result, drawn larger than those of evaluations."""
     reach: Sequence[tuple[float, float]] = ()
-    """(low, high) x of each point that stands for a range."""
+    """(low, high) x of each point that represents a range."""
 
 
 def look(k: int) -> Look:
-    """The k-th run's; beyond the eighth a new hue, of a luminance that is as far from white as from the dark ground."""
+    """The k-th run's look; after the eighth a new hue, equally far in luminance from white and the dark background."""
     marker, glyph = _MARKS[k % len(_MARKS)]
     if k < len(_COLOURS):
         return Look(_COLOURS[k], marker, glyph)
-    hue = 0.618034 * k % 1.0  # the golden ratio: every further hue falls into the widest gap
+    hue = 0.618034 * k % 1.0  # the golden ratio puts each new hue into the widest gap
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
@@ -79,7 +79,7 @@ def luminance(colour: str) -> float:
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most 300 points, each the mean of neighbours; the last x stays, so that a curve ends where its run does."""
+    """At most 300 points, each the mean of neighbours; the last x is kept, so that a curve ends with its run."""
     size = -(-len(points) // _MOST_POINTS)
     if size <= 1:
         return list(points)
@@ -90,7 +90,7 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean of each point and its neighbours, a fortieth of the curve on both sides; fewer, and symmetric, at the steep start."""
+    """A running mean over a fortieth of the curve on both sides, over fewer points (symmetric) at its ends."""
     out = []
     for k, (x, _) in enumerate(points):
         reach = min(len(points) // 40, k)
@@ -100,15 +100,16 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def curves(key: str, series: Sequence[Series], ylabel: str, log: bool = False, noisy: bool = True) -> str:
-    """Dense curves over nimg. key: unique in the page, the prefix of the SVG's ids. Values that a log axis lacks are left out.
+    """A chart of dense curves over nimg.
 
-    noisy: the values are pale, their running mean is the line.
+    key: unique in the page, prefix of the SVG's ids. log: use a log axis and omit values up to 0. noisy: draw the values
+    pale and their running mean as the line.
     """
 
     def draw(axes: Any) -> None:
         drawn = [(one.look, [(x, y) for x, y in thin(one.points) if y > 0 or not log]) for one in series]
         drawn = [(look, points) for look, points in drawn if points]
-        for look, points in drawn if noisy else []:  # all of them below all lines
+        for look, points in drawn if noisy else []:  # below all lines
             axes.plot(*zip(*points, strict=True), color=look.colour, linewidth=0.7, alpha=0.3)
         for look, points in drawn:
             line = smooth(points) if noisy else points
@@ -122,7 +123,7 @@ def curves(key: str, series: Sequence[Series], ylabel: str, log: bool = False, n
 
 
 def distances(key: str, series: Sequence[Series], ylabel: str, floors: Sequence[float], bnr: bool = False) -> str:
-    """Fréchet distances with their spread and their floors, over nimg or, bnr=True, over the BNR (0 has a place there)."""
+    """A chart of Fréchet distances with spreads and floors, over nimg or, with `bnr`, over the BNR, 0 included."""
 
     def draw(axes: Any) -> None:
         for one in series:
@@ -158,7 +159,7 @@ def _floors(axes: Any, floors: Sequence[float]) -> None:
 
 
 def _labels(axes: Any, series: Sequence[Series]) -> None:
-    """Each label right of its line's last point; those that would overlap are moved up, the lowest stays."""
+    """Put each label right of its line's last point, moving up those that would overlap."""
     ends = [(*axes.transData.transform(one.points[-1]), one) for one in series if one.label]
     level = -math.inf
     for _, y, one in sorted(ends, key=lambda end: end[1]):
@@ -187,7 +188,7 @@ def _count_axis(axes: Any) -> None:
 
 
 def _bnr_axis(axes: Any, series: Sequence[Series]) -> None:
-    """Linear from 0 to the smallest positive BNR, logarithmic above it; a tick at each value, unless they crowd."""
+    """Make the axis linear from 0 to the smallest positive BNR and logarithmic above, with ticks at values not too near."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     values = {x for one in series for x, _ in one.points} | {x for one in series for pair in one.reach for x in pair}
@@ -196,7 +197,7 @@ def _bnr_axis(axes: Any, series: Sequence[Series]) -> None:
     axes.set_xscale("symlog", linthresh=low, linscale=0.5)
     axes.set_xlim(-0.25 * low if 0 in values else 0.7 * low, 1.45 * high)
     ticks: list[float] = [0.0] if 0 in values else []
-    for value in positive:  # a label needs a sixth of a decade or so
+    for value in positive:  # a label needs about a sixth of a decade
         if not ticks or value > 1.4 * ticks[-1]:
             ticks.append(value)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -206,15 +207,15 @@ def _bnr_axis(axes: Any, series: Sequence[Series]) -> None:
 
 
 def count(value: float) -> str:
-    """1500 → 1.5k, 2e6 → 2M; small numbers as they are."""
+    """A number with a unit: 1500 → 1.5k, 2e6 → 2M; small numbers unchanged."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.6g}{unit}"
-    return f"{value:.6g}"  # as many digits as neighbouring ticks of a narrow axis need
+    return f"{value:.6g}"  # enough digits for ticks of a narrow axis
 
 
 def _svg(key: str, draw: Callable[[Any], None]) -> str:
-    """One figure as an <svg> element for HTML: no namespaces, no metadata, ids that are unique in the page."""
+    """Draw a figure as an <svg> element for HTML, without namespaces and metadata, with ids unique in the page."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -233,9 +234,7 @@ def _svg(key: str, draw: Callable[[Any], None]) -> str:
     head, body = text[text.index("<svg") :].split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, "matplotlib's SVG has a viewBox"
-    body = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S
-    )  # its rule would hold in the whole page
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S)  # would apply to the whole page
     body = re.sub(r"font-family: [^;]*; ", "", body).replace(_INK, "currentColor")
     body = re.sub(r'\bid="', f'id="{key}-', body).replace("url(#", f"url(#{key}-")
     body = body.replace('xlink:href="#', f'href="#{key}-')

@@ -1,4 +1,4 @@
-"""What the folders of runs and evaluations say, read tolerantly: a fact that is missing or odd is None, never a guess."""
+"""Reads the folders of runs and evaluations tolerantly: a missing or malformed fact is None, never a guess."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BEST, NEAR = "best", "within spread"
 
 
 class Result(NamedTuple):
-    """One Fréchet distance and what it means. Results are comparable when `measure` is the same text, and only then."""
+    """One Fréchet distance with its conditions. Only results with the same `measure` are comparable."""
 
     network: str
     nimg: int | None
@@ -47,27 +47,27 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run's folder. All text is public: URLs carry no user, password or query."""
+    """One run's folder, without secrets: user, password and query are removed from URLs."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     info: dict[str, Any]
     exit: dict[str, Any] | None
-    """None while the run is under way, or when it was killed."""
+    """None while the run is under way, or if it was killed."""
     lines: list[dict[str, Any]]
 
     def section(self, name: str) -> dict[str, Any]:
-        """The config's section, empty if it has none."""
+        """A section of the config, empty if missing."""
         return _tree(self.config.get(name))
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(nimg, value) of the "train" lines where both are finite numbers."""
+        """(nimg, value) of the "train" records where both are finite numbers."""
         pairs = [(finite(line["nimg"]), finite(line.get(key))) for line in self.lines if line["kind"] == "train"]
         return [(nimg, value) for nimg, value in pairs if nimg is not None and value is not None]
 
     def results(self) -> list[Result]:
-        """The "eval" lines with a finite distance, by rising nimg. What a line of before does not say is the config's."""
+        """The "eval" records with a finite distance, by rising nimg; the config fills in what old records lack."""
         sampler, settings = self.section("sampler"), self.section("eval")
         path = sampler.get("bnr")
         known = {
@@ -79,19 +79,19 @@ class Run(NamedTuple):
         return [result for line in lines if (result := _result(line, self.name)) is not None]
 
     def speed(self) -> float | None:
-        """Median images/s of all training lines."""
+        """Median images/s of all "train" records."""
         values = [value for _, value in self.series("images_per_s")]
         return statistics.median(values) if values else None
 
     def nimg(self) -> int | None:
-        """Images trained on: what exit.json says, else the last line."""
+        """Images trained on, from exit.json or else the last record."""
         last = [whole(line["nimg"]) for line in self.lines[-1:]]
         return whole((self.exit or {}).get("nimg")) or (last[0] if last else None)
 
     def status(self) -> tuple[str, str]:
-        """One of "finished", "stopped", "failed", "under way", and the reason or the time of the last line."""
+        """The state ("finished", "stopped", "failed" or "under way") and its reason."""
         if self.exit is None:
-            return "under way", "no exit.json: still at work, or killed"
+            return "under way", "no exit.json: still running, or killed"
         code, reason = whole(self.exit.get("code")), as_text(self.exit.get("reason"))
         if code == 0:
             return "finished", ""
@@ -99,7 +99,7 @@ class Run(NamedTuple):
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Each folder once, with a name that no other has. Raises ConfigError for a folder that is not a run's."""
+    """Read each folder once, under a unique name. Raises ConfigError for a folder that is not a run's."""
     paths = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
     return [_read(folder, name) for folder, name in zip(paths, unique_names(paths), strict=True)]
 
@@ -107,27 +107,17 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 def _read(folder: Path, name: str) -> Run:
     config = redact(read_json(folder / CONFIG))
     if not isinstance(config, dict):
-        raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the folder that a run left")
-    end = read_json(folder / EXIT)
-    return Run(
-        name,
-        folder,
-        config,
-        _tree(redact(read_json(folder / RUN))),
-        redact(end) if isinstance(end, dict) else None,
-        [redact(line) for line in _lines(folder / METRICS)],
-    )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
+        raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the output folder of a run")
+    info, end, path = redact(read_json(folder / RUN)), redact(read_json(folder / EXIT)), folder / METRICS
     try:
-        return read_metrics(path)
-    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: an nimg that is no number cannot be sorted
-        raise ConfigError(f"{path}: cannot be read ({error}); it is not what a run writes") from None
+        lines = [redact(line) for line in read_metrics(path)]
+    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: an nimg that is not a number
+        raise ConfigError(f"{path}: cannot be read ({error}); a run did not write this") from None
+    return Run(name, folder, config, _tree(info), end if isinstance(end, dict) else None, lines)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path; of those that are alike, as many parts as it takes. The paths differ."""
+    """The last part of each path, or as many parts as make it unique. The paths must differ."""
     parts = [[os.fsencode(part).decode(errors="replace") for part in path.parts] for path in paths]
     depths = [1] * len(paths)
     while True:
@@ -140,12 +130,13 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
-    """The results of DIR/results.json; a network of one of the runs bears that run's name. Raises ConfigError."""
+    """The results of a folder's results.json; networks of `runs` get their run's name.
+
+    Raises ConfigError if the folder is not an evaluation's.
+    """
     tree = redact(read_json(folder / "results.json"))
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{folder}: not an evaluation, it has no readable results.json; give launch/evaluate.py's --out"
-        )
+        raise ConfigError(f"{folder}: not an evaluation, has no readable results.json; give launch/evaluate.py's --out")
     results = [_result(entry, _network(entry, runs)) for entry in tree.values() if isinstance(entry, dict)]
     return [result for result in results if result is not None]
 
@@ -154,7 +145,7 @@ def _network(entry: dict[str, Any], runs: Sequence[Run]) -> str:
     text = as_text(entry.get("weights"))
     path = Path(os.path.realpath(text or "/"))
     inside = [run.name for run in runs if run.folder == path or run.folder in path.parents]
-    # evaluated from another working directory: the folder's name has to do, if only one run has it
+    # evaluated from another working folder: match by the run folder's name if it is unique
     alike = [run.name for run in runs if run.folder.name in Path(text).parts]
     if inside or len(alike) == 1:
         return (inside or alike)[0]
@@ -165,40 +156,27 @@ def _result(line: dict[str, Any], network: str) -> Result | None:
     frechet, blocks = finite(line.get("frechet")), line.get("blocks")
     if frechet is None:
         return None
-    spec = as_text(line.get("spec"))
-    return Result(
-        network,
-        whole(line.get("nimg")),
-        as_text(line.get("bnr")),
-        as_text(line.get("method")),
-        whole(line.get("nfe")),
-        frechet,
-        finite(line.get("spread")),
-        len(blocks) if isinstance(blocks, list) else whole(blocks),
-        finite(line.get("floor")),
-        whole(line.get("floor_n")),
-        finite(line.get("kid")),
-        finite(line.get("precision")),
-        finite(line.get("recall")),
-        as_text(line.get("name")) or "Fréchet distance",
-        spec,
-        as_text(line.get("measure")) or spec,
-        whole(line.get("num_images")),
-    )
+    fields: dict[str, Any] = {key: whole(line.get(key)) for key in ("nimg", "nfe", "floor_n", "num_images")}
+    fields |= {key: finite(line.get(key)) for key in ("spread", "floor", "kid", "precision", "recall")}
+    fields |= {key: as_text(line.get(key)) for key in ("bnr", "method", "name", "spec", "measure")}
+    fields["blocks"] = len(blocks) if isinstance(blocks, list) else whole(blocks)
+    fields["name"] = fields["name"] or "Fréchet distance"
+    fields["measure"] = fields["measure"] or fields["spec"]
+    return Result(network=network, frechet=frechet, **fields)
 
 
 def by_measure(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Groups of comparable results, in order of appearance; a result that does not tell its measure is alone."""
+    """Groups of comparable results in order of appearance; a result without a measure is its own group."""
     groups: dict[str, list[Result]] = {}
     for k, result in enumerate(results):
-        groups.setdefault(result.measure or f"not told ({k + 1})", []).append(result)
+        groups.setdefault(result.measure or f"unknown ({k + 1})", []).append(result)
     return groups
 
 
 def ranks(results: Sequence[Result]) -> list[str]:
-    """For results of one measure: BEST for the lowest distance, NEAR for those no further from it than a spread; else "".
+    """The rank of each result of one measure: BEST for the lowest distance, NEAR within a spread of it, else "".
 
-    A result without company has no rank.
+    A single result has no rank.
     """
     if len(results) < 2:
         return [""] * len(results)
@@ -212,7 +190,7 @@ def ranks(results: Sequence[Result]) -> list[str]:
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
-    """Dotted path → each config's value as JSON, None where it lacks the key; only the keys that are not alike in all."""
+    """The keys in which configs differ: dotted path → each config's value as JSON, None where the key is missing."""
     flat = [flatten(config) for config in configs]
     keys = sorted({key for one in flat for key in one})
     rows = {key: [as_json(one[key]) if key in one else None for one in flat] for key in keys}
@@ -220,7 +198,7 @@ def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
 
 
 def bnr_text(value: Any) -> str:
-    """A config's BNR as `bnr.describe` puts it; one that this version does not know, as JSON."""
+    """A config's BNR as text, by `bnr.describe`; as JSON if this version does not know it."""
     try:
         return describe(TypeAdapter[Any](AnyBNR).validate_json(json.dumps(value)))
     except ValidationError:
@@ -228,7 +206,7 @@ def bnr_text(value: Any) -> str:
 
 
 def bnr_range(text: str) -> tuple[float, float] | None:
-    """The place of a BNR on an axis: (b, b) for a number, (low, high) for what training draws; None for a path or cold."""
+    """The range of a BNR on an axis: (b, b) for a number, (low, high) for a random one, None for a path or cold."""
     kind = re.match(r"(log_)?uniform", text)
     numbers = [float(found) for found in re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)]
     if kind and len(numbers) == 2:
@@ -241,24 +219,24 @@ def bnr_range(text: str) -> tuple[float, float] | None:
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None for what is none: null, NaN, a text."""
+    """The number, or None for anything else: null, NaN, text."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if number else None
 
 
 def whole(value: Any) -> int | None:
-    """As `finite`, as an int."""
+    """Like `finite`, as an int."""
     number = finite(value)
     return None if number is None else int(number)
 
 
 def as_text(value: Any) -> str:
-    """A text or number as text, anything else as ""."""
+    """Text or a number as text, anything else as ""."""
     return str(value) if isinstance(value, str | int | float) else ""
 
 
 def as_json(value: Any) -> str:
-    """One line of JSON, letters as they are."""
+    """JSON on one line, without escaping non-ASCII letters."""
     return json.dumps(value, ensure_ascii=False)
 
 

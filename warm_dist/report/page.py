@@ -1,4 +1,4 @@
-"""One page that compares runs: tables, charts and sample grids in one HTML file that asks nothing of the network."""
+"""Builds one self-contained HTML page that compares runs: tables, charts and sample grids."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from warm_dist.report import charts, facts
 from warm_dist.report.charts import Look, Series
 from warm_dist.report.facts import Result, Run
 
-MOST_STEPS = 12  # grids a run: a page of ten runs stays below some 30 MB
-_MOST_CHARTS = 6  # of the BNR; beyond these, evaluations' results without company stay in their table
-_MOST_PX = 1024  # a wider grid is shrunk, for the same reason
+MOST_STEPS = 12  # grids per run: keeps a page of ten runs below some 30 MB
+_MOST_CHARTS = 6  # over the BNR; with more, single results of evaluations appear in their table only
+_MOST_PX = 1024  # wider grids are shrunk, also for the page's size
 _CURVES = (
     ("loss_blurry", "Training loss, blurry head", "network units", "log"),
     ("loss_residual", "Training loss, residual head", "network units", "log"),
@@ -30,7 +30,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 class Chart(NamedTuple):
-    """One figure: `summary` is its alternative text, `note` stands below it."""
+    """One figure: `summary` is its alternative text, `note` is shown below it."""
 
     title: str
     svg: str
@@ -49,14 +49,14 @@ class Picture(NamedTuple):
 
 
 def write_report(runs: Sequence[Path], evaluations: Sequence[Path], out: Path) -> None:
-    """Read the folders and replace `out` by the page. Raises ConfigError for a folder of another kind, OutputError."""
+    """Write the page on these folders to `out`. Raises ConfigError for a folder of another kind, OutputError."""
     text = render(shown_facts(runs, evaluations))
-    # "replace": JSON may hold half a surrogate pair, which no encoding has
+    # "replace": JSON may hold a lone surrogate, which cannot be encoded
     replace_file(out, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
 
 
 def shown_facts(folders: Sequence[Path], evaluations: Sequence[Path]) -> dict[str, Any]:
-    """All that the template shows. Raises ConfigError for a folder that is not a run's or an evaluation's."""
+    """Everything the template shows. Raises ConfigError for a folder that is not a run's or an evaluation's."""
     runs = facts.read_runs(folders)
     measured = [result for folder in evaluations for result in facts.read_evaluation(folder, runs)]
     names = list(dict.fromkeys([*(run.name for run in runs), *(result.network for result in measured)]))
@@ -82,7 +82,7 @@ def shown_facts(folders: Sequence[Path], evaluations: Sequence[Path]) -> dict[st
 
 
 def render(page: dict[str, Any]) -> str:
-    """Facts → HTML. Everything but our own SVG is escaped."""
+    """Render the facts as HTML. Everything except our own SVG is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -97,7 +97,7 @@ def render(page: dict[str, Any]) -> str:
 
 
 def _header(run: Run) -> dict[str, Any]:
-    """The facts of one run that are no measurements."""
+    """The header facts of one run: state, size, hardware."""
     engine = run.config.get("engine")
     stage = run.info.get("zero_stage", run.section("parallel").get("zero_stage"))
     state, reason = run.status()
@@ -120,22 +120,20 @@ def _header(run: Run) -> dict[str, Any]:
 
 
 def result_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The runs' last results by measure, each with its rank there, and the one that is best; None where nothing is ranked."""
+    """The runs' last results grouped by measure, each with its rank; "best" is None where nothing is ranked."""
     finals = [results[-1] for run in runs if (results := run.results())]
     speeds = {run.name: run.speed() for run in runs}
     groups: list[dict[str, Any]] = []
     for measure, results in facts.by_measure(finals).items():
-        rows = [
-            {"result": result, "rank": rank, "speed": speeds[result.network]}
-            for result, rank in zip(results, facts.ranks(results), strict=True)
-        ]
+        ranked = zip(results, facts.ranks(results), strict=True)
+        rows = [{"result": result, "rank": rank, "speed": speeds[result.network]} for result, rank in ranked]
         best = next((row["result"] for row in rows if row["rank"] == facts.BEST), None)
         groups.append({"measure": measure, "rows": rows, "best": best, "first": results[0]})
     return groups
 
 
 def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
-    """For each network and measure of several results, a table of (method, NFE) × BNR; a measure's best one is marked."""
+    """A table of (method, NFE) × BNR for each network and measure with several results; each measure's best is marked."""
     tables: list[dict[str, Any]] = []
     for measure, results in facts.by_measure(measured).items():
         if len(results) < 2:
@@ -146,7 +144,7 @@ def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
             columns = sorted({result.bnr for result in mine}, key=_bnr_order)
             samplers = sorted({(result.method, result.nfe or 0) for result in mine})
             cells: dict[tuple[str, int, str], list[tuple[Result, str]]] = {}
-            for result in mine:  # several in one cell differ in a setting that has no column, as sampler.eta
+            for result in mine:  # results in one cell differ in a setting without a column, such as sampler.eta
                 cells.setdefault((result.method, result.nfe or 0, result.bnr), []).append((result, marks[id(result)]))
             rows = [(how, [cells.get((*how, bnr), []) for bnr in columns]) for how in samplers]
             tables.append({"network": network, "measure": measure, "first": mine[0], "columns": columns, "rows": rows})
@@ -159,7 +157,7 @@ def _bnr_order(text: str) -> tuple[float, str]:
 
 
 def _curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Chart]:
-    """Training curves and, one chart a measure, the distances; a chart that no run has a point for is left out."""
+    """Charts of the training curves, and of the distances for each measure; charts without points are left out."""
     out = []
     whole = [run for run in runs if run.series("loss") and not run.series("loss_residual")]
     total = [("loss", "Training loss, all heads", "network units", "log")] if whole else []
@@ -185,9 +183,11 @@ def _curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Chart]:
 
 def _distance_chart(title: str, measure: str, group: Sequence[Result], svg: str, note: str = "") -> Chart:
     lowest = min(group, key=lambda result: result.frechet)
-    told = f"{len(group)} values; lowest {distance(lowest.frechet)}, {lowest.network} at BNR {lowest.bnr or 'not told'}"
-    floors = ", ".join(distance(floor) for floor in _floors(group)) or "not told"
-    return Chart(title, svg, f"{title}, measure {measure}: {told}. Floor {floors}.", measure, note)
+    values = (
+        f"{len(group)} values; lowest {distance(lowest.frechet)}, {lowest.network} at BNR {lowest.bnr or 'unknown'}"
+    )
+    floors = ", ".join(distance(floor) for floor in _floors(group)) or "unknown"
+    return Chart(title, svg, f"{title}, measure {measure}: {values}. Floor {floors}.", measure, note)
 
 
 def _floors(group: Sequence[Result]) -> list[float]:
@@ -195,12 +195,10 @@ def _floors(group: Sequence[Result]) -> list[float]:
 
 
 def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str, Look]) -> list[Chart]:
-    """One chart a measure: a run's last result is a point, an evaluation's of one sampler are a line over the BNR."""
+    """A chart over the BNR for each measure: a run's last result as a point, an evaluation's results as one line a sampler."""
     finals = [results[-1] for run in runs if (results := run.results())]
     groups = facts.by_measure([*finals, *measured])
-    if (
-        len(groups) > _MOST_CHARTS
-    ):  # spec hashes of old evaluations: each result its own measure, all of them in a table
+    if len(groups) > _MOST_CHARTS:  # in old evaluations each result has its own measure
         groups = {measure: group for measure, group in groups.items() if len(group) > 1 or group[0] in finals}
     out = []
     for k, (measure, group) in enumerate(groups.items()):
@@ -209,15 +207,15 @@ def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str
         for result in group:
             place = facts.bnr_range(result.bnr)
             if place is None:
-                paths.append(f"{result.network}, BNR {result.bnr or 'not told'}: {distance(result.frechet)}")
+                paths.append(f"{result.network}, BNR {result.bnr or 'unknown'}: {distance(result.frechet)}")
             else:
                 line = (result.network, result.method, result.nfe, any(result is final for final in finals))
                 lines.setdefault(line, []).append((place, result))
         methods = sorted({method for _, method, _, own in lines if not own})
-        series = [
-            _line(looks[network], sorted(points), "" if own else sampler(method, nfe), own, methods)
-            for (network, method, nfe, own), points in lines.items()
-        ]
+        series = []
+        for (network, method, nfe, own), points in lines.items():
+            dashes = "-" if own else _DASHES[methods.index(method) % len(_DASHES)]
+            series.append(_line(looks[network], sorted(points), "" if own else sampler(method, nfe), own, dashes))
         owns = sorted({sampler(method, nfe) for _, method, nfe, own in lines if own})
         note = f"The large marks: {' and '.join(owns)}." if owns else ""
         note += f" Not one number, so not on the axis: {'; '.join(paths)}." if paths else ""
@@ -227,18 +225,14 @@ def _bnr_charts(runs: Sequence[Run], measured: Sequence[Result], looks: dict[str
     return out
 
 
-def _line(
-    look: Look, points: Sequence[tuple[tuple[float, float], Result]], label: str, own: bool, methods: Sequence[str]
-) -> Series:
-    places = [place for place, _ in points]
+def _line(look: Look, points: list[tuple[tuple[float, float], Result]], label: str, own: bool, dashes: str) -> Series:
     middles = [((low + high) / 2, result.frechet) for (low, high), result in points]
     spreads = [result.spread for _, result in points]
-    dashes = "-" if own else _DASHES[methods.index(points[0][1].method) % len(_DASHES)]
-    return Series(look, middles, spreads, label, dashes, own, places)
+    return Series(look, middles, spreads, label, dashes, own, [place for place, _ in points])
 
 
 def sample_grids(folder: Path) -> list[Picture]:
-    """At most 12 of the run's grids by rising nimg, evenly chosen, the first and the newest among them."""
+    """At most 12 of the run's grids by rising nimg, evenly chosen, including the first and the last."""
     paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal())
     count = min(MOST_STEPS, len(paths))
     chosen = [paths[round(k * (len(paths) - 1) / max(count - 1, 1))] for k in range(count)]
@@ -246,7 +240,7 @@ def sample_grids(folder: Path) -> list[Picture]:
 
 
 def _picture(path: Path) -> Picture | None:
-    """None for a file that does not decode."""
+    """The grid, shrunk if it is too wide, or None for a file that does not decode."""
     from PIL import Image
 
     try:
@@ -265,17 +259,17 @@ def _picture(path: Path) -> Picture | None:
 
 
 def sampler(method: str, nfe: int | None) -> str:
-    """As a label says it: `heun, NFE 35`."""
-    return f"{method or 'sampler not told'}, NFE {nfe or 'not told'}"
+    """A sampler's label: `heun, NFE 35`."""
+    return f"{method or 'unknown sampler'}, NFE {nfe or 'unknown'}"
 
 
 def number(value: float | None, form: str = ".4g") -> str:
-    """Four significant digits, or as the format says; a dash for what is not known."""
+    """The number in the format (default: four significant digits), or a dash if unknown."""
     return "—" if value is None else format(value, form)
 
 
 def distance(value: float | None) -> str:
-    """A Fréchet distance as the field writes it, two decimals; large ones as whole numbers."""
+    """A Fréchet distance with two decimals; large ones as whole numbers."""
     return "—" if value is None else f"{value:.2f}" if abs(value) < 1000 else grouped(value)
 
 
@@ -285,5 +279,5 @@ def grouped(value: float | None) -> str:
 
 
 def _digest(text: str) -> str:
-    """A script's hash as a Content-Security-Policy names it."""
+    """A script's hash in the form of a Content-Security-Policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

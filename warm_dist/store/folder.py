@@ -1,4 +1,4 @@
-"""A folder as a store."""
+"""A local or mounted folder as a store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 
 
 class FolderStore(Store):
-    """A folder."""
+    """Objects are files below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser()
@@ -26,7 +26,7 @@ class FolderStore(Store):
         target = self.root / path
         with self._input(target), target.open("rb") as file:
             if etag is not None and self._tag(os.fstat(file.fileno())) != etag:
-                raise DataError(f"{target}: was replaced since it was first looked at")
+                raise DataError(f"{target}: was replaced since it was first read")
             file.seek(start)
             data = file.read(-1 if length is None else length)
         if length is not None and len(data) < length:
@@ -60,7 +60,7 @@ class FolderStore(Store):
         target = self.root / path
         with output(target):
             target.unlink(missing_ok=True)
-        for folder in target.parents:  # S3 knows no empty folders, so none are left here
+        for folder in target.parents:  # like S3, leave no empty folders
             if folder == self.root or self.root not in folder.parents:
                 break
             try:
@@ -89,7 +89,7 @@ class FolderStore(Store):
             try:
                 yield partial
                 with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+                    os.fsync(file.fileno())  # or a power cut could leave an empty file
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -102,6 +102,6 @@ class FolderStore(Store):
         except FileNotFoundError:
             raise DataError(f"{target}: does not exist") from None
         except PermissionError:
-            raise AccessError(f"{target}: may not be read by this user") from None
+            raise AccessError(f"{target}: this user may not read it") from None
         except OSError as error:
             raise DataError(f"{target}: cannot be read ({error.strerror})") from None

@@ -1,6 +1,6 @@
-"""What runs inside Ray: an actor for each trial, which Tune steps, and one for each further machine of a trial.
+"""Ray actors: one for each trial, stepped by Tune, and one for each further machine of a trial.
 
-Imported by `sweep`, and by Ray's workers, only: the base class of a trial has to be there when the module is read.
+Imported only by `tune.run` and Ray's workers, because the trial's base class needs Ray at import.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from warm_dist.supervisor import free_port
 from warm_dist.sweeps.trial_process import END_S, End, SweepPaths, TrialRun, start_node
 from warm_dist.sweeps.trials import Trial
 
-POLL_S = 0.5  # how soon an evaluation, or the end of the process, is seen
-STEP_S = 2.0  # after which a step without news returns, so that Tune may end the trial
-START_S = 120.0  # for the actors of a trial's further machines
+POLL_S = 0.5  # between looks for an evaluation or the end of the process
+STEP_S = 2.0  # a step returns after this time even without an evaluation, so that Tune can end the trial
+START_S = 120.0  # limit for starting the actors on a trial's further machines
 
 
 @dataclass(frozen=True)
 class ActorJob:
-    """What every trial's actor is given."""
+    """What every trial actor receives. session: id of the driver process."""
 
     trials: dict[str, Trial]
-    place: SweepPaths
+    paths: SweepPaths
     resources: TrialConfig
     session: str
 
 
 class TrialFailed(Exception):
-    """The training process ended badly, and may do better from its last checkpoint."""
+    """The training process failed but may succeed when resumed from its last checkpoint."""
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]  # ray's are untyped
-    """One trial. Its steps are its evaluations: {"nimg", "frechet", ...}, or only {"at"}, how far it is, after STEP_S.
+    """One trial. A step returns an evaluation {"nimg", "frechet", "floor"}, or {"at": nimg} after STEP_S without one.
 
-    A result with "state" is the trial's last.
+    The trial's last result has "state".
     """
 
     def setup(self, config: dict[str, Any], job: ActorJob) -> None:
-        """Start nothing yet: what fails here Tune does not try again."""
+        """Store the job; nothing starts yet, because Tune does not retry a failed setup."""
         self.job, self.trial = job, job.trials[config["trial"]]
         self.run: TrialRun | None = None
         self.peers: list[Any] = []
 
     def step(self) -> dict[str, Any]:
-        """Until the next evaluation, the end of the process, or STEP_S. Raises TrialFailed."""
+        """Wait for the next evaluation, the end of the process, or STEP_S. Raises TrialFailed."""
         run = self.run or self._start()
         deadline = time.monotonic() + STEP_S
         while True:
@@ -71,48 +71,44 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # ray's are untyped
 
     def _start(self) -> TrialRun:
         job = self.job
-        self.run = run = TrialRun(self.trial, job.place, job.resources, job.session)
+        self.run = run = TrialRun(self.trial, job.paths, job.resources, job.session)
         if job.resources.nodes == 1:
             run.start()
             return run
         address = get_node_ip_address()
         port = free_port(address)
         self.peers = [_peer(job.resources, rank) for rank in range(1, job.resources.nodes)]
-        starts = [
-            peer.start.remote(run.config, job.place, job.resources, rank, address, port)
-            for rank, peer in enumerate(self.peers, 1)
-        ]
+        shared = run.config, job.paths, job.resources
+        starts = [peer.start.remote(*shared, rank, address, port) for rank, peer in enumerate(self.peers, 1)]
         ray.get(starts, timeout=START_S)
         run.start(address, port)
         return run
 
     def _ended(self, end: End) -> dict[str, Any]:
-        if end.code == 0:  # after the last evaluation: there is none to report
+        if end.code == 0:  # its last evaluation was reported before
             return {"state": "finished", "done": True}
         if end.final:
             return {"state": "failed", "reason": end.reason, "done": True}
         raise TrialFailed(end.reason)
 
     def cleanup(self) -> None:
-        """End all processes, on every machine, and leave what they wrote in the sweep's output."""
+        """End all processes on every machine and publish their files to the sweep's output."""
         ends = [peer.stop.remote() for peer in self.peers]
         if self.run is not None:
             self.run.close()
         if ends:
-            ray.wait(ends, num_returns=len(ends), timeout=2 * END_S)  # one whose machine is gone never answers
+            ray.wait(ends, num_returns=len(ends), timeout=2 * END_S)  # an actor on a lost machine never answers
 
 
 class NodeActor:
-    """A further machine of a trial: it starts that machine's launcher, which ends with the actor."""
+    """Runs the launcher of a trial's further machine; the launcher ends with the actor."""
 
-    def start(
-        self, config: dict[str, Any], place: SweepPaths, resources: TrialConfig, rank: int, address: str, port: int
-    ) -> None:
-        """See `start_node`."""
-        self.process = start_node(config, place, resources, rank, address, port)
+    def start(self, *arguments: Any) -> None:
+        """Start the launcher. arguments: those of `start_node`."""
+        self.process = start_node(*arguments)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL after 10 s."""
+        """End the launcher: SIGTERM, after 10 s SIGKILL."""
         supervisor.stop(self.process, END_S)
 
 

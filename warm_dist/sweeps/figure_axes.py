@@ -1,4 +1,4 @@
-"""The axes of a sweep's pictures: places and ticks of numbers over decades, 0 among them."""
+"""Axes of a sweep's figures: positions and ticks of values over decades, 0 included."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from warm_dist.sweeps.ranking import short
 
-GAP = 0.045  # of an axis, between two labels at least
-_MANY = 9  # so many values of a key do not get a tick each
+GAP = 0.045  # least distance of two labels, as a fraction of the axis
+_MANY = 9  # with more values than this, round numbers get the ticks
 
 
 def log_places(values: Sequence[float]) -> dict[float, float]:
-    """log10 of each value; 0 is left of the smallest by a seventh of their range, at least a third of a decade."""
+    """Value → log10; 0 goes left of the smallest by a seventh of the range, at least a third of a decade."""
     logs = {float(value): math.log10(value) for value in sorted(set(values)) if value > 0}
     low, high = min(logs.values(), default=0.0), max(logs.values(), default=0.0)
     return logs if 0 not in values else {0.0: low - max(1 / 3, (high - low) / 7)} | logs
 
 
 def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float, str]]:
-    """(place, label) by rising place, at least `gap` apart: of each value, or of round ones where there are many."""
+    """(position, label) in order, at least `gap` apart: one for each value, or round numbers if there are many."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     known = [value for value in places if value > 0 or not log]
@@ -36,16 +36,16 @@ def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float
 def _uncrowded(labels: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
     kept: list[tuple[float, str]] = []
     for place, label in sorted(labels):
-        if not kept or place - kept[-1][0] > 0.999 * gap:  # evenly spaced ones differ by rounding
+        if not kept or place - kept[-1][0] > 0.999 * gap:  # evenly spaced positions differ by rounding
             kept.append((place, label))
     return kept
 
 
 def extent(places: dict[Any, float]) -> float:
-    """From the first place to the last."""
+    """The distance from the first position to the last."""
     return max(places.values()) - min(places.values())
 
 
 def wide(values: Sequence[float], ratio: float) -> bool:
-    """Whether values want a log axis."""
+    """Whether the values span more than `ratio` and so need a log axis."""
     return min(values) > 0 and max(values) > ratio * min(values)

@@ -1,7 +1,4 @@
-"""A sweep in two pictures: Fréchet distance against BNR, and against images trained on.
-
-Each is a PNG; False: nothing to draw, nothing written. They raise OutputError, and ConfigError as `ranked` does.
-"""
+"""Two figures of a sweep: Fréchet distance against BNR, and against images trained on."""
 
 from __future__ import annotations
 
@@ -18,14 +15,13 @@ from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFIN
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 _COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
 _PALE, _GREY = "#bbbbbb", "#666666"
-_NAMED = 10  # trials in a legend
-_DARK_PART = 0.93  # of viridis: its end is hard to see on white
+_NAMED = 10  # trials in the legend
+_DARK_PART = 0.93  # fraction of viridis in use: its end is hard to see on white
 _LOG_FROM = 4.0  # max/min from which distances get a log axis
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-_STATES = {  # in the legend, and the marker at the end of a line
+_STATES = {  # text in the legend, marker at the end of a line
     FINISHED: ("finished", "o"),
     STOPPED: ("stopped early", "x"),
     FAILED: ("failed", "X"),
@@ -34,12 +30,18 @@ _STATES = {  # in the legend, and the marker at the end of a line
 
 
 def bnr_curve(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Final Fréchet distance against BNR, two of them at least: mean and std over seeds, a curve for each other setting."""
+    """Write a PNG of the final Fréchet distance against BNR: mean and std over seeds, one curve for each other setting.
+
+    Returns False, writing nothing, with fewer than two BNRs. Raises OutputError, and ConfigError as `ranked` does.
+    """
     return _write(bnr_figure(outcomes), path)
 
 
 def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Fréchet distance against nimg of every trial, the best ones named."""
+    """Write a PNG of every trial's Fréchet distance against nimg; the legend names the best trials.
+
+    Returns False, writing nothing, without distances. Raises OutputError, and ConfigError as `ranked` does.
+    """
     return _write(curves_figure(outcomes), path)
 
 
@@ -50,7 +52,7 @@ def _write(figure: Figure | None, path: Path) -> bool:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    """width, height: inches."""
+    """An empty figure and its axes. width, height: inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,7 +64,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[float], log: bool) -> list[Any]:
-    """The vertical axis, fitted to the values. Returns the floor's line; the legend alone tells of one far below."""
+    """Fit the vertical axis to the values. Returns the floor's line; a floor far below shows in the legend only."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     def place(value: float) -> float:
@@ -91,12 +93,12 @@ def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[floa
 
 
 def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
-    """What `bnr_curve` writes."""
+    """The figure of `bnr_curve`, or None if there is nothing to draw."""
     found = [group for group in ranking.groups(outcomes) if group.outcomes[0].bnr is not None]
     places = log_places([_bnr(group) for group in found])
     if len(places) < 2:
         return None
-    settings: dict[Any, list[Group]] = {}  # the best first, as groups are
+    settings: dict[Any, list[Group]] = {}  # best first, like `found`
     for group in found:
         others = {key: value for key, value in group.values.items() if key != BNR}
         settings.setdefault(ranking.frozen(others), []).append(group)
@@ -126,11 +128,11 @@ def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
 
 
 def _bnr(group: Group) -> float:
-    return group.outcomes[0].bnr or 0.0  # never None here: those groups are left out
+    return group.outcomes[0].bnr or 0.0  # groups without a BNR were left out
 
 
 def _bnr_line(axes: Any, line: Sequence[Group], places: dict[float, float], colour: str) -> None:
-    """A setting's means, joined; dashed from BNR 0, which has no place on a log axis; each seed as a pale dot beside."""
+    """Draw one setting: its means as a line, dashed from BNR 0 (not on the log scale), each seed as a pale dot beside."""
     line = sorted(line, key=_bnr)
     x, y = [places[_bnr(group)] for group in line], [group.mean for group in line]
     first = int(_bnr(line[0]) == 0)
@@ -145,7 +147,7 @@ def _bnr_line(axes: Any, line: Sequence[Group], places: dict[float, float], colo
 
 
 def _bnr_axis(axes: Any, places: dict[float, float]) -> None:
-    """A tick at each BNR, or at round ones where there are many; the axis is broken right of 0."""
+    """Set a tick at each BNR, or at round numbers if there are many; mark the axis as broken right of 0."""
     x = sorted(places.values())
     room = x[-1] - x[0]
     axes.set_xlim(x[0] - 0.05 * room, x[-1] + 0.05 * room)
@@ -161,7 +163,7 @@ def _caption(values: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
-    """What `curves` writes."""
+    """The figure of `curves`, or None if there is nothing to draw."""
     from matplotlib import colormaps
 
     drawn = [(rank, one, points) for rank, one in enumerate(ranking.ranked(outcomes), 1) if (points := _points(one))]
@@ -190,13 +192,13 @@ def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
 
 
 def _points(outcome: Outcome) -> list[tuple[int, float]]:
-    """(nimg, distance) where a log axis has a place for it."""
+    """(nimg, distance) of each positive, finite distance."""
     found = [(record["nimg"], ranking.finite(record.get("frechet"))) for record in outcome.evaluations]
     return [(nimg, value) for nimg, value in found if value is not None and value > 0]
 
 
 def _state_handles(outcomes: Sequence[Outcome], drawn: Sequence[Outcome]) -> list[Any]:
-    """The legend's entries for how trials ended, by the marker at a line's end."""
+    """Legend entries for the markers at the ends of lines: how many trials ended in each state."""
     from matplotlib.lines import Line2D
 
     handles = []

@@ -1,4 +1,4 @@
-"""The outcomes of a sweep's trials: their ranking, and recipes with the mean over seeds."""
+"""Ranks the trials of a sweep, and its recipes by their mean over seeds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from warm_dist.errors import ConfigError
 
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
 SEED, BNR = "train.seed", "process.bnr"
-_DIGITS = 6  # a number of more characters is rounded for people
+_DIGITS = 6  # longer numbers are rounded for display
 Record = dict[str, Any]
 """A line of metrics.jsonl of kind "eval"."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial of a sweep.
+    """The outcome of one trial.
 
-    name: unique. values: the searched keys by dotted path, in the sweep's order → JSON value. seed: train.seed.
-    bnr: the constant BNR it was trained at, None when that is a path over σ, random or cold. total_nimg: images it was
-    to be trained on. state: "finished", "stopped" (early, by the scheduler), "failed" or "unfinished" (interrupted,
-    pending). reason: why it failed, else "". evaluations: by rising nimg.
+    values: searched key → JSON value, in the sweep's order. seed: train.seed. bnr: the constant BNR of training, None
+    for a path over σ, a random or a cold one. total_nimg: planned images. state: "finished", "stopped" (early, by the
+    scheduler), "failed" or "unfinished" (interrupted or pending). reason: why it failed, else "". evaluations: by
+    rising nimg.
     """
 
     name: str
@@ -39,26 +39,26 @@ class Outcome:
 
     @property
     def nimg(self) -> int:
-        """Images it had been trained on at its last evaluation, 0 without one."""
+        """Images trained on at the last evaluation, 0 without one."""
         return int(self.evaluations[-1]["nimg"]) if self.evaluations else 0
 
     @property
     def distance(self) -> float | None:
-        """The last Fréchet distance, None when there is none or it is not finite."""
+        """The last Fréchet distance, or None if it is missing or not finite."""
         return finite(self.evaluations[-1].get("frechet")) if self.evaluations else None
 
     @property
     def complete(self) -> bool:
-        """Whether its last evaluation is that of the whole training."""
+        """Whether training finished and its last evaluation is at its end."""
         return self.state == FINISHED and bool(self.evaluations) and self.nimg >= self.total_nimg
 
 
 @dataclass(frozen=True)
 class Group:
-    """The trials that differ by their seed alone.
+    """Trials that differ only in their seed.
 
-    values: without the seed. outcomes: those that finished with a finite distance, `seeds` theirs. mean, std (sample's,
-    None for one), low, high: of their last Fréchet distances. missing: how many further trials have no such number.
+    values: without the seed. outcomes, seeds: the trials that finished with a finite distance. mean, std (of the sample,
+    None for one), low, high: of their last Fréchet distances. missing: number of other trials.
     """
 
     values: dict[str, Any]
@@ -72,17 +72,17 @@ class Group:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None for one that is missing, infinite or not a number."""
+    """The number, or None if it is missing, infinite or NaN."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Best first, whatever their order. Raises ConfigError when their distances are of several measures.
+    """The outcomes, best first. Raises ConfigError if their distances are of different measures.
 
-    First the finished ones by their last Fréchet distance, then those that stand at an earlier evaluation, the farthest
-    first and then by distance, then those without one, then the failed ones.
+    Order: finished trials by their last Fréchet distance; trials at an earlier evaluation, the most advanced first, then
+    by distance; trials without an evaluation; failed trials.
     """
-    _one_measure(outcomes)
+    _check_measures(outcomes)
     return sorted(outcomes, key=_order)
 
 
@@ -92,7 +92,7 @@ def _order(outcome: Outcome) -> tuple[int, int, float, str]:
     return tier, 0 if tier == 0 else -outcome.nimg, distance, outcome.name
 
 
-def _one_measure(outcomes: Sequence[Outcome]) -> None:
+def _check_measures(outcomes: Sequence[Outcome]) -> None:
     found: dict[str, str] = {}  # measure → the first trial with it
     for outcome in sorted(outcomes, key=lambda one: one.name):
         for record in outcome.evaluations:
@@ -100,13 +100,13 @@ def _one_measure(outcomes: Sequence[Outcome]) -> None:
     if len(found) > 1:
         examples = ", ".join(f"{measure} of {name}" for measure, name in found.items())
         raise ConfigError(
-            f"the trials' Fréchet distances are of {len(found)} measures, which cannot be compared ({examples}); give "
-            "all trials the same data and the same eval section"
+            f"the trials' Fréchet distances use {len(found)} different measures and cannot be compared ({examples}); "
+            "give all trials the same data and the same eval section"
         )
 
 
 def groups(outcomes: Sequence[Outcome]) -> list[Group]:
-    """The recipes with a final number, those of which every seed has one first, then by the mean distance."""
+    """The recipes with a final distance: those complete for every seed first, then by mean distance."""
     members: dict[Any, list[Outcome]] = {}
     for outcome in ranked(outcomes):
         members.setdefault(frozen(recipe(outcome)), []).append(outcome)
@@ -134,31 +134,32 @@ def _group(outcomes: Sequence[Outcome]) -> Group:
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The best trial of the best recipe, None before any has finished with a finite distance.
+    """The best trial of the best recipe, or None if no trial has finished with a finite distance.
 
-    The best recipe has the lowest mean over its seeds, not the luckiest seed. One of which some seed has not finished
-    competes only when no recipe is complete: a scheduler stops the worse seeds, so the mean of the others flatters.
+    The best recipe has the lowest mean over its seeds. A recipe with unfinished seeds is considered only if none is
+    complete: a scheduler stops the worse seeds, which biases the mean of the others.
     """
     found = groups(outcomes)
     return found[0].outcomes[0] if found else None
 
 
 def recipe(outcome: Outcome) -> dict[str, Any]:
-    """The searched values but the seed."""
+    """The searched values without the seed."""
     return {key: value for key, value in outcome.values.items() if key != SEED}
 
 
 def searched(outcomes: Sequence[Outcome]) -> list[str]:
-    """The searched keys but the seed, in the sweep's order."""
+    """The searched keys without the seed, in the sweep's order."""
     return list(dict.fromkeys(key for outcome in outcomes for key in recipe(outcome)))
 
 
 def several_seeds(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the trials have more than one seed."""
     return len({outcome.seed for outcome in outcomes}) > 1
 
 
 def frozen(value: Any) -> Any:
-    """Hashable and equal for equal JSON: 1 is 1.0 but not true."""
+    """A hashable form, equal for equal JSON: 1 equals 1.0 but not true."""
     if isinstance(value, dict):
         return tuple(sorted((key, frozen(inner)) for key, inner in value.items()))
     if isinstance(value, list | tuple):
@@ -167,7 +168,7 @@ def frozen(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A JSON value for people: `0.5`, `true`, `power(bnr 0.5, exponent 0.2)`."""
+    """A JSON value for display: `0.5`, `true`, `power(bnr 0.5, exponent 0.2)`."""
     if isinstance(value, dict):
         inner = ", ".join(f"{key} {short(item)}" for key, item in value.items() if key != "kind" and item is not None)
         return f"{value.get('kind', '')}({inner})" if inner else str(value.get("kind", "{}"))
@@ -180,16 +181,16 @@ def short(value: Any) -> str:
 
 
 def amount(value: float) -> str:
-    """A distance for people; that of a network that diverged can have many digits."""
+    """A distance for display; diverged networks can have very large ones."""
     return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def cut(text: str, width: int) -> str:
-    """At most `width` characters; what was cut shows."""
+    """The text cut to `width` characters, with an ellipsis if it was longer."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
 def headings(keys: Sequence[str]) -> list[str]:
-    """Each key's last part, or the whole path where two keys end alike."""
+    """Each key's last part, or the whole path if two keys share that part."""
     last = [key.rpartition(".")[2] for key in keys]
     return [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]

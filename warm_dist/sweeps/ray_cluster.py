@@ -1,4 +1,4 @@
-"""Ray for a sweep: one of its own on this machine, or a cluster that is joined; and whether a trial fits it."""
+"""Connects a sweep to Ray, on this machine or a cluster, and checks that a trial fits it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from warm_dist.errors import ConfigError, UnreachableError
 
 _ENVIRONMENT = {  # read when ray is imported
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws boxes even when it is told to be quiet
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output draws boxes even at verbose=0
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in metrics.jsonl
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a step without an evaluation has no distance
 }
-_LOCAL = {  # for a Ray of our own, which is for this machine
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: named after the systems where that is the default
+_LOCAL = {  # for a Ray that serves this machine alone
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only, as is the default on Windows and macOS
     "RAY_AUTH_MODE": "token",
-    "RAY_worker_niceness": "0",  # else 15, and training would have it from its worker
+    "RAY_worker_niceness": "0",  # default 15, which training would inherit
 }
-# One try, in which a head that does not answer has 40 s, not 20 tries (that is what the number means there: a refused
-# token would be tried for 20 s, an address where nobody listens for 14 minutes).
+# The number of tries, default 20: a refused token would take 20 s, an address without a listener 14 minutes.
 _JOINED = {"RAY_gcs_server_port_wait_time_s": "1"}
 _CONNECT_S = 10.0
-_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing large travels
+_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray accepts; nothing large is stored
 
 
 @contextmanager
 def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
-    """ray, connected to the cluster that the config or RAY_ADDRESS names, else to one of its own, which ends with us.
+    """Ray, connected to the cluster of the config or RAY_ADDRESS, else started here until the context ends.
 
     Raises UnreachableError if the cluster does not answer or refuses the token.
     """
@@ -52,7 +51,7 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
     _check_port(address)
     try:
         ray.init(**options, log_to_driver=False, logging_level="error", namespace="warm-dist")
-    except Exception as error:  # it raises ConnectionError, RuntimeError, and kinds of its own
+    except Exception as error:  # ConnectionError, RuntimeError and Ray's own types
         raise UnreachableError(f"Ray at {address or 'this machine'}: {_cause(error)}") from None
     try:
         say(f"ray: {'joined ' + address if address else 'started on this machine, loopback only'}")
@@ -64,7 +63,7 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
 
 
 def _check_port(address: str | None) -> None:
-    """Ray itself takes 40 s to give up an address where nobody listens."""
+    """Raises UnreachableError at once for an address without a listener; Ray would take 40 s."""
     found = re.fullmatch(r"([^/]+):(\d+)", address or "")
     if found:
         try:
@@ -74,11 +73,11 @@ def _check_port(address: str | None) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Why there is no Ray: the first sentence of what all began with, which may be told with its traceback, and a hint."""
+    """The first sentence of the root cause, whose text may start with a traceback, and advice if there is any."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].split(". ")[0]
-    if "No node info found" in reason:  # of a Ray whose processes it can see
+    if "No node info found" in reason:  # Ray looks for a local raylet
         return "it has no node here; start the sweep on one of its machines, in the same container"
     if "AuthToken" in reason:
         return f"{reason}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on its machines"
@@ -86,7 +85,7 @@ def _cause(error: BaseException) -> str:
 
 
 def check_resources(ray: Any, sweep: SweepConfig, say: Callable[[str], None]) -> None:
-    """A trial that fits no machine would wait for ever, unless the cluster grows."""
+    """Report what a trial needs and what Ray has. Raises ConfigError if a trial can never run on our own Ray."""
     bundle, nodes = sweep.trial.bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = [node for node in nodes if all(node.get(kind, 0) >= amount for kind, amount in bundle.items())]
     wants = " and ".join(f"{exact(amount)} {kind}" for kind, amount in bundle.items())
@@ -97,4 +96,4 @@ def check_resources(ray: Any, sweep: SweepConfig, say: Callable[[str], None]) ->
         message = f"a trial needs {wants} on each of {sweep.trial.nodes} machines; Ray has {have}"
         if not (sweep.ray_address or os.environ.get("RAY_ADDRESS")):
             raise ConfigError(f"{message}; set trial.cpus_per_process, trial.gpus_per_process or trial.nodes lower")
-        say(f"ray: {message}; trials wait until it grows")
+        say(f"ray: {message}; trials wait until the cluster grows")

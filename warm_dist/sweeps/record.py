@@ -1,4 +1,4 @@
-"""What a sweep's output knows of it: who it is, and how each of its trials ended. All that a resume needs."""
+"""A sweep's state in its output folder: its id and how each trial ended. Enough to resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORD = "sweep.json"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended: state "finished", "stopped" (by the scheduler) or "failed", why, and how far it was."""
+    """How a trial ended: "finished", "stopped" (by the scheduler) or "failed", the reason, and its last nimg."""
 
     state: str
     reason: str
@@ -25,13 +25,16 @@ class Ended:
 
 
 class SweepRecord:
-    """What the output knows of the sweep: who it is, and which trials have ended. Each file is replaced as a whole."""
+    """Reads and writes a sweep's state in its output; each file is replaced atomically.
+
+    Every method raises what the store raises.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def read(self, path: str) -> Any:
-        """A JSON file of the output, None where there is none. Raises what the store raises, DataError if it is no JSON."""
+        """The content of a JSON file, or None if it does not exist. Raises DataError if it is not JSON."""
         try:
             data = self.store.read(path)
         except DataError:
@@ -39,22 +42,25 @@ class SweepRecord:
         try:
             return json.loads(data)
         except ValueError:
-            raise DataError(f"{self.store.url}/{path}: is no JSON") from None
+            raise DataError(f"{self.store.url}/{path}: is not JSON") from None
 
     def write(self, path: str, tree: Any) -> None:
-        """Replace a JSON file of the output."""
+        """Replace a JSON file."""
         self.store.write(path, (json.dumps(tree, indent=2) + "\n").encode())
 
     def claim(self, trials: list[Trial], resume: bool) -> dict[str, Any]:
-        """The sweep's record, made or, with `resume`, found. Raises ConfigError for a sweep of other trials."""
+        """The state of this sweep: new, or with `resume` the stored one.
+
+        Raises ConfigError if the output holds another sweep or `resume` is needed, DataError for a damaged state.
+        """
         record, url, begun = self.read(RECORD), self.store.url, bool(self.store.list("trials/"))
         if record is None and begun:
             raise DataError(f"{url}: has trials but no {RECORD}; set output elsewhere")
         if record is None:
             return {"id": secrets.token_hex(8), "trials": {}, "parent_run_id": None}
         if not isinstance(record, dict) or not {"id", "trials", "parent_run_id"} <= record.keys():
-            raise DataError(f"{url}/{RECORD}: is no sweep's; set output elsewhere")
-        if not begun:  # a start that came to nothing, since Ray did not answer, say
+            raise DataError(f"{url}/{RECORD}: is not a sweep's; set output elsewhere")
+        if not begun:  # an earlier start failed before its first trial, for example because Ray did not answer
             return dict(record)
         if not resume:
             raise ConfigError(f"{url}: holds a sweep already; --resume goes on with it, or set output elsewhere")
@@ -63,17 +69,17 @@ class SweepRecord:
         if strangers:
             raise ConfigError(
                 f"{url}: holds a sweep of other trials ({strangers[0]} is not among those of this config); set output "
-                "elsewhere, or undo what changed. Only to add seeds, values and draws is to go on"
+                "elsewhere, or undo the change. A resumed sweep may only add seeds, values and draws"
             )
         return dict(record)
 
     def keep(self, record: dict[str, Any], trials: list[Trial]) -> None:
-        """Write the record with all trials."""
+        """Store the state with these trials."""
         record["trials"] = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in trials}
         self.write(RECORD, record)
 
     def ended(self, name: str) -> Ended | None:
-        """How a trial ended, None if it has not."""
+        """How a trial ended, or None if it has not ended. Raises DataError if its ended.json is damaged."""
         path = f"trials/{name}/ended.json"
         found = self.read(path)
         if found is None:
@@ -81,20 +87,18 @@ class SweepRecord:
         try:
             return Ended(**found)
         except TypeError:
-            raise DataError(
-                f"{self.store.url}/{path}: is no end of a trial; delete it to run the trial again"
-            ) from None
+            raise DataError(f"{self.store.url}/{path}: is damaged; delete it to run the trial again") from None
 
     def end(self, name: str, ended: Ended) -> None:
-        """Write down that a trial has ended."""
+        """Store how a trial ended."""
         self.write(f"trials/{name}/ended.json", vars(ended))
 
     def forget(self, name: str) -> None:
-        """Let a trial be run again."""
+        """Delete a trial's end, so that it runs again."""
         self.store.delete(f"trials/{name}/ended.json")
 
     def evaluations(self, name: str) -> list[dict[str, Any]]:
-        """A trial's, by rising nimg, none if it has none yet."""
+        """A trial's "eval" records by rising nimg; empty if there are none yet."""
         try:
             text = self.store.read(f"trials/{name}/metrics.jsonl").decode("utf-8", "replace")
         except DataError:

@@ -1,4 +1,4 @@
-"""What a sweep comes to: table, Parquet, pictures, the best trial's config, its surface and its model; here and in MLflow."""
+"""The results of a sweep: tables, figures, the best trial's config, surface and model; in files and in MLflow."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ from warm_dist.sweeps.record import SweepRecord
 from warm_dist.sweeps.trial_process import SweepPaths
 from warm_dist.sweeps.trials import Trial, constant_bnr
 
-PICTURES: dict[str, Callable[[list[Outcome], Path], bool]] = {
-    "bnr.png": figures.bnr_curve,
-    "curves.png": figures.curves,
-}
+PICTURES = {"bnr.png": figures.bnr_curve, "curves.png": figures.curves}
+Say = Callable[[str], None]
 
 
 class Report:
-    """All of it is made from what lies in the sweep's output, so it can be made again."""
+    """Writes the results of a sweep; they depend only on its output folder, so they can be written again."""
 
     def __init__(
-        self, sweep: SweepConfig, every: list[Trial], place: SweepPaths, ledger: SweepRecord, say: Callable[[str], None]
+        self, sweep: SweepConfig, every: list[Trial], paths: SweepPaths, record: SweepRecord, say: Say
     ) -> None:
-        self.sweep, self.place, self.ledger, self.say = sweep, place, ledger, say
+        self.sweep, self.paths, self.record, self.say = sweep, paths, record, say
         self.trials = {trial.name: trial for trial in every}
-        local = Path(place.node_dir) / place.sweep_id if place.remote else Path(place.output)
+        local = Path(paths.node_dir) / paths.sweep_id if paths.remote else Path(paths.output)
         self.folder, self.runs = local / "results", local / "runs"
         self.outcomes: list[Outcome] = []
         self.code = errors.EXIT_OK
 
     def write(self, whole: bool) -> int:
-        """Write OUTPUT/results and tell; `whole`: the sweep has ended, so also surface, model and MLflow's files.
+        """Write OUTPUT/results and print the table. whole: the sweep has ended; add the surface, the model and MLflow.
 
-        Returns an exit code: 1 if all trials have failed (the table says why), that of a surface that failed, else 0.
+        Returns an exit code: 1 if all trials have failed (the table says why), the surface's if that failed, else 0.
         """
         make_folder(self.folder)
         self.outcomes = [self._outcome(trial) for trial in self.trials.values()]
@@ -59,12 +57,12 @@ class Report:
             self._track(best)
         self._publish()
         self.say(table)
-        self.say(f"results  {self.place.output}/results" + (f"   best  {best.name}" if best else ""))
+        self.say(f"results  {self.paths.output}/results" + (f"   best  {best.name}" if best else ""))
         failed = all(outcome.state == "failed" for outcome in self.outcomes)
         return errors.EXIT_UNEXPECTED if failed else self.code
 
     def _outcome(self, trial: Trial) -> Outcome:
-        end = self.ledger.ended(trial.name)
+        end = self.record.ended(trial.name)
         return Outcome(
             trial.name,
             trial.values,
@@ -73,39 +71,38 @@ class Report:
             trial.config.train.total_nimg,
             end.state if end else "unfinished",
             end.reason if end else "",
-            self.ledger.evaluations(trial.name),
+            self.record.evaluations(trial.name),
         )
 
     def _write_best(self, trial: Trial) -> None:
-        """A config as of configs/: where it lies it trains that network again, in a folder of its own."""
+        """Write best.json, a config that trains the best network again in a new folder."""
         tree = dump(trial.config)
         del tree["$schema"]
-        tree |= {"output": f"runs/{trial.name}", "description": f"the best trial of {self.place.output}"}
-        tree["checkpoint"] |= {"url": None, "endpoint_url": None}  # those of the base are another run's
+        tree |= {"output": f"runs/{trial.name}", "description": f"the best trial of {self.paths.output}"}
+        tree["checkpoint"] |= {"url": None, "endpoint_url": None}  # the base config's belong to another run
         tree["tracking"] |= {"run_name": None, "parent_run_id": None}
         write_json(self.folder / "best.json", tree)
 
     def _run_folder(self, name: str, weights: bool = False) -> Path:
-        """The trial's run here: as it is, or its small files (and weights) fetched from S3."""
-        if not self.place.remote:
-            return self.place.run(name)
+        """The trial's run folder on this machine; small files (and weights) are downloaded from S3 if needed."""
+        if not self.paths.remote:
+            return self.paths.run(name)
         prefix, folder = f"trials/{name}/", self.runs / name
-        for path in self.ledger.store.list(prefix):
+        for path in self.record.store.list(prefix):
             inner = path.removeprefix(prefix)
-            wanted = inner.startswith("samples/") or "/" not in inner or (weights and inner.startswith("weights/"))
-            if wanted:
+            if "/" not in inner or inner.startswith("samples/") or (weights and inner.startswith("weights/")):
                 make_folder((folder / inner).parent)
-                self.ledger.store.download(path, folder / inner)
+                self.record.store.download(path, folder / inner)
         return folder
 
     def _surface(self, best: Outcome, surface: SurfaceConfig) -> None:
-        """The best network's Fréchet distances over NFE × BNR, by launch/evaluate.py; cells that are there are kept."""
+        """Measure the best network over NFE × BNR with launch/evaluate.py, which keeps the cells it has."""
         run, out = self._run_folder(best.name, weights=True), self.folder / "surface"
         command = [sys.executable, "-m", "launch.evaluate", str(run), "--out", str(out), "--mlflow-url", ""]
         command += ["--blocks", str(surface.num_blocks), "--nfe", ",".join(map(str, surface.nfe))]
         command += ["--bnr", ",".join(map(str, surface.bnr))] if surface.bnr else []
         command += ["--num-images", str(surface.num_images)] if surface.num_images else []
-        data = self.trials[best.name].config.data  # the addresses of today, not those that the weights remember
+        data = self.trials[best.name].config.data  # current addresses: those stored in the weights may be outdated
         command += ["--manifest", data.manifest, *(["--endpoint-url", data.endpoint_url] if data.endpoint_url else [])]
         self.say(f"surface: {best.name} over NFE x BNR")
         process = supervisor.start(command)
@@ -115,12 +112,12 @@ class Report:
             supervisor.stop(process)
         if code:
             self.code = code
-            self.say(f"surface: launch/evaluate.py has ended with code {code}; --resume tries again")
+            self.say(f"surface: launch/evaluate.py ended with code {code}; --resume tries again")
 
     def _track(self, best: Outcome | None) -> None:
-        """What MLflow has not got of the trials yet, the model of the best, and the results in the sweep's own run."""
+        """Send MLflow what is missing of the trials, the best trial's model, and the results of the sweep."""
         url = next(iter(self.trials.values())).config.tracking.mlflow_url
-        if not url or not self.place.parent_run_id:
+        if not url or not self.paths.parent_run_id:
             return
         try:
             for outcome in self.outcomes:
@@ -130,45 +127,37 @@ class Report:
                 self._mirror(best.name, self.sweep.registered_model)
             self._log(url, best)
         except (UnreachableError, OutputError) as error:
-            self.say(f"not all is in MLflow: {error}; the same command with --resume sends it")
+            self.say(f"MLflow is not up to date: {error}; the same command with --resume sends the rest")
 
     def _mirror(self, name: str, register: str | None) -> None:
         from warm_dist.tracking.follow import mirror_run
 
         run = self._run_folder(name, weights=register is not None)
-        if (run / CONFIG).exists():  # else it never came as far as to have something to show
+        if (run / CONFIG).exists():  # else the trial failed before it wrote anything
             mirror_run(run, self.trials[name].config.tracking.mlflow_url, register)
 
     def _log(self, url: str, best: Outcome | None) -> None:
         from warm_dist.tracking.client import log_finished
 
         states = [outcome.state for outcome in self.outcomes]
-        metrics: dict[tuple[str, int], float] = {
-            (f"trials/{state}", 0): float(states.count(state)) for state in ("finished", "stopped", "failed")
-        }
+        counts = {state: float(states.count(state)) for state in ("finished", "stopped", "failed")}
+        metrics = {(f"trials/{state}", 0): count for state, count in counts.items()}
         if best is not None:
             metrics["best/frechet", 0] = float(best.evaluations[-1]["frechet"])
-        names = [
-            "table.txt",
-            "table.csv",
-            "trials.parquet",
-            "best.json",
-            *PICTURES,
-            "surface/surface.png",
-            "surface/table.csv",
-        ]
+        names = ["table.txt", "table.csv", "trials.parquet", "best.json", *PICTURES]
+        names += ["surface/surface.png", "surface/table.csv"]
         tracking = next(iter(self.trials.values())).config.tracking
         log_finished(
             url,
             tracking.experiment,
-            Path(self.place.output).name,
-            self.place.sweep_id,
+            Path(self.paths.output).name,
+            self.paths.sweep_id,
             params=parameters(self.sweep) | ({"best": best.name} if best else {}),
             metrics=metrics,
             files=[self.folder / name for name in names if (self.folder / name).exists()],
         )
 
     def _publish(self) -> None:
-        if self.place.remote:
+        if self.paths.remote:
             for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-                self.ledger.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)
+                self.record.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)

@@ -1,9 +1,8 @@
-"""One command's part in a sweep: claim its output, train what has not ended, report."""
+"""One run of the sweep command: claim the output folder, train the pending trials, report."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from warm_dist.config.sweep import SweepConfig, parameters
 from warm_dist.errors import AccessError, OutputError, Stopped
@@ -13,13 +12,12 @@ from warm_dist.sweeps.trials import Trial
 
 
 def describe(sweep: SweepConfig, every: list[Trial]) -> str:
-    """The trials' names, and what they come to."""
+    """Lists the trials' names and their total cost in images."""
     total = sum(trial.config.train.total_nimg for trial in every)
     size = f"{sweep.trial.processes} process{'es' * (sweep.trial.processes > 1)}"
     unless = "" if sweep.scheduler is None else ", less what ASHA stops"
-    return "\n".join(
-        [*(f"  {trial.name}" for trial in every), f"{_count(every)} of {size}, {total:,} images in all{unless}"]
-    )
+    names = [f"  {trial.name}" for trial in every]
+    return "\n".join([*names, f"{_count(every)} of {size}, {total:,} images in all{unless}"])
 
 
 def _count(every: list[Trial]) -> str:
@@ -27,32 +25,32 @@ def _count(every: list[Trial]) -> str:
 
 
 class Session:
-    """One command's part in a sweep: whose trials, what is left to do, and the report on all."""
+    """Runs or resumes a sweep's trials and writes the report on all of them."""
 
-    def __init__(self, sweep: SweepConfig, every: list[Trial], place: SweepPaths) -> None:
+    def __init__(self, sweep: SweepConfig, every: list[Trial], paths: SweepPaths) -> None:
         from warm_dist.sweeps.record import SweepRecord
 
         self.sweep, self.every = sweep, every
-        self.ledger = SweepRecord(open_store(place.output, place.endpoint_url if place.remote else None))
+        self.record = SweepRecord(open_store(paths.output, paths.endpoint_url if paths.remote else None))
 
     def run(self, resume: bool, retry_failed: bool) -> int:
-        """Train what has not ended, and report; the exit code. Raises Stopped after the report so far, when interrupted."""
+        """Train the pending trials, report, and return the exit code. If interrupted, report first, then raise Stopped."""
         from warm_dist.sweeps import tune
         from warm_dist.sweeps.report import Report
 
-        record = self.ledger.claim(self.every, resume)
-        if resume and not record["trials"]:
-            say(f"sweep: there is none in {self.ledger.store.url} yet; this begins one")
-        record["parent_run_id"] = record["parent_run_id"] or self._parent(record["id"])
-        self.ledger.keep(record, self.every)
-        place = make_paths(self.sweep, record["id"], record["parent_run_id"])
-        report = Report(self.sweep, self.every, place, self.ledger, say)
+        state = self.record.claim(self.every, resume)
+        if resume and not state["trials"]:
+            say(f"sweep: nothing to resume in {self.record.store.url}; starting a new sweep")
+        state["parent_run_id"] = state["parent_run_id"] or self._parent(state["id"])
+        self.record.keep(state, self.every)
+        paths = make_paths(self.sweep, state["id"], state["parent_run_id"])
+        report = Report(self.sweep, self.every, paths, self.record, say)
         pending = self._pending(retry_failed)
         stopped = None
         if pending:
             try:
-                tune.run(self.sweep, pending, place, self.ledger, say)
-            except (Stopped, AccessError, OutputError) as error:  # after some work: here is what came of it
+                tune.run(self.sweep, pending, paths, self.record, say)
+            except (Stopped, AccessError, OutputError) as error:  # raised again after the report
                 stopped = error
         code = report.write(whole=stopped is None)
         if stopped is not None:
@@ -60,27 +58,29 @@ class Session:
         return code
 
     def _pending(self, retry_failed: bool) -> list[Trial]:
-        ended: dict[str, Any] = {trial.name: self.ledger.ended(trial.name) for trial in self.every}
-        for name, end in ended.items():
+        pending = []
+        for trial in self.every:
+            end = self.record.ended(trial.name)
             if retry_failed and end is not None and end.state == "failed":
-                self.ledger.forget(name)
-                ended[name] = None
-        pending = [trial for trial in self.every if ended[trial.name] is None]
-        say(f"sweep: {_count(self.every)}, {len(self.every) - len(pending)} have ended, in {self.ledger.store.url}")
+                self.record.forget(trial.name)
+                end = None
+            if end is None:
+                pending.append(trial)
+        say(f"sweep: {_count(self.every)}, {len(self.every) - len(pending)} have ended, in {self.record.store.url}")
         return pending
 
     def _parent(self, sweep_id: str) -> str | None:
-        """MLflow's run of the sweep, under which its trials are shown; now, so that no trial is without."""
+        """The MLflow run that groups the trials, created before any of them starts."""
         tracking = self.every[0].config.tracking
         if not tracking.mlflow_url:
             return None
         from warm_dist.tracking.client import open_parent
 
-        name = self.ledger.store.url.rpartition("/")[2]
+        name = self.record.store.url.rpartition("/")[2]
         return open_parent(tracking.mlflow_url, tracking.experiment, name, sweep_id, parameters(self.sweep))
 
 
 def say(text: str) -> None:
-    """A line of progress."""
-    with contextlib.suppress(OSError):  # whoever read our output is gone; the sweep goes on
+    """Print a line of progress."""
+    with contextlib.suppress(OSError):  # the reader of our output is gone; the sweep goes on
         print(text, flush=True)

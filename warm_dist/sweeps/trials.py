@@ -1,4 +1,4 @@
-"""The trials of a sweep: a pure list, made and validated whole before anything starts, and the same on every resume."""
+"""The list of a sweep's trials: validated before anything starts, and the same on every resume."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from warm_dist.config.run import Config, validate
 from warm_dist.config.sweep import SEED, Axis, SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
+from warm_dist.sweeps.ranking import headings
 
 Values = dict[str, Any]
-"""The searched keys, by dotted path, in the sweep's order, with a trial's values."""
+"""A trial's values by dotted key, in the sweep's order."""
 _OWN = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
 _MEASURE = "eval", "data.manifest", "data.resolution", "data.channels"
 _SECTIONS = {key.rpartition(".")[0] for key in known_keys(Config)} - {""}
@@ -27,7 +28,7 @@ _NAME_LENGTH = 80
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run. config: complete but for what depends on the sweep's place (output, checkpoint.url, tracking)."""
+    """One training run. config: complete except for what `run_config` sets (output, checkpoint.url, tracking)."""
 
     name: str
     values: Values
@@ -36,11 +37,10 @@ class Trial:
 
 
 def trials(sweep: SweepConfig, base: dict[str, Any]) -> list[Trial]:
-    """All trials, each valid: for every seed, for every draw, the grid.
+    """All trials: every point of the space for every seed.
 
-    A trial's name has its values, and a digest of all that makes its network; so a resumed sweep knows its own trials,
-    and a longer list of seeds, values or draws adds to a sweep. Raises ConfigError that names the trial and the key,
-    WorldSizeError.
+    A trial's name has its values and a digest of everything that makes its network, so a resumed sweep recognises its
+    trials, and more seeds, values or draws extend a sweep. Raises ConfigError naming the trial and key, WorldSizeError.
     """
     _check_keys(sweep)
     out: dict[str, Trial] = {}
@@ -48,15 +48,15 @@ def trials(sweep: SweepConfig, base: dict[str, Any]) -> list[Trial]:
         trial = _trial(sweep, base, values, seed)
         if trial.name in out and all(axis.grid is not None for axis in sweep.space.values()):
             raise ConfigError(f"space: the values {values} come twice")
-        out[trial.name] = trial  # a choice may be drawn twice: it is one trial
+        out[trial.name] = trial  # the same choice drawn twice is one trial
     return list(out.values())
 
 
 def points(sweep: SweepConfig) -> list[Values]:
-    """The points of the space: every draw at every point of the grid.
+    """The points of the search space: every draw at every point of the grid.
 
-    Draw i of a key is the same at each of them (comparisons are paired), whatever other keys are drawn, and however
-    many draws there are. Source: derived.
+    Draw i of a key does not depend on the grid point (comparisons are paired), on other keys, or on the number of draws.
+    Source: derived.
     """
     from warm_dist.rng import generator
 
@@ -64,10 +64,8 @@ def points(sweep: SweepConfig) -> list[Values]:
     drawn = {key: axis for key, axis in sweep.space.items() if axis.grid is None}
     out = []
     for i in range(sweep.num_samples if drawn else 1):
-        draws = {
-            key: _draw(axis, float(generator(sweep.search_seed, f"sweep/{key}", i).random()))
-            for key, axis in drawn.items()
-        }
+        uniforms = {key: float(generator(sweep.search_seed, f"sweep/{key}", i).random()) for key in drawn}
+        draws = {key: _draw(axis, uniforms[key]) for key, axis in drawn.items()}
         for combination in itertools.product(*grids.values()):
             values = draws | dict(zip(grids, combination, strict=True))
             out.append({key: values[key] for key in sweep.space})
@@ -75,7 +73,7 @@ def points(sweep: SweepConfig) -> list[Values]:
 
 
 def _draw(axis: Axis, uniform: float) -> Any:
-    """A uniform in [0, 1) → a value. Numbers have four digits after the first, so that a name says all of them."""
+    """Map a uniform in [0, 1) to a value; numbers get five significant digits, so that names show them exactly."""
     if axis.choice is not None:
         return axis.choice[int(uniform * len(axis.choice))]
     if axis.uniform is not None:
@@ -91,23 +89,19 @@ def _draw(axis: Axis, uniform: float) -> Any:
 def _check_keys(sweep: SweepConfig) -> None:
     for key in (*sweep.space, *sweep.set):
         if key in _SECTIONS:
-            raise ConfigError(f"{key!r} is a section: name a key of it, as in {_example(key)!r}")
+            raise ConfigError(f"{key!r} is a section: name one of its keys, such as {_example(key)!r}")
     for key in sweep.space:
         if key == SEED:
-            raise ConfigError(f"space: {SEED} is the list seeds of the sweep")
+            raise ConfigError(f"space: {SEED} is set by the sweep's list seeds")
         if key.split(".")[0] in _OWN:
-            raise ConfigError(
-                f"space: {key!r} cannot be searched; the sweep sets it itself, or it makes no other network"
-            )
+            raise ConfigError(f"space: {key!r} cannot be searched; the sweep sets it, or the network is the same")
         if key in INCIDENTAL:
-            raise ConfigError(f"space: {key!r} cannot be searched: nothing of the network changes with it")
+            raise ConfigError(f"space: {key!r} cannot be searched: the network does not depend on it")
         inner = [other for other in sweep.space if other.startswith(f"{key}.")]
         if inner:
-            raise ConfigError(
-                f"space: {inner[0]!r} is inside {key!r}; search one of them, or give {key!r} whole values"
-            )
+            raise ConfigError(f"space: {inner[0]!r} is inside {key!r}; search one of them, or whole values of {key!r}")
         if key.startswith(_MEASURE):
-            raise ConfigError(f"space: {key!r} would make Fréchet distances that cannot be compared; it belongs in set")
+            raise ConfigError(f"space: {key!r} makes Fréchet distances that cannot be compared; move it to set")
 
 
 def _example(section: str) -> str:
@@ -118,33 +112,28 @@ def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) 
     from warm_dist.config.batch import check_world_size
 
     tree = json.loads(json.dumps(base))
-    where = f"trial {short(values)}" if values else "the base config"
+    where = f"trial {label_of(values)}" if values else "the base config"
     for key, value in {**values, SEED: seed}.items():
         assign(tree, key, copy.deepcopy(value), where)
     tree |= {"output": "trial"}
     config = validate(tree, where)
     if config.eval is None:
         raise ConfigError(f"{where}: a sweep ranks by the Fréchet distance, so it needs the section eval")
-    if (
-        sweep.scheduler is not None
-        and not config.eval.eval_nimg <= sweep.scheduler.grace_nimg < config.train.total_nimg
-    ):
+    least, total = config.eval.eval_nimg, config.train.total_nimg
+    if sweep.scheduler is not None and not least <= sweep.scheduler.grace_nimg < total:
         raise ConfigError(
-            f"{where}: scheduler.grace_nimg {sweep.scheduler.grace_nimg} must be at least eval.eval_nimg "
-            f"{config.eval.eval_nimg} and below train.total_nimg {config.train.total_nimg}"
+            f"{where}: scheduler.grace_nimg {sweep.scheduler.grace_nimg} must be at least eval.eval_nimg {least} and "
+            f"below train.total_nimg {total}"
         )
     check_world_size(config, sweep.trial.processes)
-    label = short({**values, SEED: seed})[:_NAME_LENGTH].rstrip(",")
+    label = label_of({**values, SEED: seed})[:_NAME_LENGTH].rstrip(",")
     return Trial(f"{label}-{digest(config)}", values, seed, config)
 
 
-def short(values: Values) -> str:
-    """`bnr=0.5,lr=0.001`: the last parts of the keys (more where two are alike), fit for a folder's name and an URL."""
-    names = [key.rpartition(".")[2] for key in values]
-    parts = [
-        f"{name if names.count(name) == 1 else key}={_text(value)}"
-        for (key, value), name in zip(values.items(), names, strict=True)
-    ]
+def label_of(values: Values) -> str:
+    """A label such as `bnr=0.5,lr=0.001`, safe in folder names and URLs; keys are whole if two share their last part."""
+    names = headings(list(values))
+    parts = [f"{name}={_text(value)}" for name, value in zip(names, values.values(), strict=True)]
     return re.sub(r"[^\w.,=+-]", "_", ",".join(parts), flags=re.ASCII)
 
 
@@ -157,6 +146,6 @@ def _text(value: Any) -> str:
 
 
 def constant_bnr(config: Config) -> float | None:
-    """The BNR of training where it is one number, infinite (cold) not counted."""
+    """The BNR of training if it is one finite number, else None (a path, random or cold)."""
     bnr = config.process.bnr
     return float(bnr) if isinstance(bnr, int | float) and math.isfinite(bnr) else None

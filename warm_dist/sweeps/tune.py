@@ -1,6 +1,6 @@
-"""A sweep: trials on Ray Tune, each the training command; what stands in its output is all that a resume needs.
+"""Runs a sweep's trials on Ray Tune.
 
-OUTPUT/sweep.json names the sweep and its trials, OUTPUT/trials/NAME/ is a trial's run, ended.json there how it ended.
+OUTPUT/sweep.json holds the sweep's id and trials, OUTPUT/trials/NAME/ a trial's run, ended.json there how it ended.
 Tune's own state is not kept: a resume gives Tune the trials that have not ended, and ASHA the results of the others.
 """
 
@@ -25,16 +25,12 @@ from warm_dist.sweeps.trials import Trial
 
 
 def run(
-    sweep: SweepConfig,
-    pending: list[Trial],
-    place: SweepPaths,
-    ledger: SweepRecord,
-    say: Callable[[str], None],
+    sweep: SweepConfig, pending: list[Trial], paths: SweepPaths, record: SweepRecord, say: Callable[[str], None]
 ) -> None:
     """Train the pending trials until each has ended.
 
-    Raises Stopped after Ctrl-C, what the output's store raises when a trial's end cannot be written down, and what
-    `connected` and `check_resources` raise.
+    Raises Stopped after Ctrl-C, what the store raises if a trial's end cannot be stored, and what `connected` and
+    `check_resources` raise.
     """
     with connected(sweep, say) as ray, tempfile.TemporaryDirectory(prefix="warm-dist-tune-") as scratch:
         check_resources(ray, sweep, say)
@@ -42,14 +38,13 @@ def run(
 
         from warm_dist.sweeps.actors import ActorJob, TrialActor
 
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of what `_watch` tells in a line
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_watch` reports errors in one line each
         trials = {trial.name: trial for trial in pending}
-        job = ActorJob(trials, place, sweep.trial, secrets.token_hex(8))
-        scheduler = _scheduler(sweep, pending, ledger)
-        bundles = tune.PlacementGroupFactory(
-            [sweep.trial.bundle] * sweep.trial.nodes, strategy="STRICT_SPREAD" if sweep.trial.nodes > 1 else "PACK"
-        )
-        watch = _watch(ledger, say)
+        job = ActorJob(trials, paths, sweep.trial, secrets.token_hex(8))
+        scheduler = _scheduler(sweep, pending, record)
+        strategy = "STRICT_SPREAD" if sweep.trial.nodes > 1 else "PACK"
+        bundles = tune.PlacementGroupFactory([sweep.trial.bundle] * sweep.trial.nodes, strategy=strategy)
+        watch = _watch(record, say)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(TrialActor, job=job), bundles),
             param_space={"trial": tune.grid_search(list(trials))},
@@ -72,13 +67,13 @@ def run(
         tuner.fit()
         if watch.failure is not None:
             raise watch.failure
-    left = [name for name in trials if ledger.ended(name) is None]
+    left = [name for name in trials if record.ended(name) is None]
     if left:
-        raise Stopped(f"stopped with {len(left)} trials not ended; the same command with --resume goes on")
+        raise Stopped(f"stopped with {len(left)} trials not ended; the same command with --resume continues")
 
 
-def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: SweepRecord) -> Any:
-    """None, or ASHA that remembers the trials which have ended."""
+def _scheduler(sweep: SweepConfig, pending: list[Trial], record: SweepRecord) -> Any:
+    """ASHA, given the results of the trials that have ended; None without a scheduler."""
     from ray.tune.schedulers import ASHAScheduler
 
     if sweep.scheduler is None:
@@ -92,28 +87,28 @@ def _scheduler(sweep: SweepConfig, pending: list[Trial], ledger: SweepRecord) ->
         reduction_factor=sweep.scheduler.reduction_factor,
     )
     waiting = {trial.name for trial in pending}
-    for name in (ledger.read(RECORD) or {"trials": {}})["trials"]:
+    for name in (record.read(RECORD) or {"trials": {}})["trials"]:
         if name not in waiting:
-            past = SimpleNamespace(trial_id=name)  # all that it asks of a trial
+            past = SimpleNamespace(trial_id=name)  # the only attribute that ASHA reads
             asha.on_trial_add(None, past)
-            for record in ledger.evaluations(name):
-                asha.on_trial_result(None, past, {"nimg": record["nimg"], "frechet": record["frechet"]})
+            for evaluation in record.evaluations(name):
+                asha.on_trial_result(None, past, {"nimg": evaluation["nimg"], "frechet": evaluation["frechet"]})
     return asha
 
 
-def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
-    """Tune's callback: tells of each trial, and writes down how it ended."""
+def _watch(record: SweepRecord, say: Callable[[str], None]) -> Any:
+    """A Tune callback that prints each trial's progress and records how it ended."""
     from ray import tune
 
     begun = time.monotonic()
 
     class Watch(tune.Callback):  # type: ignore[misc]  # ray's are untyped
-        """Tells and records. failure: of the store; it ends the sweep as Ctrl-C would."""
+        """failure: of the store; it ends the sweep as Ctrl-C would."""
 
         failure: WarmDistError | None = None
 
         def __reduce__(self) -> tuple[Any, tuple[()]]:
-            """Tune pickles all that it has for a restore of its own, which nobody wants: there this is no callback."""
+            """Pickle as an empty callback: Tune saves its state for a restore that is never used."""
             return tune.Callback, ()
 
         def _say(self, trial: Any, text: str) -> None:
@@ -123,9 +118,7 @@ def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._say(trial, "starts")
 
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
             if "frechet" in result:
                 self._say(trial, f"nimg {result['nimg']:,}  Fréchet {result['frechet']:.2f}")
 
@@ -134,7 +127,7 @@ def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
             self._end(trial, last.get("state", "stopped"), last.get("reason", ""))
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._say(trial, f"crashed ({_reason(trial)}); starts again from its last checkpoint")
+            self._say(trial, f"crashed ({_reason(trial)}); restarts from its last checkpoint")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._end(trial, "failed", _reason(trial))
@@ -143,12 +136,12 @@ def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
             name = trial.config["trial"]
 
             def write() -> None:
-                nimg = max((record["nimg"] for record in ledger.evaluations(name)), default=0)
-                ledger.end(name, Ended(state, reason, nimg))
+                nimg = max((evaluation["nimg"] for evaluation in record.evaluations(name)), default=0)
+                record.end(name, Ended(state, reason, nimg))
 
             try:
                 patiently(write)
-            except WarmDistError as error:  # Tune would take it for the trial's
+            except WarmDistError as error:  # Tune would count it as the trial's error
                 self.failure = error
                 signal.raise_signal(signal.SIGINT)
             self._say(trial, state + (f": {reason}" if reason else ""))
@@ -157,7 +150,7 @@ def _watch(ledger: SweepRecord, say: Callable[[str], None]) -> Any:
 
 
 def _reason(trial: Any) -> str:
-    """The last failure, in one line, from the file that Tune has just written for its own use."""
+    """The last failure in one line, from the file where Tune keeps it."""
     from ray import cloudpickle
 
     if trial.pickled_error_file is None:

@@ -1,4 +1,4 @@
-"""Talking to an MLflow server: one kind of error, runs that are made once, and nothing secret in what is sent."""
+"""Access to an MLflow server: one kind of error, runs created once, and no secrets in what is sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
 
-# MLflow's own retries block for four minutes and may make a run twice; whoever calls us tries again, after looking.
-# A minute lets a server through that needs half of one for each answer.
+# MLflow's own retries block for four minutes and can create a run twice, so callers retry after looking for the run.
+# A timeout of 60 s allows for servers that take half a minute to answer.
 CLIENT_ENV = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
@@ -24,24 +24,24 @@ CLIENT_ENV = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-RUN_TAG = "warm_dist.run"  # carries the identity by which a run is found again
+RUN_TAG = "warm_dist.run"  # the identity by which a run is found again
 PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_OTHERS = 1000, 100  # MLflow's limits for one log_batch
 MAX_REASON = 300
-MAX_VALUE = 6000  # and for the length of a parameter; a tag may have 8000
+MAX_VALUE = 6000  # MLflow's limit for the length of a parameter; a tag may have 8000
 Point = tuple[str, int]
 """A metric's key, "train/loss", and its step."""
 
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """All that goes wrong between us and the server, or its artifact store, as one UnreachableError.
+    """Turn every failure of the server or its artifact store into UnreachableError.
 
-    Raises ConfigError if `url` is no server's. The client raises its own kind, those of requests and boto3, OSError, and
-    what it meets in answers that are no MLflow's.
+    The client raises its own errors, those of requests and boto3, OSError, and parse errors for foreign answers.
+    Raises ConfigError if `url` is not a server's.
     """
     if not re.match("https?://", url):
-        raise ConfigError(f"{redact(url)}: MLflow is reached by way of a server, http://… or https://…")
+        raise ConfigError(f"{redact(url)}: MLflow needs the URL of a server, http://… or https://…")
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
     try:
         yield
@@ -49,13 +49,13 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-        reason = re.sub(r"\?\S+", "", redact(reason))[:MAX_REASON]  # it may quote the address without its host
+        reason = re.sub(r"\?\S+", "", redact(reason))[:MAX_REASON]  # may quote an address without its host
         raise UnreachableError(f"MLflow at {redact(url)}: {reason}") from None
 
 
 @contextlib.contextmanager
 def patience(num_bytes: int) -> Iterator[None]:
-    """Let a request that carries a large file take a second more for each megabyte."""
+    """Extend the request timeout by a second for each megabyte of an upload."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
     os.environ[name] = str(int(before) + num_bytes // 1_000_000)
@@ -81,19 +81,19 @@ def find_or_make(
     start_ms: int | None = None,
     known: str = "",
 ) -> Any:
-    """The one run of the experiment that carries `identity` in its tag, made if there is none.
+    """Find the run of the experiment that is tagged with `identity`, or create it with these tags and start time.
 
-    If its making was asked for twice, since a reply came late, the run with id `known` stays, else the first one; the
-    others are deleted.
+    start_ms: unix milliseconds. If a late reply created several runs, the one with id `known` is kept, else the first;
+    the others are deleted. Raises ValueError if the server is not MLflow, and what the client raises.
     """
     experiment_id = _experiment_id(client, experiment)
     found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=10)
     if not found:
         tags = {RUN_TAG: identity, **(tags or {})}
-        made = client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags=tags)
-        if not made.info.run_id:
-            raise ValueError("the answer names no run: this is no MLflow server")
-        return made
+        created = client.create_run(experiment_id, start_time=start_ms, run_name=run_name, tags=tags)
+        if not created.info.run_id:
+            raise ValueError("the answer has no run id: this is not an MLflow server")
+        return created
     first, *others = sorted(found, key=lambda run: (run.info.run_id != known, run.info.start_time, run.info.run_id))
     for run in others:
         client.delete_run(run.info.run_id)
@@ -107,7 +107,7 @@ def _experiment_id(client: Any, name: str) -> str:
     if found is None:
         try:
             return str(client.create_experiment(name))
-        except MlflowException:  # another run of the same sweep was first
+        except MlflowException:  # another process may have created it since
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -121,18 +121,20 @@ def log_batches(
     params: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
 ) -> None:
-    """Send any number of values. metrics: {(key, step): (value, unix seconds)}. Sent again, they are the same values."""
+    """Send any number of values in batches; sending a value again changes nothing.
+
+    metrics: {(key, step): (value, unix seconds)}.
+    """
     from mlflow.entities import Metric, Param, RunTag
 
-    points = [
-        Metric(key, value, timestamp=int(at * 1000), step=step) for (key, step), (value, at) in (metrics or {}).items()
-    ]
-    for part in _parts(points, MAX_METRICS):
-        client.log_batch(run_id, metrics=part)
-    for part in _parts([Param(key, value) for key, value in (params or {}).items()], MAX_OTHERS):
-        client.log_batch(run_id, params=part)
-    for part in _parts([RunTag(key, value) for key, value in (tags or {}).items()], MAX_OTHERS):
-        client.log_batch(run_id, tags=part)
+    points = [Metric(key, value, int(at * 1000), step) for (key, step), (value, at) in (metrics or {}).items()]
+    for kind, items, size in (
+        ("metrics", points, MAX_METRICS),
+        ("params", [Param(key, value) for key, value in (params or {}).items()], MAX_OTHERS),
+        ("tags", [RunTag(key, value) for key, value in (tags or {}).items()], MAX_OTHERS),
+    ):
+        for start in range(0, len(items), size):
+            client.log_batch(run_id, **{kind: items[start : start + size]})
 
 
 def log_finished(
@@ -146,24 +148,20 @@ def log_finished(
     files: list[Path],
     parent: str | None = None,
 ) -> str:
-    """One finished run of a computation that is not training, or what is new of one; returns its id.
+    """Log a computation other than training as a finished run and return the run's id.
 
-    identity: what no other computation has; the same one goes on in the same run. Raises UnreachableError.
+    identity: unique to the computation; with the same one, only new values are added to its run. Raises UnreachableError.
     """
     with reaching(url):
         client = client_of(url)
         tags = {PARENT_TAG: parent} if parent else {}
         run = find_or_make(client, experiment, identity, run_name, tags)
         run_id, now = str(run.info.run_id), time.time()
-        held = history(client, run)
-        texts = {key: str(redact(value))[:MAX_VALUE] for key, value in params.items()}
-        log_batches(
-            client,
-            run_id,
-            {point: (value, now) for point, value in metrics.items() if point not in held},
-            {key: text for key, text in texts.items() if key not in run.data.params},
-            {f"changed.{key}": text for key, text in texts.items() if run.data.params.get(key, text) != text},
-        )
+        held, known, texts = history(client, run), run.data.params, _texts(params)
+        new_points = {point: (value, now) for point, value in metrics.items() if point not in held}
+        new_params = {key: text for key, text in texts.items() if key not in known}
+        changed = {f"changed.{key}": text for key, text in texts.items() if known.get(key, text) != text}
+        log_batches(client, run_id, new_points, new_params, changed)
         for path in files:
             client.log_artifact(run_id, str(path))
         client.set_terminated(run_id, "FINISHED")
@@ -171,30 +169,28 @@ def log_finished(
 
 
 def open_parent(url: str, experiment: str, run_name: str, identity: str, params: dict[str, Any]) -> str:
-    """The run that a sweep's trials are shown under (`tracking.parent_run_id`), made once; returns its id.
+    """Create or find the parent run of a sweep's trials and return its id, the trials' `tracking.parent_run_id`.
 
-    identity: what no other sweep has. Raises UnreachableError.
+    identity: unique to the sweep. Raises UnreachableError.
     """
     with reaching(url):
         client = client_of(url)
         run = find_or_make(client, experiment, identity, run_name)
-        texts = {key: str(redact(value))[:MAX_VALUE] for key, value in params.items()}
-        new = {key: text for key, text in texts.items() if key not in run.data.params}
+        new = {key: text for key, text in _texts(params).items() if key not in run.data.params}
         log_batches(client, run.info.run_id, params=new)
         return str(run.info.run_id)
 
 
 def history(client: Any, run: Any) -> set[Point]:
-    """All that the server holds of a run: one request a metric."""
+    """All points of a run that the server has; one request per metric."""
     run_id = run.info.run_id
     return {(key, metric.step) for key in run.data.metrics for metric in client.get_metric_history(run_id, key)}
 
 
 def as_texts(tree: dict[str, Any]) -> dict[str, str]:
-    """A tree as MLflow takes parameters and tags: dotted keys, texts of bounded length, nothing secret."""
-    return {key: str(redact(value))[:MAX_VALUE] for key, value in flatten(tree).items()}
+    """A tree as MLflow's parameters or tags: dotted keys, texts of bounded length without secrets."""
+    return _texts(flatten(tree))
 
 
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {key: str(redact(value))[:MAX_VALUE] for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""The curves of a run: both heads' losses and the Fréchet distance over nimg."""
+"""Plots a run's curves: both heads' losses and the Fréchet distance over nimg."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _HEADS = {
 
 
 def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the losses of both heads and the Fréchet distance (second axis, with its floor) over nimg, as a PNG.
+    """Write a PNG of the heads' losses and, on a second axis, the Fréchet distance with its floor over nimg.
 
-    lines: records of metrics.jsonl, as `read_metrics` gives them. Raises OutputError if it cannot be written.
+    lines: records of metrics.jsonl, as `read_metrics` returns them. Raises OutputError.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,13 +41,9 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
         floors = _series(lines, "eval", "floor")
         if floors:
             right.axhline(floors[-1][1], color="tab:green", linestyle=":", label="floor (real against real)")
-    handles, labels = [], []
-    for axes in figure.axes:
-        ours = axes.get_legend_handles_labels()
-        handles += ours[0]
-        labels += ours[1]
-    if labels:
-        left.legend(handles, labels, loc="upper right")
+    handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
+    if handles:
+        left.legend(handles=handles, loc="upper right")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 

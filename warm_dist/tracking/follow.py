@@ -1,4 +1,4 @@
-"""Follows a run's metrics.jsonl into MLflow, through outages, until the run or its owner ends."""
+"""Copies a run's metrics.jsonl to MLflow as it grows, through outages, until the run or its owner ends."""
 
 from __future__ import annotations
 
@@ -22,27 +22,23 @@ from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror, SendModel
 
 POLL_S = 1.0
-LONGEST_PAUSE_S = 30.0  # between two tries at a server that is down
+LONGEST_PAUSE_S = 30.0  # between attempts to reach a server that is down
 LAST_TRIES = 3
-EXIT_S = 5.0  # after its owner's end: a peer may still write why
-SILENCE_S = 60.0  # of a run's heartbeat, after which it is taken for dead
-LOCK_S = 60.0  # how long to wait for another mirror of the run, which may be at its last tries
+EXIT_S = 5.0  # after the owner's end, for another rank to write exit.json
+SILENCE_S = 60.0  # without a heartbeat, after which a run counts as dead
+LOCK_S = 60.0  # to wait for another mirror of the run, which may be finishing
 
 
 def start_mirror(run: Path) -> subprocess.Popen[bytes]:
-    """Start `launch/mirror.py RUN --follow` for the calling process; its messages go to RUN/mirror.log.
+    """Start `launch/mirror.py RUN --follow` for the calling process; its output goes to RUN/mirror.log.
 
-    A session of its own keeps Ctrl-C away from it. Not through `supervisor.start`: it has work to do after its owner's end.
+    It gets its own session, so Ctrl-C does not reach it, and no supervisor, because it outlives its owner briefly.
     """
+    owner = {supervisor.OWNER: supervisor.identity(os.getpid()), "OMP_NUM_THREADS": "1"}
     with (run / "mirror.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "launch.mirror", str(run), "--follow"],
-            env={
-                **CLIENT_ENV,
-                **os.environ,
-                supervisor.OWNER: supervisor.identity(os.getpid()),
-                "OMP_NUM_THREADS": "1",
-            },
+            env={**CLIENT_ENV, **os.environ, **owner},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -53,10 +49,11 @@ def start_mirror(run: Path) -> subprocess.Popen[bytes]:
 def mirror_run(
     run: Path, url: str | None = None, register: str | None = None, owner: str | None = None, follow: bool = False
 ) -> None:
-    """Send what is missing of a run; `follow`: as it goes on, until it, or `owner`, ends.
+    """Send MLflow what is missing of a run; `follow`: keep sending until the run or its `owner` ends.
 
-    url: another server than its tracking.mlflow_url. register: the name of the model that its weights become a version of.
-    Raises ConfigError for a folder that is no run's or has no server, OutputError, UnreachableError.
+    url: used instead of tracking.mlflow_url. register: name of the registered model that gets the weights as a version.
+    owner: a process as `supervisor.identity` names it. Raises ConfigError if `run` is not a run's folder or no server is
+    given, OutputError, UnreachableError.
     """
     tracking = _tracking(run)
     url = url or tracking.mlflow_url
@@ -67,7 +64,7 @@ def mirror_run(
     model = _send_model(register) if tracking.log_model or register else None
     attempt = attempt_of(run)
     if owner:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run (deepspeed's launcher signals whole trees)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deepspeed's launcher signals all descendants of the run
     with _only_mirror(run, owner):
         if follow:
             _follow(mirror, owner)
@@ -75,7 +72,7 @@ def mirror_run(
 
 
 def _follow(mirror: Mirror, owner: str | None) -> None:
-    """Until the run or its owner ends; a server that is down is asked again after 1, 2, 4 … 30 s."""
+    """Mirror until the run or its owner ends; a server that is down is retried after 1, 2, 4 … 30 s."""
     pause, trouble = POLL_S, ""
     while not _ended(mirror.run, owner):
         try:
@@ -85,7 +82,7 @@ def _follow(mirror: Mirror, owner: str | None) -> None:
             pause, trouble = POLL_S, ""
         except UnreachableError as error:
             if not trouble:
-                _say(f"{error}; the run goes on, and so do the tries")
+                _say(f"{error}; the run continues, and the mirror keeps trying")
             pause, trouble = min(2 * pause, LONGEST_PAUSE_S), str(error)
         deadline = time.monotonic() + pause
         while time.monotonic() < deadline and not _ended(mirror.run, owner):
@@ -93,7 +90,7 @@ def _follow(mirror: Mirror, owner: str | None) -> None:
 
 
 def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendModel | None = None) -> None:
-    """Send all that is there and how the run ended, if it has. Raises UnreachableError with the command to catch up."""
+    """Send everything, and the run's end if it has ended. Raises UnreachableError with the command to catch up."""
     deadline = time.monotonic() + EXIT_S
     while owner and not _ended(mirror.run, None) and time.monotonic() < deadline:
         time.sleep(POLL_S / 4)
@@ -127,14 +124,14 @@ def _curves(run: Path) -> list[Path]:
 
     try:
         loss_curve(read_metrics(run / METRICS), run / "curves.png")
-    except OutputError as error:  # a full disk is no reason to say nothing of the run's end
+    except OutputError as error:  # on a full disk the run's end is still sent
         _say(str(error))
         return []
     return [run / "curves.png"]
 
 
 def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str], float] | None:
-    """Status, tags and time of the run's end; None while it goes on, or as far as anybody knows."""
+    """Status, tags and time of the run's end, or None if it is not known to have ended."""
     end = read_end(run, attempt=attempt_of(run))
     if end:
         status = {0: "FINISHED", 75: "KILLED"}.get(end["code"], "FAILED")
@@ -151,7 +148,7 @@ def _ended(run: Path, owner: str | None) -> bool:
 
 
 def _abandoned(run: Path) -> bool:
-    """Nobody trains there, as far as the run's lock and its first rank's heartbeat can tell; false for a folder without."""
+    """Whether the lock is free and rank 0's heartbeat silent, so the run must be dead; False if either is missing."""
     try:
         silent_s = time.time() - (run / "heartbeat" / "rank_0.json").stat().st_mtime
         if not (run / LOCK).exists():
@@ -165,7 +162,7 @@ def _abandoned(run: Path) -> bool:
 def _tracking(run: Path) -> TrackingConfig:
     config = read_json(run / CONFIG)
     if not isinstance(config, dict):
-        raise ConfigError(f"{run}: no config.json there; RUN is the folder that the config calls output")
+        raise ConfigError(f"{run}: has no config.json; RUN is the folder that the config calls output")
     try:
         return TrackingConfig.model_validate(config.get("tracking", {}))
     except ValueError as error:
@@ -174,14 +171,14 @@ def _tracking(run: Path) -> TrackingConfig:
 
 @contextlib.contextmanager
 def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
-    """The run's lock. The mirror of an attempt that goes on waits for the one before, whose request may hang."""
+    """Hold the mirror's lock. A new attempt's mirror waits for the previous one, whose request may hang."""
     deadline, lock = time.monotonic() + LOCK_S, None
     while lock is None:
         try:
             lock = locked(run / "mirror.lock", POLL_S)
         except BlockingIOError:
             if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
-                raise OutputError(f"{run}: another mirror is at work on it, as while a run is under way") from None
+                raise OutputError(f"{run}: another mirror is running, as it does while a run trains") from None
         except OSError as error:
             raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
     with lock:

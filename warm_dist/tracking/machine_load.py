@@ -1,4 +1,4 @@
-"""What a machine is doing beside and below the training: processors, memory, disk, network, GPUs."""
+"""Measures a machine's load: processors, memory, disk, network, GPUs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class MachineLoad:
-    """Reads this machine's load, under the names that MLflow gives its system metrics.
+    """Reads this machine's load, named like MLflow's system metrics.
 
-    folder: its disk is told of. What a machine does not tell (a container without /proc/net, say) is left out.
+    folder: on the disk to measure. Figures that a machine does not provide (without /proc/net, for example) are left out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -19,10 +19,10 @@ class MachineLoad:
         self._psutil, self._folder = psutil, folder
         self._first: Any = None
         self._gpus = _gpus()
-        self.read()  # the next call tells of the time since this one
+        self.read()  # the start of the first interval
 
     def read(self) -> dict[str, float]:
-        """Percentages and megabytes (1e6); processors since the last call, network since the first."""
+        """Percentages and megabytes (1e6 bytes): processors since the last call, network since the first."""
         figures: dict[str, float] = {}
         for reader in (self._processors, self._memory, self._disk, self._network):
             with suppress(OSError, self._psutil.Error, AttributeError):  # AttributeError: psutil gave None
@@ -53,7 +53,7 @@ class MachineLoad:
 
 
 def _gpus() -> list[Any]:
-    """NVML's handles of all GPUs; none without a driver."""
+    """NVML handles of all GPUs; empty without a driver."""
     import pynvml
 
     try:
@@ -64,22 +64,16 @@ def _gpus() -> list[Any]:
 
 
 def _gpu_figures(gpu: Any) -> dict[str, float]:
-    """What this GPU tells; some (MIG slices, for instance) do not tell all."""
+    """The figures that this GPU provides; MIG slices, for example, lack some."""
     import pynvml
 
-    def memory() -> dict[str, float]:
-        held = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        return {"memory_usage_megabytes": held.used / 1e6, "memory_usage_percentage": 100 * held.used / held.total}
-
-    readers = (
-        memory,
-        lambda: {"utilization_percentage": float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)},
-        lambda: {"power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000},
-    )
     figures: dict[str, float] = {}
-    for reader in readers:
-        try:
-            figures |= reader()
-        except pynvml.NVMLError:
-            continue
+    with suppress(pynvml.NVMLError):
+        held = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        figures["memory_usage_megabytes"] = held.used / 1e6
+        figures["memory_usage_percentage"] = 100 * held.used / held.total
+    with suppress(pynvml.NVMLError):
+        figures["utilization_percentage"] = float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+    with suppress(pynvml.NVMLError):
+        figures["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
     return figures

@@ -1,4 +1,4 @@
-"""MLflow as a mirror of a run's folder: metrics.jsonl is the truth, and no value of it arrives twice."""
+"""Mirrors a run's folder to MLflow: metrics.jsonl is the truth, and each of its values is stored once."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from warm_dist.tracking.client import (
     reaching,
 )
 
-GRIDS = "samples"  # the key of the sample grids, whose step is nimg
-_ZERO_BNR = 1e-3  # BNR 0 on a logarithmic axis
+GRIDS = "samples"  # key of the sample grids; their step is nimg
+_ZERO_BNR = 1e-3  # stands for BNR 0 on a logarithmic axis
 _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
-_COPIES = 2  # of each image: MLflow keeps a small one beside it
+_COPIES = 2  # MLflow stores each image and a thumbnail
 SendModel = Callable[[Any, str, Path, int], None]
-"""Given the client, the run's id, the weights and their nimg: log the model, unless it is there."""
+"""(client, run id, weights, nimg): logs the model unless it is there."""
 
 
 class Mirror:
-    """One run's folder and the MLflow run that shows it.
+    """Copies one run's folder to one MLflow run.
 
-    `sync` sends what is new and may be called as often as one likes; `finish` sets the end. Both raise UnreachableError
-    when the server does not take everything; nothing is lost or doubled then, the next call goes on.
+    `sync` sends what is new, `finish` also the end. Both raise UnreachableError if the server does not take everything;
+    nothing is lost or duplicated, and the next call continues.
 
-    mirror.json remembers how far metrics.jsonl was sent, and, before a part is sent, where it ends. A part of which
-    nobody knows whether it arrived is sent again as it was, which MLflow takes for the same values (key, step, time,
-    value). Without mirror.json the server is asked what it holds.
+    mirror.json stores how far metrics.jsonl was sent and, before a part is sent, where that part ends. A part that may
+    have arrived is sent again unchanged, which MLflow stores once (same key, step, time, value). Without mirror.json
+    the server is asked what it has.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Mirror:
         self._status = ""
         self._offset = 0
         self._sending: int | None = None
-        self._asked_until = 0  # the bytes for which the server was asked what it holds
+        self._asked_until = 0  # the bytes of metrics.jsonl that `_held`, asked of the server, may cover
         self._held: set[Point] = set()
         self._grids: set[int] | None = None  # steps whose grid has arrived; None: ask
 
     def sync(self, running: bool) -> int:
-        """Send new metrics, then new files; returns how many metric values that were.
+        """Send new metrics, then new files; returns the number of metric values sent.
 
-        Makes the MLflow run when metrics.jsonl has its first line. running: the run is under way, which the status says.
+        Creates the MLflow run once metrics.jsonl has a line. running: set its status to RUNNING.
         """
         if not self._identity():
             return 0
@@ -80,9 +80,10 @@ class Mirror:
         files: Callable[[], list[Path]] = list,
         send_model: SendModel | None = None,
     ) -> None:
-        """Send the rest and the end, then files. status: FINISHED, FAILED or KILLED; end_time: unix seconds.
+        """Send the rest and the run's end, then files.
 
-        files: called then, gives further ones. send_model: for the weights of a run that is FINISHED.
+        status: FINISHED, FAILED or KILLED. end_time: unix seconds. files: returns further files; called last.
+        send_model: logs the weights of a FINISHED run.
         """
         if not self._identity():
             return
@@ -102,7 +103,7 @@ class Mirror:
 
     def _send_values(self, status: str | None) -> int:
         if self._size() < max(self._offset, self._sending or 0):
-            self._connected = False  # another metrics.jsonl: what was sent of it, only the server knows
+            self._connected = False  # metrics.jsonl was replaced: ask the server what it has
         with self._server():
             self._connect()
             if status and self._status != status:
@@ -111,7 +112,7 @@ class Mirror:
             return self._send_metrics()
 
     def _send_files(self) -> None:
-        """The config and new sample grids. An artifact store that fails delays them, and no value."""
+        """Send the config and new sample grids. A failing artifact store delays only these, not the metrics."""
         with reaching(self.url):
             if self._grids is None:
                 text = json.dumps(redact(read_json(self.run / CONFIG) or {}), indent=2)
@@ -130,7 +131,7 @@ class Mirror:
             raise
 
     def _connect(self) -> None:
-        """Find or make the MLflow run and learn what it holds."""
+        """Find or create the MLflow run and learn what it has."""
         if self._connected:
             return
         self._client = self._client or client_of(self.url)
@@ -155,9 +156,9 @@ class Mirror:
         return find_or_make(self._client, self.experiment, self._identity(), self.run_name, tags, start, known)
 
     def _describe(self, known: dict[str, str]) -> None:
-        """Parameters and tags. MLflow never changes a parameter: a later attempt's value is a tag."""
+        """Send parameters and tags. MLflow parameters are immutable, so a later attempt's value becomes a tag."""
         config = redact(read_json(self.run / CONFIG) or {})
-        # "$schema" is an editor's affair, and a name that MLflow refuses
+        # MLflow refuses the name "$schema"
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
         params |= _axis(config)
         info = read_json(self.run / RUN) or {}
@@ -167,7 +168,7 @@ class Mirror:
         self._log(params={k: v for k, v in params.items() if k not in known}, tags=as_texts({**info, **tags}))
 
     def _send_metrics(self) -> int:
-        """Part after part, until all whole lines have arrived."""
+        """Send parts until all whole lines have arrived; returns the number of values."""
         count = 0
         while (end := self._sending or self._end_of_part()) > self._offset:
             self._remember(self._offset, end)
@@ -181,12 +182,12 @@ class Mirror:
 
     def _remember(self, offset: int, sending: int | None) -> None:
         self._offset, self._sending = offset, sending
-        if offset >= self._asked_until:  # else: what the server holds beyond is known to this process alone
-            with contextlib.suppress(OutputError):  # a full disk; the next one knows less, and sends more again
+        if offset >= self._asked_until:  # before that, only this process knows what the server has beyond `offset`
+            with contextlib.suppress(OutputError):  # on a full disk the next mirror sends more again
                 write_json(self.run / MIRROR, {"run_id": self._run_id, "offset": offset, "sending": sending})
 
     def _points(self, start: int, end: int) -> tuple[dict[Point, tuple[int, float, float]], dict[str, str]]:
-        """Of the lines in these bytes: (attempt, time, value) of each point, the highest attempt's, and the texts."""
+        """The lines in these bytes as {point: (attempt, time, value)}, the highest attempt's, and texts as tags."""
         points: dict[Point, tuple[int, float, float]] = {}
         tags: dict[str, str] = {}
         for record in self._records(start, end):
@@ -207,7 +208,7 @@ class Mirror:
         return [record for record in records if record is not None]
 
     def _end_of_part(self) -> int:
-        """Where the last whole line of the next piece of the file ends; what follows may still be being written."""
+        """The end of the last whole line in the next part of the file; what follows may be incomplete."""
         with (self.run / METRICS).open("rb") as file:
             file.seek(self._offset)
             new = file.read(_PART_BYTES)
@@ -230,10 +231,9 @@ class Mirror:
         log_batches(self._client, self._run_id, metrics, params, tags)
 
     def _list_grids(self) -> set[int]:
-        """The steps of the sample grids that have arrived with both their copies: NAME+step+STEP+timestamp+…"""
-        names = [
-            file.path.rpartition("/")[2].split("+") for file in self._client.list_artifacts(self._run_id, "images")
-        ]
+        """The steps of the sample grids that have arrived with both copies; files are NAME+step+STEP+timestamp+…"""
+        files = self._client.list_artifacts(self._run_id, "images")
+        names = [file.path.rpartition("/")[2].split("+") for file in files]
         steps = [int(parts[2]) for parts in names if parts[0] == GRIDS and len(parts) > 2]
         return {step for step in steps if steps.count(step) >= _COPIES}
 
@@ -247,7 +247,7 @@ class Mirror:
             milliseconds = int(path.stat().st_mtime * 1000)
             with Image.open(path) as image:
                 image.load()
-        except (OSError, SyntaxError):  # gone meanwhile, or no picture
+        except (OSError, SyntaxError):  # deleted since, or not an image
             return
         self._client.log_image(self._run_id, image, key=GRIDS, step=step, timestamp=milliseconds)
         arrived.add(step)
@@ -261,15 +261,15 @@ class Mirror:
         return line if line.endswith(b"\n") else b""
 
     def _identity(self) -> str:
-        """What no other run has: a digest of the first line of metrics.jsonl, time stamp included; "" without one."""
+        """A unique id of the run: the digest of the first line of metrics.jsonl with its time; "" without a line."""
         line = self._first_line()
         return hashlib.sha256(line).hexdigest()[:32] if line else ""
 
 
 def _axis(config: dict[str, Any]) -> dict[str, str]:
-    """The logarithm of a constant BNR: the axes of MLflow's parallel coordinates are linear.
+    """log10 of a constant BNR, for the linear axes of MLflow's parallel coordinates.
 
-    BNR 0 is where 0.001 is: MLflow draws a run without the parameter above the largest.
+    BNR 0 becomes 0.001: MLflow would draw a run without the parameter above the largest value.
     """
     bnr = config.get("process", {}).get("bnr")
     return {"log10_bnr": f"{math.log10(max(bnr, _ZERO_BNR)):.4f}"} if isinstance(bnr, int | float) else {}

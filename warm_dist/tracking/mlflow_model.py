@@ -1,6 +1,6 @@
-"""The model that MLflow keeps of a finished run: its EMA weights as safetensors, and this file, which samples from them.
+"""The MLflow model of a finished run: samples images from its EMA weights.
 
-Logged as "models from code": MLflow copies this file and warm_dist beside the weights, and nothing is pickled.
+Logged as "models from code": MLflow copies this file and warm_dist beside the safetensors; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 DEFAULTS = {"seed": 0, "nfe": 0, "bnr": -1.0, "batch_size": 64}
-"""Parameters of `predict`; nfe 0 and a negative bnr mean the config's sampler."""
+"""Parameters of `predict`; nfe 0 and a negative bnr select the config's values."""
 
 
 class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types for mypy
-    """`mlflow.pyfunc.load_model(uri).predict(table, params={"seed": 0, "nfe": 35})`."""
+    """Samples images: `mlflow.pyfunc.load_model(uri).predict(table, params={"seed": 0, "nfe": 35})`."""
 
     def load_context(self, context: Any) -> None:
-        """Called once by MLflow, with the place of the weights."""
+        """Load the weights; MLflow calls this once."""
         import torch
 
         from warm_dist.checkpoints.weights import load_weights
@@ -29,10 +29,10 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         self.model = load_weights(Path(context.artifacts["weights"]), self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Images, (N, H, W, C) uint8, as launch/sample.py draws them: one for each row of the table.
+        """Images (N, H, W, C) uint8, one for each row of the table, equal to those of launch/sample.py.
 
-        model_input: columns `image` (number in the stream of the seed) and `label` (class; -1: drawn at random).
-        params: see DEFAULTS. Raises ConfigError for what this network cannot be sampled with.
+        model_input: columns `image` (index in the seed's sequence) and `label` (class; -1: drawn at random).
+        params: see DEFAULTS. Raises ConfigError for an NFE or label that this network does not support.
         """
         import numpy as np
 
@@ -47,7 +47,7 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         if asked["nfe"]:
             num_steps = num_steps_for(config.sampler.method, int(asked["nfe"]))
             if num_steps is None:
-                raise ConfigError(f"nfe {asked['nfe']}: {config.sampler.method} cannot spend exactly so many")
+                raise ConfigError(f"nfe {asked['nfe']}: not possible with {config.sampler.method}")
             changes["num_steps"] = num_steps
         sampler = config.sampler.model_copy(update=changes)
         indices, labels = (np.asarray(model_input[name], np.int64) for name in ("image", "label"))

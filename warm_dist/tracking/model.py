@@ -1,4 +1,4 @@
-"""A finished run's weights as an MLflow model that samples images, logged once and registered on request."""
+"""Logs a finished run's weights once as an MLflow model that samples images, and registers it on request."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ from typing import Any
 
 from warm_dist.tracking.client import patience
 
-PACKAGE = Path(__file__).resolve().parents[1]  # warm_dist, which travels with the model
+PACKAGE = Path(__file__).resolve().parents[1]  # warm_dist, stored with the model
 NAME = "ema"
 _NIMG_TAG = "warm_dist.nimg"
-_REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")  # what sampling imports
+_REQUIREMENTS = ("torch", "numpy", "pydantic", "safetensors", "mlflow")  # imported for sampling
 
 
 def send_model(client: Any, run_id: str, weights: Path, nimg: int, register: str | None = None) -> str:
-    """Log `weights` (from `checkpoints.weights.export_weights`) as the run's model at nimg, and register it.
+    """Log `weights` (from `checkpoints.weights.export_weights`) as the run's model at nimg and return the model's id.
 
-    Returns the model's id. Repeating the call finds the existing model; one whose files did not all arrive is deleted and
-    sent again. Call it inside `client.reaching`.
+    register: name of the registered model that gets it as a version. A repeated call finds the existing model; an
+    incomplete one is deleted and sent again. Call it inside `client.reaching`.
     """
     experiment = client.get_run(run_id).info.experiment_id
-    ours = [
-        model
-        for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
-        if model.tags.get(_NIMG_TAG) == str(nimg)
-    ]
+    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    ours = [model for model in found if model.tags.get(_NIMG_TAG) == str(nimg)]
     ready = [str(model.model_id) for model in ours if str(model.status) == "READY"]
     for model in ours:
         if model.model_id not in ready:
@@ -56,7 +53,7 @@ def _log(client: Any, experiment: str, run_id: str, weights: Path, nimg: int) ->
 
 
 def save_model(path: Path, weights: Path, model: Any = None) -> None:
-    """Write the model's folder: MLmodel, the weights, the code. No file of it is a pickle."""
+    """Write the model's folder: MLmodel, weights and code, without pickles."""
     import mlflow.pyfunc
     import numpy as np
     import pandas as pd
@@ -68,7 +65,7 @@ def save_model(path: Path, weights: Path, model: Any = None) -> None:
     params.append(ParamSpec("batch_size", "long", 64))
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's own use of pandas
+        warnings.simplefilter("ignore")  # about MLflow's own use of pandas
         mlflow.pyfunc.save_model(
             str(path),
             mlflow_model=model,
@@ -82,13 +79,13 @@ def save_model(path: Path, weights: Path, model: Any = None) -> None:
 
 
 def _register(client: Any, model_id: str, run_id: str, name: str) -> None:
-    """A version of the registered model, unless there is one of this very model."""
+    """Create a version of the registered model, unless this model already has one."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(name)
     except MlflowException:
-        client.get_registered_model(name)  # it exists already, or this says what is wrong
+        client.get_registered_model(name)  # raises the real cause if the name does not exist
     versions = client.search_model_versions(f"name = '{name}'")
     source = f"models:/{model_id}"
     if not any(version.source == source for version in versions):

@@ -1,4 +1,4 @@
-"""The newest metrics as Prometheus text, served by rank 0 on request. The only place with prometheus_client."""
+"""Serves the newest metrics to Prometheus, from rank 0. The only module that uses prometheus_client."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from warm_dist.errors import PortError
 
 
 class Exporter:
-    """`http://HOST:PORT/metrics`: gauges warm_dist_KIND_NAME of the newest lines, warm_dist_rank_NAME{rank="K"} of each rank.
+    """Serves `http://HOST:PORT/metrics`: gauges warm_dist_KIND_NAME, and warm_dist_rank_NAME{rank="K"} for each rank.
 
-    Raises PortError if the port cannot be had.
+    Raises PortError if the port cannot be bound.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -25,24 +25,24 @@ class Exporter:
             raise PortError(f"tracking.prometheus_port: {host}:{port} cannot be bound ({error.strerror})") from None
 
     def show(self, kind: str, values: dict[str, Any]) -> None:
-        """The numbers of one line of metrics.jsonl."""
+        """Set the gauges to the numbers of one record of metrics.jsonl."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._gauge(f"warm_dist_{kind}_{name}", f"{name} of the newest {kind} line of metrics.jsonl").set(value)
 
     def show_ranks(self, ranks: list[dict[str, float]]) -> None:
-        """Every rank's own figures."""
+        """Set the gauges of every rank, in the order of ranks."""
         for rank, figures in enumerate(ranks):
             for name, value in figures.items():
                 gauge = self._gauge(f"warm_dist_rank_{name}", f"{name} of one rank", ["rank"])
                 gauge.labels(str(rank)).set(value)
 
     def follow(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge warm_dist_NAME that is asked for its value whenever somebody reads."""
+        """Add a gauge warm_dist_NAME whose value is computed at each request. text: its help."""
         self._gauge(f"warm_dist_{name}", text).set_function(value)
 
     def close(self) -> None:
-        """Give the port back."""
+        """Stop serving and release the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

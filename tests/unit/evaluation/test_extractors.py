@@ -51,7 +51,7 @@ def test_what_cannot_be_extracted_is_refused() -> None:
         with pytest.raises(ConfigError, match="extractor_sha256 None; it needs both"):
             make_extractor(name, url="weights.pt")
     for name in ("lite0", "pixels"):
-        with pytest.raises(ConfigError, match=f"eval.extractor_bf16 true: {name} knows only float32"):
+        with pytest.raises(ConfigError, match=f"eval.extractor_bf16 true: {name} has only float32"):
             make_extractor(name, bf16=True)
 
 

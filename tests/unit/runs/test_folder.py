@@ -21,7 +21,7 @@ def test_attempts_are_counted_and_the_folder_is_claimed_once(tmp_path, monkeypat
     monkeypatch.setattr(folder, "git_commit", lambda: "c0ffee")
     attempt, lock = claim_run(tmp_path / "run")
     assert attempt == 1
-    with pytest.raises(OutputError, match="another process"):
+    with pytest.raises(OutputError, match="another training process"):
         claim_run(tmp_path / "run")
     describe_run(tmp_path / "run", QUICKSTART, attempt, {"fingerprint": "x"})
     assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == "c0ffee"

@@ -78,7 +78,7 @@ def test_the_best_is_a_finished_finite_one_or_none() -> None:
 def test_numbers_of_two_measures_are_not_compared() -> None:
     other = outcome("other", (TOTAL, 1.0), measure="m2")
     for use in (ranked, best, groups, text):
-        with pytest.raises(ConfigError, match=r"2 measures.*m1 of a, m2 of other"):
+        with pytest.raises(ConfigError, match=r"2 different measures.*m1 of a, m2 of other"):
             use([ORDER[0], other])
 
 

@@ -127,7 +127,7 @@ def test_each_evaluation_is_told_once_and_the_last_when_the_run_has_finished(uns
 def test_the_same_driver_is_not_told_again_and_another_one_is(unstarted, session, told):
     unstarted.report(EVERY)
     write_evaluations(unstarted, EVERY, 2 * EVERY)
-    again = TrialRun(unstarted.trial, unstarted.place, ONE, session)
+    again = TrialRun(unstarted.trial, unstarted.paths, ONE, session)
     assert [record["nimg"] for record in again.evaluations(finished=False)] == told
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.spaces import BASE, sweep
 from warm_dist.config.identity import digest
-from warm_dist.sweeps.trials import constant_bnr, points, short, trials
+from warm_dist.sweeps.trials import constant_bnr, label_of, points, trials
 
 
 def names(space, base=BASE, **more):
@@ -122,14 +122,14 @@ def test_names_say_the_values_and_are_fit_for_folders():
 
 
 def test_equal_last_parts_are_told_apart():
-    assert short({"train.seed": 1, "eval.seed": 2, "train.lr": 0.1}) == "train.seed=1,eval.seed=2,lr=0.1"
+    assert label_of({"train.seed": 1, "eval.seed": 2, "train.lr": 0.1}) == "train.seed=1,eval.seed=2,lr=0.1"
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,9}(\.[a-z_]{1,12}){0,2}", fullmatch=True), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)))  # fmt: skip
 def test_any_values_make_a_name_that_is_one_path_part(values):
-    assert set(short(values)) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,=+-")
+    assert set(label_of(values)) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,=+-")
 
 
 def test_long_names_stay_short_and_unique():
