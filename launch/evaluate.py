@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
-from warm_dist.evaluation import surface_table
 from warm_dist.runs.folder import MIRROR
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def main() -> int:
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, set_threads, shutdown
-    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, open_results
+    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, cells_text, open_results, write_cells
 
     stop = StopSignal().install()
     set_threads()
@@ -102,10 +101,10 @@ def main() -> int:
     for network in networks:
         found.append(network.measure(stop, results, open_loader))
         lines = [line for part in found for line in part]
-        on_main(world, lambda lines=lines: surface_table.write(lines, args.out))  # type: ignore[misc]
+        on_main(world, lambda lines=lines: write_cells(lines, args.out))  # type: ignore[misc]
     shutdown()
     if world.is_main:  # alone, since a server may take its time
-        print(surface_table.text(lines))
+        print(cells_text(lines))
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK
@@ -113,6 +112,7 @@ def main() -> int:
 
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
+    from warm_dist.evaluation.surface import mlflow_points
     from warm_dist.files import read_json
     from warm_dist.tracking.client import log_finished
 
@@ -134,7 +134,7 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
             name,
             identity,
             params=facts,
-            metrics=surface_table.points(lines),
+            metrics=mlflow_points(lines),
             files=files,
             parent=parent,
         )
