@@ -104,7 +104,7 @@ def ui(root: Path, finished: Any) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
-        assert line == f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        assert line == f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)\n"
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)

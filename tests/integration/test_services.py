@@ -68,7 +68,7 @@ def test_ui_serves_on_loopback_alone_and_ends_on_sigterm(tmp_path: Path) -> None
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("MLflow: http://127.0.0.1:")
-        assert line.endswith(" (Ctrl-C ends it)\n")
+        assert line.endswith(" (Ctrl-C to stop)\n")
         with urllib.request.urlopen(line.split()[1], timeout=30) as page:
             assert b"MLflow" in page.read()
         family = descendants(process.pid)
