@@ -17,7 +17,6 @@ from warm_dist.store.open import open_store
 
 
 def main() -> int:
-    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=__doc__)
     parser.add_argument("shards_url", help="s3://bucket/prefix or a folder with .tar files")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")

@@ -52,7 +52,6 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.info", description=__doc__)
     parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")

@@ -279,7 +279,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the command."""
     args = parse()
     from tqdm import tqdm
 

@@ -74,7 +74,6 @@ def _damages(task: _Task) -> list[str]:
 
 
 def main() -> int:
-    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.verify", description=__doc__)
     parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")

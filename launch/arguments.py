@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+LAUNCH = Path(__file__).resolve().parent
 
 
 def parse_training(description: str | None) -> argparse.Namespace:
+    """Parse the arguments of launch/train.py, which launch/node.py shares."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; may be repeated"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print config, batch arithmetic, parameters, memory; stop"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="print config, batch size, parameters and memory; stop")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     args = parser.parse_args()
@@ -23,11 +23,15 @@ def parse_training(description: str | None) -> argparse.Namespace:
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
-    """`--set sampler.key=V` for what has no flag of its own."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="sampler.key=VALUE",
-        help="override any key of the sampler section, e.g. sampler.eta=0.5 or sampler.guidance=2; repeatable",
-    )
+    """Add `--set sampler.key=VALUE`, for sampler keys without a flag of their own."""
+    text = "override any key of the sampler section, e.g. sampler.eta=0.5 or sampler.guidance=2; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="sampler.key=VALUE", help=text)
+
+
+def quickstart_parser(description: str | None, config: str, what: str) -> argparse.ArgumentParser:
+    """The arguments that both quickstarts share. config: default file of configs/; what: "run" or "sweep"."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs"), help=f"folder of S3, MLflow and the {what}")
+    parser.add_argument("--config", type=Path, default=LAUNCH.parent / "configs" / config)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
+    return parser

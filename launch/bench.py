@@ -1,4 +1,4 @@
-"""Measure this program: `launch/bench.py data` (images from the embedded S3, beside peers: `make peers`), `step`, `features`, `sweep`, `scaling`."""
+"""Measure this program: `launch/bench.py data|step|features|sweep`, or model its `scaling`. `make peers` installs peers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def main() -> int:
     step.add_arguments(commands.add_parser("step", help="what EMAs, metrics and a second rank cost a step"))
     features.add_arguments(commands.add_parser("features", help="what evaluation costs, beside clean-fid"))
     sweep.add_arguments(commands.add_parser("sweep", help="what Ray costs a trial, beside the same command by hand"))
-    command = commands.add_parser(
-        "scaling", help="a step from 1 to 1024 GPUs by launch/benchmarks/scaling.py; measures nothing"
-    )
+    text = "a model of a step on 1 to 1024 GPUs, launch/benchmarks/scaling.py; measures nothing"
+    command = commands.add_parser("scaling", help=text)
     command.add_argument("--config", default=str(ROOT / "configs" / "imagenet64.json"), help="a file of configs/")
     command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key")
     command.set_defaults(run=scaling)

@@ -1,4 +1,4 @@
-"""EMA weights of any length after training: `launch/ema.py RUN --length 0.08`, from the snapshots of train.ema_lengths."""
+"""Compute EMA weights of any length after training: `launch/ema.py RUN --length 0.08`, from train.ema_lengths' snapshots."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from pathlib import Path
 from warm_dist import errors
 from warm_dist.errors import CheckpointError, ConfigError
 
-POOR = 0.05  # beyond this the wanted profile is not really approximated
+POOR = 0.05  # relative mismatch beyond which the profile is poorly approximated
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument(
-        "--length", type=float, nargs="+", required=True, help="relative widths sigma_rel, e.g. 0.03 0.08"
-    )
+    parser.add_argument("--length", type=float, nargs="+", required=True, help="relative widths sigma_rel, e.g. 0.08")
     parser.add_argument("--nimg", type=int, help="as if training had ended there; default: at the last snapshot")
     parser.add_argument("--out", type=Path, help="a folder; default: RUN/weights")
     args = parser.parse_args()
     if not all(0 < length <= 0.25 for length in args.length):
-        raise ConfigError(f"--length {args.length}: a relative width lies above 0 and not above 0.25")
+        raise ConfigError(f"--length {args.length}: a relative width must be above 0 and at most 0.25")
     if args.out is None and "://" in args.run:
-        raise ConfigError("--out is needed: the run is not a folder here")
+        raise ConfigError("--out is needed: the run is not a local folder")
 
     import numpy as np
 
@@ -37,9 +35,7 @@ def main() -> int:
     store = open_store(args.run, args.endpoint_url)
     snapshots = [open_saved(store, name) for name in complete_names(store, SNAPSHOTS)]
     if not snapshots:
-        raise CheckpointError(
-            f"{args.run}: has no snapshots; train with train.ema_lengths=[0.05,0.1] and train.snapshot_nimg"
-        )
+        raise CheckpointError(f"{args.run}: no snapshots; set train.ema_lengths=[0.05,0.1] and train.snapshot_nimg")
     nimg = snapshots[-1].meta["nimg"] if args.nimg is None else args.nimg
     if nimg <= 0:
         raise ConfigError(f"--nimg {nimg} must be positive")
@@ -53,10 +49,9 @@ def main() -> int:
         parts = [(saved, kind_of(known), float(c)) for (saved, known), c in zip(held, factors, strict=True)]
         path = (args.out or Path(args.run) / "weights") / f"{kind_of(length)}_{nimg:012d}.safetensors"
         export_weights(parts, path)
-        warning = "  POOR: nearer to the tracked lengths, or more snapshots" if far > POOR else ""
-        print(
-            f"{path}: length {length:g} at nimg {nimg} from {len(snapshots)} snapshots, profile met to {far:.2%}{warning}"
-        )
+        warning = "  POOR: choose a length nearer to the tracked ones, or keep more snapshots" if far > POOR else ""
+        source = f"length {length:g} at nimg {nimg} from {len(snapshots)} snapshots"
+        print(f"{path}: {source}, profile met to {far:.2%}{warning}")
     return errors.EXIT_OK
 
 

@@ -1,8 +1,8 @@
-"""Fréchet distances of trained networks: `launch/evaluate.py RUN... --nfe 9,18,35,79 --bnr 0,0.1,0.3,0.5,0.65,1,2,10`.
+"""Measure Fréchet distances of trained networks: `launch/evaluate.py RUN... --nfe 9,18,35,79 --bnr 0,0.1,0.3,0.5,1,2`.
 
-Every combination of weights, BNR, method and NFE is one entry of OUT/results.json, measured with several blocks of
-seeds; what stands there is not done again. OUT also gets table.csv and surface.png, and MLflow a run for each network.
-Networks that differ by train.seed alone get a line of their mean and spread. Runs on one process, or under torchrun.
+Every combination of weights, BNR, method and NFE is an entry of OUT/results.json, measured with several blocks of seeds;
+existing entries are kept. OUT also gets table.csv and surface.png, and MLflow a run for each network. Networks that
+differ only in train.seed also get a line with their mean and spread. Runs in one process or under torchrun.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from warm_dist.runs.folder import MIRROR
 if TYPE_CHECKING:
     from warm_dist.evaluation.surface import NetworkCells
 
-PATIENCE_S = 3600  # of a rank with a batch less, or whose file is cached: a batch of a large network takes minutes
+PATIENCE_S = 3600  # for ranks to wait for each other: a batch of a large network takes minutes
 
 
 def parse() -> argparse.Namespace:
+    """Parse and check the command line. Raises ConfigError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def many(flag: str, text: str) -> None:
@@ -36,34 +37,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("weights", type=Path, nargs="+", help=where)
     many("--bnr", "default: the config's path")
     many("--method", "default: the config's")
-    many("--nfe", "network evaluations an image; where a method cannot spend all, one less (heun's are odd)")
+    many("--nfe", "network evaluations per image; one less where a method cannot use all (heun needs odd numbers)")
     add_set(parser)
-    parser.add_argument("--num-images", type=int, help="of a block; default: the config's eval.num_images, else 2048")
+    parser.add_argument("--num-images", type=int, help="per block; default: the config's eval.num_images, else 2048")
     parser.add_argument("--blocks", type=int, default=3, help="of seeds, for mean and spread (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size, else 64")
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of all that is written")
-    parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; none: ''")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
+    parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; '' for none")
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, float), _numbers("--nfe", args.nfe, int)
     args.method = [name for text in args.method for name in text.split(",") if name] or [None]
-    for flag, value, least in (
-        ("--num-images", args.num_images, 2),
-        ("--batch-size", args.batch_size, 1),
-        ("--blocks", args.blocks, 1),
-    ):
+    for key, least in (("num_images", 2), ("batch_size", 1), ("blocks", 1)):
+        value = getattr(args, key)
         if value is not None and value < least:
-            raise ConfigError(f"{flag} {value}: must be at least {least}")
+            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     if args.mlflow_url and not args.mlflow_url.startswith(("http://", "https://")):
-        raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the address of a server, http://… or https://…")
+        raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the URL of a server, http://… or https://…")
     if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr must be finite and not negative")
     return args
 
 
 def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list[Any]:
-    """Numbers between commas or spaces, each once; [None] for none at all."""
+    """The distinct numbers in texts separated by commas; [None] if there are none."""
     try:
         return list(dict.fromkeys(kind(part) for text in texts for part in text.split(",") if part)) or [None]
     except ValueError:
@@ -94,25 +92,32 @@ def main() -> int:
         manifest=args.manifest,
         endpoint_url=args.endpoint_url,
     )
-    networks = [
-        NetworkCells(weights, options, world) for weights in args.weights
-    ]  # all are checked before any is sampled
+    networks = [NetworkCells(weights, options, world) for weights in args.weights]  # checks all before sampling any
     found: list[list[dict[str, Any]]] = []
     for network in networks:
         found.append(network.measure(stop, results, open_loader))
         lines = [line for part in found for line in part]
         on_main(world, lambda lines=lines: write_cells(lines, args.out))  # type: ignore[misc]
     shutdown()
+<<<<<<< HEAD
     if world.is_main:  # alone, since a server may take its time
         print(cells_text(lines))
+=======
+    if world.is_main:  # after the other ranks have ended, because a server may be slow
+        print(surface_table.text(lines))
+>>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK
 
 
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
+<<<<<<< HEAD
     """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
     from warm_dist.evaluation.surface import mlflow_points
+=======
+    """Log a network to MLflow: a curve over NFE (as step) for each method and BNR. An unreachable server is reported."""
+>>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
     from warm_dist.files import read_json
     from warm_dist.tracking.client import log_finished
 
@@ -123,11 +128,13 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
     parent = (read_json(network.weights / MIRROR) or {}).get("run_id") if network.weights.is_dir() else None
     facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")}
     facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
-    cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks are another mean
+    cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks give another mean
     identity = hashlib.sha256(json.dumps([facts, cells]).encode()).hexdigest()[:32]
-    name = f"evaluate-{network.weights.name}"
+    name, metrics = f"evaluate-{network.weights.name}", surface_table.points(lines)
     files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
+    logged: dict[str, Any] = {"params": facts, "metrics": metrics, "files": files, "parent": parent}
     try:
+<<<<<<< HEAD
         log_finished(
             url,
             tracking.experiment,
@@ -138,6 +145,9 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
             files=files,
             parent=parent,
         )
+=======
+        log_finished(url, tracking.experiment, name, identity, **logged)
+>>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
     except UnreachableError as error:
         network.say(f"not logged: {error}; the same command logs it when the server is back")
 

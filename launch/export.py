@@ -1,4 +1,4 @@
-"""Export a run's weights: `launch/export.py RUN [--kind ema|master] [--nimg N] [--out FILE]`, one safetensors file with its config inside."""
+"""Export a run's weights as one safetensors file with its config: `launch/export.py RUN [--kind ema|master]`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument(
-        "--kind", default="ema", help="ema (averaged), master (the last weights), ema_0.05 … (default: ema)"
-    )
+    parser.add_argument("--kind", default="ema", help="ema (default), master (the last weights) or ema_0.05 …")
     parser.add_argument("--nimg", type=int, help="which checkpoint; default: the newest intact one")
     parser.add_argument("--out", type=Path, help="default: RUN/weights/KIND.safetensors")
     args = parser.parse_args()
     if args.out is None and "://" in args.run:
-        raise ConfigError("--out is needed: the run is not a folder here")
+        raise ConfigError("--out is needed: the run is not a local folder")
 
     from warm_dist.checkpoints.format import CHECKPOINTS, complete_names, name_of, nimg_of, open_saved
     from warm_dist.checkpoints.weights import export_weights
@@ -42,7 +40,7 @@ def main() -> int:
             export_weights([(open_saved(store, name), args.kind, 1.0)], out)
         except CheckpointError as error:
             problem = f"no intact checkpoint ({error})"
-            print(f"checkpoint passed over: {error}", file=sys.stderr)
+            print(f"checkpoint skipped: {error}", file=sys.stderr)
         else:
             print(f"{out}: {args.kind} weights at nimg {nimg_of(name)}")
             return errors.EXIT_OK

@@ -1,7 +1,7 @@
-"""Kubernetes objects of a job, without editing YAML: a TrainJob or a RayJob for a config, a JobSet that packs a data set.
+"""Render the Kubernetes objects of a job: a TrainJob or RayJob for a config, or a JobSet that packs a data set.
 
-`python launch/k8s.py render --config configs/imagenet64.json --nodes 4 --gpus 8 --set … | kubectl apply -f -`. What a
-cluster needs beforehand is in k8s/README.md. The objects go to stdout, what they come to is said on stderr.
+`python launch/k8s.py render --config configs/imagenet64.json --nodes 4 --gpus 8 --set … | kubectl apply -f -`. Objects
+go to stdout, a summary to stderr. k8s/README.md describes what the cluster needs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from warm_dist.kubernetes import checks, jobs
 from warm_dist.kubernetes.jobs import JobSize, RenderedJob
 
 BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
-EXAMPLES = {
-    "s3://your-bucket": "--set names yours",
-    "registry.example.com": "--image names yours",
-}  # in configs/, in BASE
+# placeholders in configs/ and BASE → what to do about them
+EXAMPLES = {"s3://your-bucket": "set yours with --set", "registry.example.com": "set yours with --image"}
 
 
 def main() -> int:
@@ -34,19 +32,17 @@ def main() -> int:
     render.add_argument("--config", required=True, help="a file of configs/: a run's, or a sweep's")
     text = "override a key, as for launch/train.py and launch/sweep.py; repeatable"
     render.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
-    text = "data_pipelines.pack in so many parts, and one data set of them; its arguments after --"
+    text = "data_pipelines.pack in several parts, then merged; its arguments follow --"
     packing = commands.add_parser("pack", help=text, description=f"{text}. /images is the claim `images`.")
     packing.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="source, out_url, --resolution …")
     for command in (render, packing):
-        command.add_argument(
-            "--nodes", type=int, required=True, help="pods, each on a node of its own where there is room"
-        )
+        command.add_argument("--nodes", type=int, required=True, help="pods, each on its own node where possible")
         command.add_argument("--name", help="of the objects; default: the config's or data set's")
-        command.add_argument("--image", help="other than the template's")
-        command.add_argument("--cpus", type=int, help="a process; default 8 with a GPU, else 1")
-        command.add_argument("--memory", type=int, metavar="GiB", help="a process; default 64 with a GPU, else 4")
-        command.add_argument("--processes", type=int, help="a node; default: its GPUs, else 1")
-    render.add_argument("--gpus", type=int, default=0, help="a node; 0 (default): processes on the CPU")
+        command.add_argument("--image", help="default: the template's")
+        command.add_argument("--cpus", type=int, help="per process; default 8 with a GPU, else 1")
+        command.add_argument("--memory", type=int, metavar="GiB", help="per process; default 64 with a GPU, else 4")
+        command.add_argument("--processes", type=int, help="per node; default: its GPUs, else 1")
+    render.add_argument("--gpus", type=int, default=0, help="per node; 0 (default): train on CPUs")
     render.add_argument("--jobset", action="store_true", help="a JobSet, for a cluster without Kubeflow Trainer")
     args = parser.parse_args()
     checks.check_image(args.image)
@@ -55,7 +51,7 @@ def main() -> int:
     print(job.summary, file=sys.stderr)
     for example, advice in EXAMPLES.items():
         if example in str(job.objects):
-            print(f"note: {example} is an example's; {advice}", file=sys.stderr)
+            print(f"note: {example} is a placeholder; {advice}", file=sys.stderr)
     return errors.EXIT_OK
 
 
@@ -79,7 +75,7 @@ def _pack(args: argparse.Namespace) -> RenderedJob:
     asked = pack.parse(args.arguments)
     workers = [word for word in args.arguments if word.startswith("--w") and "--workers".startswith(word.split("=")[0])]
     if asked.part or workers:
-        raise ConfigError("--part and --workers follow from --nodes and --processes")
+        raise ConfigError("--part and --workers follow from --nodes and --processes; leave them out")
     name = args.name or _name(f"pack-{asked.out_url.rstrip('/').rpartition('/')[2]}")
     template = _template("data/pack.yaml")
     size, words = _size(args, 0), args.arguments
@@ -94,7 +90,7 @@ def _size(args: argparse.Namespace, gpus: int) -> JobSize:
 
 
 def _name(stem: str) -> str:
-    """A file's name as Kubernetes allows it: sweep_bnr → sweep-bnr."""
+    """A file name turned into a Kubernetes name: sweep_bnr → sweep-bnr."""
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
 
 
@@ -109,7 +105,7 @@ def _yaml(objects: list[dict[str, Any]]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Texts of several lines as such, nothing by reference."""
+        """Writes multi-line text as blocks, without anchors."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

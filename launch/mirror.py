@@ -1,7 +1,7 @@
-"""Show a run in MLflow: `python launch/mirror.py RUN` sends what is missing (after an outage, say); --follow goes along.
+"""Copy a run to MLflow: `python launch/mirror.py RUN` sends what is missing, --follow keeps sending until the run ends.
 
-Training starts `--follow` by itself when tracking.mlflow_url is set. It is a process of its own: whatever happens to
-MLflow, the run neither waits nor stops. It ends after the run's end, or its starter's, with a bounded number of tries.
+Training starts it with --follow if tracking.mlflow_url is set, as a separate process, so that MLflow can neither delay
+nor stop the run. It ends after the run, or the process that started it, with a bounded number of retries.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from warm_dist.tracking.follow import mirror_run
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/quickstart")
-    parser.add_argument("--follow", action="store_true", help="go along with the run until its exit.json appears")
-    parser.add_argument("--url", help="another server than the run's tracking.mlflow_url")
+    parser.add_argument("--follow", action="store_true", help="keep sending until the run's exit.json appears")
+    parser.add_argument("--url", help="default: the run's tracking.mlflow_url")
     parser.add_argument("--register", metavar="NAME", help="register the finished run's model under this name")
     args = parser.parse_args()
     if args.follow:
-        os.nice(10)  # training first
-    mirror_run(
-        args.run, args.url, args.register, os.environ.get(supervisor.OWNER) if args.follow else None, args.follow
-    )
+        os.nice(10)  # training has priority
+    owner = os.environ.get(supervisor.OWNER) if args.follow else None
+    mirror_run(args.run, args.url, args.register, owner, args.follow)
     return errors.EXIT_OK
 
 

@@ -1,7 +1,7 @@
-"""What one node of a cluster runs: torchrun with the node's share of the ranks, and then the run's own exit code.
+"""Run one cluster node's share of the ranks under torchrun, and exit with the run's own exit code.
 
-`python launch/node.py --config …` takes launch/train.py's arguments. How many nodes and processes there are, and where
-rank 0 is, torchrun reads from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as
+`python launch/node.py --config …` takes launch/train.py's arguments. torchrun reads the numbers of nodes and processes
+and the address of rank 0 from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as
 Kubeflow Trainer sets them. It can be a container's first process.
 """
 

@@ -1,11 +1,10 @@
-"""`make quickstart`: S3 and MLflow, real images packed, `deepspeed launch/train.py`, and where to look.
+"""`make quickstart`: start S3 and MLflow, pack images, run `deepspeed launch/train.py`, and show the results.
 
-Interrupted (Ctrl-C, SIGTERM, even kill -9), it goes on where it was; finished, it shows the results again.
+Interrupted (Ctrl-C, SIGTERM, even kill -9), the same command continues; finished, it shows the results again.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import statistics
@@ -13,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.services import Services, pack_openmoji, services
+from launch.arguments import LAUNCH, quickstart_parser
+from launch.services import Services, pack_openmoji, services, stop_child, ui_command
 from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config, load_config
@@ -26,18 +26,14 @@ from warm_dist.files import read_json
 from warm_dist.runs.folder import CONFIG, EXIT, METRICS
 from warm_dist.runs.metrics import read_metrics
 
-LAUNCH = Path(__file__).resolve().parent
-SAVE_S = 120.0  # how long a run that was told to stop may take to save
-# sh lets the launcher itself ignore SIGTERM, which goes to its whole group: it then stays until its ranks have saved
+SAVE_S = 120.0  # for a stopped run to save
+# The launcher ignores SIGTERM, which goes to its whole group, and so stays until its ranks have saved.
 PATIENT = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of S3, MLflow and the run")
-    parser.add_argument("--config", type=Path, default=LAUNCH.parent / "configs" / "quickstart.json")
-    parser.add_argument("--num-ranks", type=int, default=2, help="processes (with CUDA at most one a GPU)")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
+    parser = quickstart_parser(__doc__, "quickstart.json", "run")
+    parser.add_argument("--num-ranks", type=int, default=2, help="processes (with CUDA at most one per GPU)")
     args = parser.parse_args()
     if args.num_ranks < 1:
         raise ConfigError(f"--num-ranks {args.num_ranks}: must be at least 1")
@@ -47,11 +43,11 @@ def main() -> int:
     try:
         return quickstart.run()
     except KeyboardInterrupt:
-        raise Stopped("stopped; the same command goes on") from None
+        raise Stopped("stopped; the same command continues") from None
 
 
 class Quickstart:
-    """The phases, each timed, and the report on them."""
+    """Runs the phases, times each, and reports."""
 
     def __init__(self, root: Path, config: Path, overrides: list[str], num_ranks: int) -> None:
         self.root, self.config_path, self.overrides = root, config, overrides
@@ -62,7 +58,7 @@ class Quickstart:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> int:
-        """The exit code of the training."""
+        """Run all phases and return the exit code of the training."""
         begun = time.monotonic()
         with ExitStack() as stack:
             with self._timed("services"):
@@ -90,20 +86,14 @@ class Quickstart:
         self.seconds[phase] = time.monotonic() - begun
 
     def _train(self, servers: Services) -> int:
-        """The training command of the README, on our servers. Returns the run's exit code, which launchers hide."""
+        """Run the README's training command on our servers; returns the run's own exit code, which launchers hide."""
         if self._finished():
             print(f"quickstart: {self.output} is finished; delete it to train again", flush=True)
             return errors.EXIT_OK
-        settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
         command = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(self.num_ranks)]
-        command += [
-            "--master_port",
-            str(supervisor.free_port()),
-            str(LAUNCH / "train.py"),
-            "--config",
-            str(self.config_path),
-        ]
-        command += [part for setting in [*self.overrides, *settings] for part in ("--set", setting)]
+        command += ["--master_port", str(supervisor.free_port())]
+        command += [str(LAUNCH / "train.py"), "--config", str(self.config_path)]
+        command += [part for setting in [*self.overrides, *servers.settings] for part in ("--set", setting)]
         print(f"quickstart: {' '.join(command)}", flush=True)
         exit_file = self.output / EXIT
         before = _modified(exit_file)
@@ -111,7 +101,8 @@ class Quickstart:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            code = self._stop(process)
+            print("quickstart: stopping; the run saves first (Ctrl-C again to kill it)", flush=True)
+            code = stop_child(process, signal.SIGTERM, 5.0, SAVE_S)  # repeated: a launcher may miss it as it starts
         finally:
             supervisor.stop(process)
         end = read_json(exit_file) if _modified(exit_file) != before else None
@@ -122,7 +113,7 @@ class Quickstart:
         return int(code)
 
     def _finished(self) -> bool:
-        """Did this very config end well? Only our servers' addresses may differ."""
+        """Whether this config has finished; only our servers' addresses may differ."""
         end, tree = read_json(self.output / EXIT), read_json(self.output / CONFIG)
         if not (end and tree and end["code"] == errors.EXIT_OK):
             return False
@@ -136,18 +127,8 @@ class Quickstart:
         ours = {"OMP_NUM_THREADS": str(threads)} | ({} if self.gpus else {"DS_ACCELERATOR": "cpu"})
         return {**os.environ, **ours}
 
-    def _stop(self, process: subprocess.Popen[bytes]) -> int:
-        """Tell the run to save and end; again every few seconds, since a launcher that is just starting hears nothing."""
-        print("quickstart: stopping; the run saves first (Ctrl-C again to kill it)", flush=True)
-        deadline = time.monotonic() + SAVE_S
-        while time.monotonic() < deadline:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(5)
-        return supervisor.stop(process)
-
     def _catch_up(self, servers: Services) -> None:
-        """What the run's own mirror has not sent yet, while the server is still there."""
+        """Send MLflow what the run's own mirror has not sent, before the server stops."""
         if (self.output / CONFIG).exists():
             subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
 
@@ -164,23 +145,16 @@ class Quickstart:
         phases = "   ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         rates = [r["images_per_s"] for r in self._metrics("train") if r.get("images_per_s")]
         rate = f"{statistics.median(rates):.0f} images/s over {self.num_ranks} processes" if rates else ""
-        port = "" if self.root == Path("runs") else f" (python launch/ui.py --root {self.root})"
-        return "\n".join(
-            [
-                f"quickstart: finished in {total_s:.0f} s",
-                f"  {phases}   {rate}",
-                *self._distances(),
-                f"  report   {self.output / 'report.html'}",
-                f"  MLflow   make ui{port}",
-            ]
-        )
+        lines = [f"quickstart: finished in {total_s:.0f} s", f"  {phases}   {rate}", *self._distances()]
+        lines += [f"  report   {self.output / 'report.html'}", f"  MLflow   {ui_command(self.root)}"]
+        return "\n".join(lines)
 
     def _distances(self) -> list[str]:
         evaluations = self._metrics("eval")
         if not evaluations or self.config.eval is None:
             return []
         last, sampler = evaluations[-1], self.config.sampler
-        first = next(r for r in evaluations if r["spec"] == last["spec"])  # other specs are never compared
+        first = next(r for r in evaluations if r["spec"] == last["spec"])  # other specs are not comparable
         floor, n = last["floor"], self.config.eval.num_images
         spread = "" if last.get("spread") is None else f" ± {last['spread']:.2f} over {last['blocks']} blocks of seeds"
         excess = (last["frechet"] - floor) / (first["frechet"] - floor)
@@ -188,7 +162,7 @@ class Quickstart:
             f"  {last['name']}, n = {n:,}, {sampler.method} {sampler.num_steps} steps, spec {last['spec']}",
             f"    before training {first['frechet']:8.2f}   (nimg {first['nimg']:,})",
             f"    after training  {last['frechet']:8.2f}{spread}   (nimg {last['nimg']:,})",
-            f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images and all others)",
+            f"    floor           {floor:8.2f}   (real against real, {last['floor_n']:,} images against the others)",
             f"    excess over the floor: {100 * excess:.1f} % of that before training",
             f"  samples  {self.output / last['grid']}",
         ]

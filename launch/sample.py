@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from launch.arguments import add_set
@@ -12,32 +13,22 @@ from warm_dist.errors import ConfigError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="a file of launch/export.py, or a finished run's folder"
-    )
+    parser.add_argument("--weights", type=Path, required=True, help="a finished run's folder, or an exported file")
     parser.add_argument("--n", type=int, default=64, help="number of images")
-    parser.add_argument("--nfe", type=int, help="network evaluations an image; default: the config's sampler")
-    parser.add_argument("--bnr", type=float, help="blur-to-noise ratio; default: the one it was trained at")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="image k of a seed is the same for any --n and --batch-size"
-    )
+    parser.add_argument("--nfe", type=int, help="network evaluations per image; default: the config's sampler")
+    parser.add_argument("--bnr", type=float, help="blur-to-noise ratio; default: the one of training")
+    parser.add_argument("--seed", type=int, default=0, help="image k does not depend on --n or --batch-size")
     parser.add_argument("--label", type=int, help="class of every image; default: drawn at random")
-    parser.add_argument(
-        "--method", help="heun, first_order, multistep, churn, ancestral or cold; default: the config's"
-    )
+    text = "heun, first_order, multistep, churn, ancestral or cold; default: the config's"
+    parser.add_argument("--method", help=text)
     add_set(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
-    if (
-        args.n < 1
-        or args.batch_size < 1
-        or args.seed < 0
-        or (args.bnr is not None and not 0 <= args.bnr < float("inf"))
-    ):
+    if args.n < 1 or args.batch_size < 1 or args.seed < 0 or not 0 <= (args.bnr or 0) < math.inf:
         raise ConfigError("--n and --batch-size must be positive, --seed and --bnr not negative")
     if args.out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out {args.out}: needs the ending .png or .npy")
+        raise ConfigError(f"--out {args.out}: must end in .png or .npy")
 
     import numpy as np
     import torch
@@ -65,18 +56,9 @@ def main() -> int:
     labels = sample_labels(args.seed, indices, config.data.num_classes)
     if args.label is not None:
         labels[:] = args.label
+    options = {"seed": args.seed, "device": device, "batch_size": args.batch_size, "sampler": sampler, "guide": guide}
     with tqdm(total=args.n, unit="image", disable=None) as bar:
-        images = generate(
-            model,
-            indices,
-            labels,
-            seed=args.seed,
-            device=device,
-            batch_size=args.batch_size,
-            sampler=sampler,
-            guide=guide,
-            progress=bar.update,
-        )
+        images = generate(model, indices, labels, **options, progress=bar.update)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.suffix == ".npy":
@@ -85,10 +67,8 @@ def main() -> int:
             save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
     except OSError as error:
         raise errors.OutputError(f"{args.out}: cannot be written ({error.strerror})") from None
-    print(
-        f"{args.out}: {args.n} images, NFE {nfe(sampler.method, sampler.num_steps)}, seed {args.seed}, "
-        f"{describe_sampling(config, sampler)}"
-    )
+    spent = nfe(sampler.method, sampler.num_steps)
+    print(f"{args.out}: {args.n} images, NFE {spent}, seed {args.seed}, {describe_sampling(config, sampler)}")
     return errors.EXIT_OK
 
 

@@ -1,4 +1,4 @@
-"""The two servers of the quickstart and of `make ui`: the embedded S3 and MLflow, on loopback, ended with their owner."""
+"""The servers of the quickstarts and of `make ui`, S3 and MLflow on loopback, and what both quickstarts do with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,24 +22,29 @@ from warm_dist.store.seaweedfs import S3Server
 
 HOST = "127.0.0.1"
 BUCKET = "warm-dist"
-START_S = 120.0  # MLflow makes its database on the first start: 10 s on two idle cores
+START_S = 120.0  # MLflow creates its database on the first start: 10 s on two idle cores
 
 
 @dataclass(frozen=True)
 class Services:
-    """What runs: the embedded S3, and MLflow's address and process."""
+    """The running servers: the embedded S3, MLflow's address and process."""
 
     s3: S3Server
     mlflow_url: str
     mlflow: subprocess.Popen[bytes]
 
+    @property
+    def settings(self) -> list[str]:
+        """Overrides that point a config at these servers, for `--set`."""
+        return [f"data.endpoint_url={self.s3.endpoint_url}", f"tracking.mlflow_url={self.mlflow_url}"]
+
 
 @contextmanager
 def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
-    """Start both on the data in `root` (s3/, mlflow.db), stop both at the end; their logs are there too.
+    """Run both servers on the data in `root` (s3/, mlflow.db) until the context ends; logs are in `root` too.
 
-    ui_port: MLflow's; None picks a free one. Raises PortError if it is in use, OutputError if `root` cannot be written
-    or another quickstart or ui uses it, UnreachableError with the end of the log if a server does not start.
+    ui_port: MLflow's port; None picks a free one. Raises PortError if it is in use, OutputError if `root` cannot be
+    written or is in use, UnreachableError with the end of the log if a server does not start.
     """
     with ExitStack() as stack:
         stack.enter_context(claimed(root, "make quickstart, make sweep or make ui"))
@@ -53,17 +58,33 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
 
 
 def pack_openmoji(config: Config, servers: Services) -> None:
-    """Pack the quickstart's pictures where the config's manifest is to be, unless they are there. Raises PeerError."""
+    """Pack OpenMoji for the config's manifest, unless that exists. Raises PeerError if packing fails."""
     folder = config.data.manifest.rpartition("/")[0]
     endpoint = servers.s3.endpoint_url
     try:
         read_manifest(config.data.manifest, endpoint)
-    except DataError:  # none, half a pack (the manifest comes last), or one of an older version
+    except DataError:  # missing, incomplete (the manifest is written last), or of an older version
         command = [sys.executable, "-m", "data_pipelines.pack", "openmoji", folder]
         command += ["--resolution", str(config.data.resolution), "--endpoint-url", endpoint]
         code = subprocess.run(command).returncode
         if code:
-            raise PeerError("packing has failed, see above", code, resumable=False) from None
+            raise PeerError("packing failed, see above", code, resumable=False) from None
+
+
+def stop_child(process: subprocess.Popen[bytes], signum: int, every_s: float, patience_s: float) -> int:
+    """Send a child `signum` every `every_s` seconds until it ends, kill it after `patience_s`; returns its exit code."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        process.send_signal(signum)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(every_s)
+    print("the command does not stop and is killed", file=sys.stderr, flush=True)
+    return supervisor.stop(process)
+
+
+def ui_command(root: Path) -> str:
+    """The command that shows MLflow on the data in `root`."""
+    return "make ui" if root == Path("runs") else f"make ui (python launch/ui.py --root {root})"
 
 
 def _command(root: Path, port: int) -> list[str]:
@@ -75,13 +96,13 @@ def _command(root: Path, port: int) -> list[str]:
 
 
 def _environment(s3: S3Server) -> dict[str, str]:
-    """Ours without settings for other servers, with the credentials that only this server needs."""
+    """This process's environment without settings for other servers, with the embedded S3's credentials."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_"))}
     return {
         **inherited,
         **s3.env,
         "MLFLOW_S3_ENDPOINT_URL": s3.endpoint_url,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else it starts processes for jobs that nobody submits
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves processes for jobs, which are not used
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
     }
@@ -102,7 +123,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 def _checked(port: int) -> int:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed server's TIME_WAIT is no use
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a closed server's TIME_WAIT
         try:
             probe.bind((HOST, port))
         except OSError as error:

@@ -1,6 +1,6 @@
-"""What BNR suits a data set: `launch/spectrum.py MANIFEST` draws its spectral analysis and suggests a BNR and a path.
+"""Analyse a data set's spectrum and suggest a BNR and a path: `launch/spectrum.py MANIFEST`.
 
-Writes OUT/spectrum.png and OUT/spectrum.json; with --mlflow-url both go to one MLflow run as well.
+Writes OUT/spectrum.png and OUT/spectrum.json; --mlflow-url also logs both to MLflow.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", metavar="MANIFEST", help="URL or path of a manifest.parquet")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument(
-        "--bnr", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0, 2.0], help="ratios to compare, up to 8"
-    )
-    parser.add_argument("--out", type=Path, default=Path("spectrum"), help="folder of the picture and the numbers")
+    ratios = [0.1, 0.25, 0.5, 1.0, 2.0]
+    parser.add_argument("--bnr", type=float, nargs="+", default=ratios, help="ratios to compare, at most 8")
+    parser.add_argument("--out", type=Path, default=Path("spectrum"), help="output folder")
     parser.add_argument("--mlflow-url", help="also log both to this MLflow server")
     parser.add_argument("--experiment", default="warm-dist")
     args = parser.parse_args()
     if len(args.bnr) > 8 or any(not 0 <= value < math.inf for value in args.bnr):
-        raise ConfigError("--bnr needs up to 8 ratios, finite and not negative")
+        raise ConfigError("--bnr needs at most 8 ratios, finite and not negative")
 
     from data_pipelines.shards.manifest import read_manifest
     from warm_dist.diffusion.analysis import suggested_bnr, suggested_path
@@ -50,7 +49,7 @@ def main() -> int:
 
 
 def _numbers(info: Any, bnrs: list[float], path: Any, bnr: float) -> dict[str, Any]:
-    """Everything drawn, ready for JSON."""
+    """All numbers of the figure, for JSON."""
     from warm_dist.config.bnr import ConstantBNR
     from warm_dist.diffusion.analysis import SIGMAS, alphas, radial, shares, snr
 
@@ -78,10 +77,9 @@ def _numbers(info: Any, bnrs: list[float], path: Any, bnr: float) -> dict[str, A
 def _report(tree: dict[str, Any], path: dict[str, Any]) -> str:
     rows = [f"{tree['num_images']} images, sigma_data {tree['sigma_data']:.4f}, fingerprint {tree['fingerprint'][:12]}"]
     rows.append(f"{'BNR':>6}  {'deblurrer share of the error at σ = 0.05, 0.5, 5':<50}  worst price of blur")
+    sigma = tree["sigma"]
+    near = [min(range(len(sigma)), key=lambda k: abs(math.log(sigma[k] / s))) for s in (0.05, 0.5, 5)]
     for row in tree["bnr"]:
-        near = [
-            min(range(len(tree["sigma"])), key=lambda k: abs(math.log(tree["sigma"][k] / s))) for s in (0.05, 0.5, 5)
-        ]
         part = "   ".join(f"{row['deblurrer'][k] / row['total'][k]:8.4f}" for k in near)
         rows.append(f"{row['bnr']:>6g}  {part:<50}  {row['worst_price']:.3f}")
     rows.append("suggested, to pass to launch/train.py:")

@@ -1,7 +1,7 @@
-"""A sweep on Ray Tune: `python launch/sweep.py --config configs/sweep_bnr.json`, every trial the training command.
+"""Run a sweep on Ray Tune: `python launch/sweep.py --config configs/sweep_bnr.json`; each trial is the training command.
 
-It starts Ray on this machine, or joins the cluster of RAY_ADDRESS. All trials are checked before anything starts. Killed,
-stopped or on another cluster, the same command with --resume goes on; what has ended is not run again.
+It starts Ray on this machine, or joins the cluster of RAY_ADDRESS. All trials are checked before anything starts. After a
+stop or kill, the same command with --resume continues, also on another cluster; ended trials do not run again.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="a file configs/sweep_*.json")
     text = "override a key of the sweep (output, trial.max_failures, …) or of its trials (data.endpoint_url, …); repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the sweep in output")
-    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again, too")
-    parser.add_argument("--dry-run", action="store_true", help="list the trials, validated; stop")
+    parser.add_argument("--resume", action="store_true", help="continue the sweep in output")
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: also run failed trials again")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the trials; stop")
     parser.add_argument("--driver", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.retry_failed and not args.resume:
-        parser.error("--retry-failed goes with --resume")
-    if not (args.dry_run or args.driver):  # the driver under a supervisor: Ray's helpers may outlive it by a minute
+        parser.error("--retry-failed needs --resume")
+    if not (args.dry_run or args.driver):  # supervised, because Ray's helpers may outlive the driver by a minute
         return supervisor.run([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--driver"])
     try:
         return drive(args)
     except KeyboardInterrupt:
-        raise Stopped("stopped; the same command with --resume goes on") from None
+        raise Stopped("stopped; the same command with --resume continues") from None
 
 
 def drive(args: argparse.Namespace) -> int:
-    """All of the command; its exit code."""
+    """Run the sweep in this process and return the exit code."""
     sweep, base = load_sweep(args.config, args.set)
     every = trials(sweep, base)
     if args.dry_run:

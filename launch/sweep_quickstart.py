@@ -1,33 +1,27 @@
-"""`make sweep`: S3 and MLflow, real images packed, `launch/sweep.py --config configs/sweep_quickstart.json`, where to look.
+"""`make sweep`: start S3 and MLflow, pack images, run `launch/sweep.py --config configs/sweep_quickstart.json`.
 
-Interrupted (Ctrl-C, SIGTERM, even kill -9), it goes on where it was; finished, it shows the results again.
+Interrupted (Ctrl-C, SIGTERM, even kill -9), the same command continues; finished, it shows the results again.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-from launch.services import Services, pack_openmoji, services
+from launch.arguments import LAUNCH, quickstart_parser
+from launch.services import Services, pack_openmoji, services, stop_child, ui_command
 from warm_dist import errors, supervisor
 from warm_dist.config.run import validate
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
 
-LAUNCH = Path(__file__).resolve().parent
-STOP_S = 60.0  # the trials end, and the table so far is made
+STOP_S = 60.0  # for the trials to end and the table to be written
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of S3, MLflow and the sweep")
-    parser.add_argument("--config", type=Path, default=LAUNCH.parent / "configs" / "sweep_quickstart.json")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
-    args = parser.parse_args()
+    args = quickstart_parser(__doc__, "sweep_quickstart.json", "sweep").parse_args()
     sweep, base = load_sweep(args.config, args.set)
     output = args.root / Path(sweep.output).name
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -37,13 +31,12 @@ def main() -> int:
             pack_openmoji(validate(base, sweep.base), servers)
             return _sweep(servers, args.config, output, args.set)
     except KeyboardInterrupt:
-        raise Stopped("stopped; the same command goes on") from None
+        raise Stopped("stopped; the same command continues") from None
 
 
 def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) -> int:
-    """The command of the README, on our servers. Returns its exit code."""
-    settings = [f"data.endpoint_url={servers.s3.endpoint_url}", f"tracking.mlflow_url={servers.mlflow_url}"]
-    settings += [f"output={output}", f"node_dir={output.parent / 'node'}"]
+    """Run the README's command on our servers and return its exit code."""
+    settings = [*servers.settings, f"output={output}", f"node_dir={output.parent / 'node'}"]
     command = [sys.executable, str(LAUNCH / "sweep.py"), "--config", str(config)]
     command += [part for setting in [*settings, *overrides] for part in ("--set", setting)]
     command += ["--resume"] if (output / "sweep.json").exists() else []
@@ -52,17 +45,12 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            print("sweep: does not stop, and is ended", file=sys.stderr, flush=True)
+        stop_child(process, signal.SIGINT, STOP_S, STOP_S)  # once: a second one would skip the table
         raise
     finally:
         supervisor.stop(process)
     if code == errors.EXIT_OK:
-        port = "" if output.parent == Path("runs") else f" (python launch/ui.py --root {output.parent})"
-        print(f"MLflow   make ui{port}; pictures   {output / 'results'}", flush=True)
+        print(f"MLflow   {ui_command(output.parent)}; figures   {output / 'results'}", flush=True)
     return code
 
 

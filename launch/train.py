@@ -1,4 +1,4 @@
-"""Train: `deepspeed launch/train.py --config configs/imagenet64.json`, or under torchrun, or with plain python."""
+"""Train a network: `deepspeed launch/train.py --config configs/imagenet64.json`, or with torchrun or plain python."""
 
 from __future__ import annotations
 

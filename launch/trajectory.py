@@ -1,7 +1,7 @@
-"""Pictures of the process: `launch/trajectory.py RUN --bnr 0 0.5 2` draws real images on their way up, samples on theirs down.
+"""Draw the forward process of real images and the sampling of new ones: `launch/trajectory.py RUN --bnr 0 0.5 2`.
 
-For each path OUT/forward_PATH.png (A x0 and x at rising levels) and OUT/sampling_PATH.png (x, b̂ and x̂0 at each step). Without
---bnr the path is the run's own: hot, warm or cold.
+Writes for each path OUT/forward_PATH.png (A x0 and x at rising levels) and OUT/sampling_PATH.png (x, b̂ and x̂0 at each
+step). Without --bnr the path is the run's own: hot, warm or cold.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ if TYPE_CHECKING:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "weights", metavar="RUN", type=Path, help="a finished run's folder, or a file of launch/export.py"
-    )
+    parser.add_argument("weights", metavar="RUN", type=Path, help="a finished run's folder, or an exported file")
     parser.add_argument("--bnr", type=float, nargs="+", default=[None], help="constant paths; default: the run's own")
     parser.add_argument("--method", help="default: the config's")
     parser.add_argument("--nfe", type=int, help="default: the config's")
     add_set(parser)
     parser.add_argument("--n", type=int, default=3, help="number of images")
-    parser.add_argument("--columns", type=int, default=10, help="levels shown, evenly over the steps")
+    parser.add_argument("--columns", type=int, default=10, help="number of levels, evenly spaced over the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="class of every sample; default: drawn at random")
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
-    parser.add_argument("--out", type=Path, default=Path("trajectory"), help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("trajectory"), help="output folder")
     args = parser.parse_args()
     if args.n < 1 or args.columns < 2 or args.seed < 0:
         raise ConfigError("--n must be positive, --columns at least 2, --seed not negative")

@@ -1,4 +1,4 @@
-"""`make ui`: MLflow and the S3 behind it on the data of the quickstart, until Ctrl-C."""
+"""`make ui`: serve MLflow, with its S3, on the quickstart's data until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from warm_dist.errors import ConfigError, UnreachableError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where the quickstart has put its data")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the quickstart's --root")
     parser.add_argument("--port", type=int, default=5000, help="MLflow's port (make ui UI_PORT=N)")
     args = parser.parse_args()
     if not (args.root / "mlflow.db").exists():
-        raise ConfigError(f"{args.root}: no MLflow data there yet; run make quickstart first, or name its --root")
+        raise ConfigError(f"{args.root}: no MLflow data yet; run make quickstart first, or give its --root")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with services(args.root, args.port) as running:
-            print(f"MLflow: {running.mlflow_url} (Ctrl-C ends it)", flush=True)
+            print(f"MLflow: {running.mlflow_url} (Ctrl-C to stop)", flush=True)
             while running.mlflow.poll() is None:
                 time.sleep(0.5)
     except KeyboardInterrupt:
         return errors.EXIT_OK
-    raise UnreachableError(f"MLflow has ended by itself; see {args.root / 'mlflow.log'}")
+    raise UnreachableError(f"MLflow ended unexpectedly; see {args.root / 'mlflow.log'}")
 
 
 if __name__ == "__main__":

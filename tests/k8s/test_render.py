@@ -86,8 +86,8 @@ def test_images_with_a_tag_or_a_digest():
 
 def test_examples_are_named():
     _, said = told(*SWEEP)
-    assert "note: s3://your-bucket is an example's; --set names yours" in said
-    assert "note: registry.example.com is an example's; --image names yours" in said
+    assert "note: s3://your-bucket is a placeholder; set yours with --set" in said
+    assert "note: registry.example.com is a placeholder; set yours with --image" in said
     _, said = told(*SWEEP, "--image", "a/b:1", "--set", "output=s3://b/s", "--set", "data.manifest=s3://b/m")
     assert "note" not in said
 

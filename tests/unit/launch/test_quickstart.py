@@ -27,7 +27,7 @@ def test_the_report_compares_equal_specs(tmp_path: Path) -> None:
         "Fréchet distance (lite0), n = 2,048, ancestral 35 steps, spec same",
         "before training   215.00   (nimg 32)",
         "after training     65.00   (nimg 128)",
-        "floor              15.00   (real against real, 1,230 images and all others)",
+        "floor              15.00   (real against real, 1,230 images against the others)",
         "excess over the floor: 25.0 %",
         f"{run.output}/samples/128.png",
         "make ui",

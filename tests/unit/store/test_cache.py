@@ -182,7 +182,7 @@ def test_a_damaged_page_is_a_data_error_once_and_then_healed(digits: Packed, tmp
         data = bytearray(page.read_bytes())
         data[place % PAGE_BYTES] ^= 255
         page.write_bytes(data)
-        words = f"image '{manifest.key[row]}' in shard .*: its crc32 .*; its cached copy is dropped, run the same"
+        words = f"image '{manifest.key[row]}' in shard .*: its crc32 .*; its cached copy was deleted, run the same"
         with pytest.raises(DataError, match=words):
             reader.read(np.array([row]))
         assert np.array_equal(reader.read(np.arange(1000, 1200)), right)
