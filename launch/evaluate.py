@@ -99,25 +99,16 @@ def main() -> int:
         lines = [line for part in found for line in part]
         on_main(world, lambda lines=lines: write_cells(lines, args.out))  # type: ignore[misc]
     shutdown()
-<<<<<<< HEAD
-    if world.is_main:  # alone, since a server may take its time
-        print(cells_text(lines))
-=======
     if world.is_main:  # after the other ranks have ended, because a server may be slow
-        print(surface_table.text(lines))
->>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
+        print(cells_text(lines))
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK
 
 
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
-<<<<<<< HEAD
-    """A finished MLflow run: one curve over NFE (the step) for each method and BNR. A server that is away costs a note."""
-    from warm_dist.evaluation.surface import mlflow_points
-=======
     """Log a network to MLflow: a curve over NFE (as step) for each method and BNR. An unreachable server is reported."""
->>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
+    from warm_dist.evaluation.surface import mlflow_points
     from warm_dist.files import read_json
     from warm_dist.tracking.client import log_finished
 
@@ -130,24 +121,11 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
     facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
     cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks give another mean
     identity = hashlib.sha256(json.dumps([facts, cells]).encode()).hexdigest()[:32]
-    name, metrics = f"evaluate-{network.weights.name}", surface_table.points(lines)
+    name, metrics = f"evaluate-{network.weights.name}", mlflow_points(lines)
     files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
     logged: dict[str, Any] = {"params": facts, "metrics": metrics, "files": files, "parent": parent}
     try:
-<<<<<<< HEAD
-        log_finished(
-            url,
-            tracking.experiment,
-            name,
-            identity,
-            params=facts,
-            metrics=mlflow_points(lines),
-            files=files,
-            parent=parent,
-        )
-=======
         log_finished(url, tracking.experiment, name, identity, **logged)
->>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
     except UnreachableError as error:
         network.say(f"not logged: {error}; the same command logs it when the server is back")
 

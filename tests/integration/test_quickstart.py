@@ -109,22 +109,11 @@ def ui(root: Path, finished: Any) -> Iterator[tuple[subprocess.Popen[str], str]]
     """`make ui` and its address."""
     port = free_port()
     command = [sys.executable, str(ROOT / "launch" / "ui.py"), "--root", str(root), "--port", str(port)]
-<<<<<<< HEAD
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        assert process.stdout.readline() == f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        assert process.stdout.readline() == f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)\n"
         yield process, f"http://127.0.0.1:{port}"
         assert ends_cleanly(process, signal.SIGTERM)
-=======
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line == f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)\n"
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
->>>>>>> 4a48a17bfb18c52a762039251f6c86f51dd8dfcd
 
 
 def get(url: str) -> bytes:
