@@ -47,7 +47,7 @@ LEVELS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MLFLOW = ("warm_dist/tracking/client.py", "warm_dist/tracking/model.py", "warm_dist/tracking/mlflow_model.py")
-ONLY_IN = {"deepspeed": "warm_dist/engine.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/evaluation/extractors.py",
+ONLY_IN = {"deepspeed": "warm_dist/config/batch.py", "mlflow": MLFLOW, "cleanfid": "warm_dist/evaluation/extractors.py",
            "boto3": "warm_dist/store/s3.py", "botocore": "warm_dist/store/s3.py",
            "prometheus_client": "warm_dist/tracking/prometheus.py", "ray": ("warm_dist/sweeps/tune.py", "warm_dist/sweeps/actors.py", "warm_dist/sweeps/ray_cluster.py")}  # fmt: skip
 HEAVY = {

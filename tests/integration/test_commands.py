@@ -29,14 +29,14 @@ def command(name: str, *args: object, start: bool = False) -> subprocess.Complet
 
 CUT_OFF = """
 import os, runpy, signal, sys
-from warm_dist import evaluation
-generate, made = evaluation.generate, []
+from warm_dist.evaluation import evaluator
+generate, made = evaluator.generate, []
 def deadly(*args, **given):
     made.append(1)
     if len(made) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return generate(*args, **given)
-evaluation.generate = deadly
+evaluator.generate = deadly
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -115,9 +115,7 @@ def test_killed_in_the_middle_and_started_again(running: Services, client: Any, 
 def test_the_end_of_the_owner_ends_the_mirror(running: Services, client: Any, run: Path) -> None:
     make_run(run, running.mlflow_url)
     log(run, STEPS)
-    code = (
-        f"from pathlib import Path; from launch.mirror import start_mirror; print(start_mirror(Path({str(run)!r})).pid)"
-    )
+    code = f"from pathlib import Path; from warm_dist.tracking.follow import start_mirror; print(start_mirror(Path({str(run)!r})).pid)"
     owner = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert owner.returncode == 0, owner.stderr
     mirror = supervisor.identity(int(owner.stdout))

@@ -240,7 +240,7 @@ def swept(place: Place) -> Swept:
     submit = f"ray job submit --submission-id sweep-1 -- {job['spec']['entrypoint']}"
     done = in_shell(place, "sweep-submitter", "node1", 2, submit)
     assert done.wait(200) == 0, "\n".join([done.said(), *(container.said() for container in ray)])
-    read = "from data_pipelines.store import open_store; print(open_store('s3://warm-dist/sweep', None).read('results/table.txt').decode())"
+    read = "from warm_dist.store.base import open_store; print(open_store('s3://warm-dist/sweep', None).read('results/table.txt').decode())"
     table = in_shell(place, "pack-digits8-whole-0-0", "node1", 3, f'python -c "{read}"')
     assert table.wait(60) == 0, table.said()
     return Swept(done.said(), (refused.wait(60), refused.said()), table.said())

@@ -37,7 +37,7 @@ IMPORTS = (
     "pyarrow.parquet",
     "matplotlib.figure",
     "cleanfid.features",
-    "warm_dist.engine",
+    "warm_dist.config.batch",
     "warm_dist.evaluation.evaluator",
     "warm_dist.training.trainer",
     "launch.train",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from warm_dist.config.load import dump, known_keys
-from warm_dist.config.run import load_config, validate
+from warm_dist.config.run import Config, load_config, validate
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if not path.name.startswith(("schema", "sweep_")))
 
