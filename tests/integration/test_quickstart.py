@@ -30,11 +30,11 @@ pytestmark = pytest.mark.timeout(900)
 SMALL = {
     "network.channels": 8,
     "network.channel_mult": [1, 2],
-    "train.total_nimg": 1600,
+    "train.total_nimg": 960,
     "train.lr_decay_nimg": 0,
     "train.log_nimg": 160,
-    "train.save_nimg": 800,
-    "eval.eval_nimg": 1600,
+    "train.save_nimg": 480,
+    "eval.eval_nimg": 960,
     "eval.num_images": 64,
     "eval.num_blocks": 3,
     "eval.extractor": "pixels",
@@ -48,16 +48,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart") / "runs"
 
 
-def quickstart(root: Path, ranks: int) -> subprocess.Popen[str]:
+def quickstart(root: Path) -> subprocess.Popen[str]:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "quickstart.py"),
-        "--root",
-        str(root),
-        f"--num-ranks={ranks}",
-        *sets,
-    ]
+    command = [sys.executable, str(ROOT / "launch" / "quickstart.py"), "--root", str(root), *sets]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -76,11 +69,11 @@ def said(process: subprocess.Popen[str], code: int) -> str:
 
 @pytest.fixture(scope="module")
 def finished(root: Path) -> tuple[str, str]:
-    """Ctrl-C in mid-training of one rank, then the same command with two to its end: what both printed."""
-    first = quickstart(root, ranks=1)
+    """Ctrl-C in mid-training, then the same command to its end: what both printed."""
+    first = quickstart(root)
     wait_for("steps", lambda: reached(root / "quickstart") >= 320 or first.poll() is not None, 400)
     os.killpg(first.pid, signal.SIGINT)
-    return said(first, Stopped.exit_code), said(quickstart(root, ranks=2), 0)
+    return said(first, Stopped.exit_code), said(quickstart(root), 0)
 
 
 def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
@@ -89,7 +82,7 @@ def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
     assert "2460 images" in first
     assert "2460 images" not in second  # packed once
     lines = [r["nimg"] for r in read_metrics(root / "quickstart" / "metrics.jsonl") if r["kind"] == "train"]
-    assert lines == list(range(160, 1601, 160))
+    assert lines == list(range(160, 961, 160))
     assert "Traceback" not in first + second
 
 
@@ -97,7 +90,7 @@ def test_it_prints_what_the_issue_of_a_run_is(root, finished):
     second = finished[1]
     for words in ("before training", "after training", "floor", "excess over the floor", "make ui", "images/s"):
         assert words in second
-    assert re.search(r"after training +[\d.]+ ± [\d.]+ over 3 blocks of seeds   \(nimg 1,600\)", second)
+    assert re.search(r"after training +[\d.]+ ± [\d.]+ over 3 blocks of seeds   \(nimg 960\)", second)
     page = Path(re.search(r"report   (\S+\.html)", second)[1]).read_text()
     assert "quickstart" in page
     grid = Path(re.search(r"samples  (\S+\.png)", second)[1])
@@ -136,11 +129,11 @@ def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root,
     history = json.loads(get(f"{api}/metrics/get-history?run_id={run_id}&metric_key=train/loss&max_results=1000"))[
         "metrics"
     ]
-    assert sorted(int(m["step"]) for m in history) == list(range(160, 1601, 160))
+    assert sorted(int(m["step"]) for m in history) == list(range(160, 961, 160))
     listed = json.loads(get(f"{api}/artifacts/list?run_id={run_id}&path=images"))["files"]
-    (name,) = [file["path"] for file in listed if "+step+1600+" in file["path"] and file["path"].endswith(".png")]
+    (name,) = [file["path"] for file in listed if "+step+960+" in file["path"] and file["path"].endswith(".png")]
     picture = get(f"{address}/get-artifact?path={urllib.parse.quote(name, safe='')}&run_uuid={run_id}")
-    grid = root / "quickstart" / "samples" / "000000001600.png"
+    grid = root / "quickstart" / "samples" / "000000000960.png"
     with Image.open(io.BytesIO(picture)) as shown, Image.open(grid) as drawn:
         assert np.array_equal(np.asarray(shown), np.asarray(drawn))
     body = json.dumps({"experiment_ids": ["1"]}).encode()

@@ -1,4 +1,7 @@
-"""Sweeps for real, on a Ray of their own: crashes, a killed driver, Ctrl-C, S3. Each story is one sweep."""
+"""Sweeps for real: crashes, a killed driver, Ctrl-C, early stopping, S3. Each story is one sweep.
+
+The first command of a story has a Ray of its own where that is part of it; all others join one.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,20 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import ROOT, wait_for
+from tests.support.ray_head import ray_head
 from tests.support.sweeps import EVERY, TOTAL, Command, evaluations, pack_digits, states, trial_named, write_sweep
+from tests.support.zygote import zygote
 from warm_dist import errors
 from warm_dist.files import read_json
+from warm_dist.store.open import open_store
+from warm_dist.store.seaweedfs import S3Server
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -25,6 +31,13 @@ pytestmark = pytest.mark.timeout(500)
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pack_digits(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def ray(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which a sweep joins the Ray of this file, whose trials have S3's credentials."""
+    with ray_head(tmp_path_factory.mktemp("ray"), s3.env) as env:
+        yield env
 
 
 def table(output: Path) -> list[dict[str, str]]:
@@ -64,11 +77,12 @@ def test_the_smoke_sweep(manifest, tmp_path):
     assert sorted((row["trial"], row["nimg"]) for row in rows) == sorted(truth)
 
 
-def test_crashes(manifest, tmp_path):
-    """One trial is well, one is killed once, one is killed whenever it begins, one leaves the finite numbers."""
-    space = {"train.lr": {"grid": [0.001, 0.002, 0.003, 1e30]}}
+def test_crashes(manifest, ray, tmp_path):
+    """One trial is killed once, one is killed whenever it begins, one leaves the finite numbers."""
+    space = {"train.lr": {"grid": [0.002, 0.003, 1e30]}}
     output = tmp_path / "sweep"
-    sweep = Command(write_sweep(tmp_path, manifest, space, trial={"max_failures": 1}, set={"train.clip": None}))
+    config = write_sweep(tmp_path, manifest, space, trial={"max_failures": 1}, set={"train.clip": None})
+    sweep = Command(config, env=ray)
     once, always = (f"lr={lr},seed=0" for lr in (0.002, 0.003))
     killed = {once: 0, always: 0}
     seen: set[int] = set()
@@ -90,7 +104,6 @@ def test_crashes(manifest, tmp_path):
     assert killed == {once: 1, always: 2}
     ended = states(output)
     assert {name: (end["state"], end["nimg"]) for name, end in ended.items()} == {
-        "lr=0.001,seed=0": ("finished", TOTAL),
         once: ("finished", TOTAL),
         always: ("failed", 0),
         "lr=1e+30,seed=0": ("failed", 0),
@@ -106,12 +119,15 @@ def test_crashes(manifest, tmp_path):
     assert told == [f"{nimg:,}" for nimg in range(EVERY, TOTAL + 1, EVERY)]  # rising, each once
     assert said.count("crashed (ended with code 137") == 2
     assert "Traceback" not in said
-    assert [row["state"] for row in table(output)] == ["finished", "finished", "failed", "failed"]
+    assert [row["state"] for row in table(output)] == ["finished", "failed", "failed"]
 
 
-def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
-    """kill -9 when one trial has finished; then Ctrl-C; then to the end. What was finished is not touched again."""
-    config = write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0, 0.5, 1, 2]}})
+def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, ray, tmp_path):
+    """kill -9 when one trial has finished; then Ctrl-C; then to the end. What was finished is not touched again.
+
+    Killed, the command takes its own Ray with it; later it joins one.
+    """
+    config = write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0, 0.5, 1]}})
     output = tmp_path / "sweep"
     sweep = Command(config)
     trials = output / "trials"
@@ -130,7 +146,6 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
     sweep.process.kill()
     empty_s = wait_for("nobody left", lambda: not sweep.alive(), 60)
     print(f"nothing of the killed sweep was left after {empty_s:.1f} s")
-    assert empty_s < 10
     sweep.end()
     kept = {name: (trials / name / "weights" / "ema.safetensors").stat().st_mtime_ns for name in finished}
 
@@ -139,7 +154,7 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
     code, said = Command(config, "--resume", "--set", "train.lr=0.5").end()
     assert (code, "holds a sweep of other trials" in said) == (errors.ConfigError.exit_code, True)
 
-    sweep = Command(config, "--resume")
+    sweep = Command(config, "--resume", env=ray)
     wait_for("a trial that goes on", lambda: any(sweep.training(run.name) for run in trials.iterdir()))
     sweep.process.send_signal(signal.SIGINT)
     began = time.monotonic()
@@ -149,78 +164,71 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, tmp_path):
     assert "trials not ended; the same command with --resume continues" in said
     assert (output / "results" / "table.csv").exists()
 
-    code, said = Command(config, "--resume").end()
+    code, said = Command(config, "--resume", env=ray).end()
     print(said)
     assert code == errors.EXIT_OK
     assert {end["state"] for end in states(output).values()} == {"finished"}
     for name in finished:
         assert (trials / name / "weights" / "ema.safetensors").stat().st_mtime_ns == kept[name]
         assert read_json(trials / name / "run.json")["attempt"] == 1
-    assert len(table(output)) == 4
+    assert len(table(output)) == 3
     code, said = Command(config, "--resume").end()
     assert (code, "ray:" in said) == (errors.EXIT_OK, False)  # nothing left to do: only the report
 
 
-def test_early_stopping_and_what_it_leaves(manifest, tmp_path):
-    """The slower ones are stopped; a value more joins the sweep that has ended, and is judged by the others' results."""
+def test_early_stopping_and_what_it_leaves(manifest, ray, tmp_path):
+    """The slower one is stopped; a value more joins the sweep that has ended, and is judged by the others' results."""
     asha = {"kind": "asha", "grace_nimg": EVERY, "reduction_factor": 2}
-    space = {"train.lr": {"grid": [1e-3, 1e-4, 1e-5]}}
+    space = {"train.lr": {"grid": [1e-3, 1e-5]}}
     config = write_sweep(tmp_path, manifest, space, scheduler=asha, max_concurrent=1)
     output = tmp_path / "sweep"
-    code, said = Command(config).end()
+    code, said = Command(config, env=ray).end()
     print(said)
     assert code == errors.EXIT_OK
     assert {name: end["state"] for name, end in states(output).items()} == {
         "lr=0.001,seed=0": "finished",
-        "lr=0.0001,seed=0": "stopped",
         "lr=1e-05,seed=0": "stopped",
     }
     stopped = trial_named(output, "lr=1e-05,seed=0")
     assert read_json(stopped / "exit.json")["code"] == errors.Stopped.exit_code
     best = json.loads((output / "results" / "best.json").read_text())
     assert best["train"]["lr"] == 1e-3
-    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(output / "results" / "best.json")]
-    assert subprocess.run([*train, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    best_config = output / "results" / "best.json"
+    assert zygote().run(ROOT / "launch" / "train.py", "--config", best_config, "--dry-run").returncode == 0
     space["train.lr"]["grid"].append(1e-12)
-    code, said = Command(config, "--resume", "--set", f"space={json.dumps(space)}").end()
+    code, said = Command(config, "--resume", "--set", f"space={json.dumps(space)}", env=ray).end()
     print(said)
     assert code == errors.EXIT_OK
     late = trial_named(output, "lr=1e-12,seed=0")  # alone with its own result it would have gone on to its end
     assert (read_json(late / "ended.json")["state"], len(evaluations(late))) == ("stopped", 1)
-    assert len(table(output)) == 4
+    assert len(table(output)) == 3
 
 
-def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest, monkeypatch):
+def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest, ray, s3):
     """Output on S3; the driver is killed and the machine's folder lost; the sweep goes on from what lies on S3."""
-    from warm_dist.store.open import open_store
-    from warm_dist.store.seaweedfs import S3Server
-
-    with S3Server(tmp_path / "s3", "bucket") as server:
-        config = write_sweep(
-            tmp_path, manifest, {"process.bnr": {"grid": [0.5, 1]}}, output="s3://bucket/sweep", endpoint_url=server.endpoint_url,
-            max_concurrent=1, surface={"nfe": [3, 4], "num_images": 64},
-        )  # fmt: skip
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        store = open_store("s3://bucket/sweep", server.endpoint_url)
-        sweep = Command(config, env=server.env)
-        ended = lambda: [path for path in store.list("trials/") if path.endswith("/ended.json")]  # noqa: E731
-        saved = lambda: {path.split("/")[1] for path in store.list("trials/") if path.endswith("/COMPLETE")}  # noqa: E731
-        wait_for(
-            "one at its end, one with a checkpoint on S3",
-            lambda: (len(ended()) == 1 and len(saved()) == 2) or sweep.process.poll() is not None,
-        )
-        assert len(ended()) == 1, sweep.end()[1]
-        sweep.process.kill()
-        wait_for("nobody left", lambda: not sweep.alive(), 60)
-        sweep.end()
-        shutil.rmtree(tmp_path / "node")
-        code, said = Command(config, "--resume", env=server.env).end()
-        print(said)
-        assert code == errors.EXIT_OK
-        assert len(ended()) == 2
-        objects = store.list()
+    url = f"s3://{s3.bucket}/{tmp_path.name}/sweep"
+    config = write_sweep(
+        tmp_path, manifest, {"process.bnr": {"grid": [0.5, 1]}}, output=url, endpoint_url=s3.endpoint_url,
+        max_concurrent=1, surface={"nfe": [3, 4], "num_images": 64},
+    )  # fmt: skip
+    store = open_store(url, s3.endpoint_url)
+    sweep = Command(config, env=ray)
+    ended = lambda: [path for path in store.list("trials/") if path.endswith("/ended.json")]  # noqa: E731
+    saved = lambda: {path.split("/")[1] for path in store.list("trials/") if path.endswith("/COMPLETE")}  # noqa: E731
+    wait_for(
+        "one at its end, one with a checkpoint on S3",
+        lambda: (len(ended()) == 1 and len(saved()) == 2) or sweep.process.poll() is not None,
+    )
+    assert len(ended()) == 1, sweep.end()[1]
+    sweep.process.kill()
+    wait_for("nobody left", lambda: not sweep.alive() and not sweep.training(), 60)
+    sweep.end()
+    shutil.rmtree(tmp_path / "node")
+    code, said = Command(config, "--resume", env=ray).end()
+    print(said)
+    assert code == errors.EXIT_OK
+    assert len(ended()) == 2
     wanted = {"table.txt", "table.csv", "trials.parquet", "best.json", "bnr.png", "curves.png", "parallel.png"}
-    assert {f"results/{name}" for name in wanted | {"surface/table.csv"}} <= set(objects)
+    assert {f"results/{name}" for name in wanted | {"surface/table.csv"}} <= set(store.list())
     left = list((tmp_path / "node").rglob("checkpoints"))
     assert left == []  # a trial that has ended leaves nothing on its machine

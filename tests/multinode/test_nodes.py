@@ -1,6 +1,6 @@
 """Several nodes for real: one run that loses a node, a link and a rank in turn, and goes on each time, at other sizes too.
 
-Each failure is one attempt of the same run. DeepSpeed's runner reaches the nodes by pdsh where that is installed, else by
+Each failure is one attempt of the same run, by another launcher and engine. DeepSpeed's runner reaches the nodes by pdsh where that is installed, else by
 a stand-in for it; ssh is a stand-in always (tests/multinode/nodes.py). Rank 0's node holds the rendezvous store.
 """
 
@@ -19,13 +19,13 @@ import pytest
 
 from tests.multinode.nodes import MASTER, PORT, Cluster, need
 from tests.support.processes import MARK, ROOT, end_marked, marked, wait_for
-from tests.support.training import environment, launcher, losses, outcome, train
+from tests.support.training import environment, finish, fork, losses, outcome
 from warm_dist import errors
 from warm_dist.runs.metrics import parse_line
 
 pytestmark = pytest.mark.timeout(600)
 BATCH, TIMEOUT_S, BIN = 48, 10, Path(sys.executable).parent
-STEPS = 20  # before each failure
+STEPS = 8  # before each failure
 NOTICED_S = TIMEOUT_S + 5  # a step that had begun, and the slowness of a busy machine
 
 
@@ -61,6 +61,11 @@ class Story:
         shared = ["--hostfile", self.cluster.hostfile(size), "--master_addr", MASTER, "--master_port", str(PORT)]
         return [[str(BIN / "deepspeed"), "--no_ssh", "--node_rank", str(rank), *shared] for rank in range(size)]
 
+    def plain(self, size: int) -> list[list[str]]:
+        """Ranks as a launcher starts them, without it."""
+        shared = [f"WORLD_SIZE={size}", f"MASTER_ADDR={MASTER}", f"MASTER_PORT={PORT}", "LOCAL_WORLD_SIZE=1"]
+        return [["env", *shared, f"RANK={rank}", "LOCAL_RANK=0", sys.executable] for rank in range(size)]
+
     def torchrun(self, size: int) -> list[list[str]]:
         shared = ["--rdzv-backend=c10d", f"--rdzv-endpoint={MASTER}:{PORT}", "--rdzv-id=story"]
         return [[str(BIN / "torchrun"), f"--nnodes={size}", "--nproc-per-node=1", *shared]] * size
@@ -78,11 +83,11 @@ class Story:
         self.mark = f"{self.run}-{self.attempts}"
         return self.env | {MARK: self.mark}
 
-    def on_nodes(self, commands: list[list[str]]) -> None:
+    def on_nodes(self, commands: list[list[str]], *overrides: str) -> None:
         """Start an attempt by a command on each node."""
         env, names = self.begin(), self.cluster.names
         starts = zip(names, commands, strict=False)
-        self.nodes = [self.cluster.start(name, [*command, *self.script()], env) for name, command in starts]
+        self.nodes = [self.cluster.start(name, [*command, *self.script(*overrides)], env) for name, command in starts]
 
     def over_ssh(self, size: int, *overrides: str) -> None:
         """Start an attempt by one command, DeepSpeed's runner, which finds MASTER_ADDR by `ssh node1 hostname -I`."""
@@ -180,9 +185,9 @@ def story(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFacto
     told: dict[str, Any] = {}
     story.on_nodes(story.deepspeed(3))
     told["node killed"] = story.fail(lambda s: s.nodes[2].kill())
-    story.on_nodes(story.deepspeed(2))
+    story.on_nodes(story.plain(2), "engine=local")
     told["link cut"] = story.fail(lambda s: cluster.link("node2", "down"), lambda s: cluster.link("node2", "up"))
-    story.on_nodes(story.torchrun(3))
+    story.on_nodes(story.torchrun(3), "engine=local")
     told["rank hung"] = story.fail(
         lambda s: s.signal_rank(2, signal.SIGSTOP), lambda s: s.signal_rank(2, signal.SIGCONT)
     )
@@ -195,7 +200,7 @@ def story(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFacto
     told["end"] = (story.nodes[0].returncode, out, err)
     told["first after"], told["losses"] = story.lines()[0]["nimg"], losses(story.run)
     whole = story.run.with_name("whole")
-    code, _, err = train(launcher("python"), config, whole, total, "engine=local", "train.save_nimg=4800")
+    code, _, err = finish(fork(config, whole, total, "engine=local", "train.save_nimg=4800"))
     assert code == 0, err
     told["whole"] = losses(whole)
     return told
@@ -254,16 +259,9 @@ def test_every_attempt_goes_on_from_the_last_checkpoint(story):
 
 
 def test_the_loss_curve_is_that_of_an_unbroken_run_of_one_process(story):
-    """Every image at its place: another order, a lost or a doubled batch would change a loss by a percent.
-
-    After the killed node and the restart on two (some 30 steps) the bound is that of all tests of world sizes. Later the
-    rounding of float32 has grown by training itself: an unbroken run on three ranks was off by 7.7e-6 at step 42, where
-    this one, thrice broken, was off by 8.2e-6; and neither jumps where an attempt begins.
-    """
+    """Every image at its place: another order, a lost or a doubled batch would change a loss by a percent."""
     found, whole = story["losses"], story["whole"]
     assert len(found) == len(whole) > 2 * STEPS  # of three times STEPS some were done twice
     off = [abs(a - b) / b for a, b in zip(found, whole, strict=True)]
-    restarted = story["rank hung"].first_nimg // BATCH - 1  # steps of the first two attempts that lasted
-    print(f"off by {max(off[:restarted]):.1e} in {restarted} steps, {max(off):.1e} in {len(off)}")
-    assert max(off[:restarted]) < 5e-6
-    assert max(off) < 5e-5
+    print(f"off by {max(off):.1e} in {len(off)} steps")
+    assert max(off) < 5e-6  # the bound of all tests of world sizes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from warm_dist.errors import DataError
-from warm_dist.store import base
+from warm_dist.store import base as store_module
 from warm_dist.store.base import Store
 
 
@@ -33,7 +33,7 @@ class StoreContract:
         data = os.urandom(9 << 20)  # boto3 sends 8 MiB a part
         (tmp_path / "local").write_bytes(data)
         store.upload("big.bin", tmp_path / "local")
-        monkeypatch.setattr(base, "PIECE_BYTES", 2_000_000)
+        monkeypatch.setattr(store_module, "PIECE_BYTES", 2_000_000)
         store.download("big.bin", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == data
 

@@ -77,7 +77,7 @@ class Command:
     """`python launch/sweep.py …`, marked, so that all it starts is found wherever it goes."""
 
     def __init__(self, config: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
-        self.mark = f"{config}-{os.urandom(4).hex()}"
+        self.folder, self.mark = config.parent, f"{config}-{os.urandom(4).hex()}"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "launch" / "sweep.py"), "--config", str(config), *arguments],
@@ -98,17 +98,17 @@ class Command:
         return self.process.returncode, said
 
     def alive(self) -> list[int]:
-        """The pids of all that it started and that lives, itself included."""
+        """The pids of all that it started and that lives, itself included; not what a Ray that it joined started."""
         return [found.pid for found in marked(self.mark)]
 
-    def training(self, name: str) -> list[int]:
-        """The pids of a trial's training processes."""
+    def training(self, name: str = "") -> list[int]:
+        """The pids of a trial's training processes, or of all trials', on whatever Ray."""
+        here, trial = f"{self.folder}/", f"/{name}/trial.json" if name else "/trial.json"
+        commands = {int(path.name): _words(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit()}
         return [
             pid
-            for pid in self.alive()
-            if f"trials/{name}/trial.json" in _words(pid)
-            and "launch.train" in _words(pid)
-            and "warm_dist.supervisor" not in _words(pid)
+            for pid, words in commands.items()
+            if "launch.train" in words and "warm_dist.supervisor" not in words and here in words and trial in words
         ]
 
     def kill(self, name: str) -> bool:
