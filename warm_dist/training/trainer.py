@@ -40,7 +40,7 @@ Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
 
 
 def learning_rate(config: Config, nimg: int) -> float:
-    """The learning rate of the step from nimg: linear ramp over lr_ramp_nimg, decay to 0 over the last lr_decay_nimg."""
+    """The learning rate at nimg: linear ramp over lr_ramp_nimg, linear decay to 0 over the last lr_decay_nimg."""
     train = config.train
     ramp = min(1.0, (nimg + train.batch_size) / train.lr_ramp_nimg) if train.lr_ramp_nimg else 1.0
     decay = min(1.0, (train.total_nimg - nimg) / train.lr_decay_nimg) if train.lr_decay_nimg else 1.0
