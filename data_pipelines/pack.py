@@ -194,9 +194,22 @@ def _named(shard: _Shard, bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
             yield f"{number:08d}-{readable}", item
 
 
+def _tar_writer() -> Any:
+    """webdataset's TarWriter, without torch: webdataset loads it where it can, for classes that packing has no use for."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # to an import as if it were not installed
+    try:
+        from webdataset import TarWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return TarWriter
+
+
 def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None) -> int:
     """Write a tar and return its number of images."""
-    from webdataset import TarWriter
+    TarWriter = _tar_writer()
 
     count = 0
     try:
@@ -212,9 +225,7 @@ def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int |
                 tar.write(members)
                 count += 1
     except OSError as error:
-        raise OutputError(
-            f"{local.parent}: cannot be written ({error.strerror}); set TMPDIR to another folder"
-        ) from None
+        raise OutputError(f"{local.parent}: cannot be written ({error.strerror}); set TMPDIR elsewhere") from None
     return count
 
 

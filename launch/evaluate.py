@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
-from warm_dist.evaluation import surface_table
 from warm_dist.runs.folder import MIRROR
 
 if TYPE_CHECKING:
@@ -75,33 +74,25 @@ def main() -> int:
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, set_threads, shutdown
-    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, open_results
+    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, cells_text, open_results, write_cells
 
     stop = StopSignal().install()
     set_threads()
     world = join(PATIENCE_S)
     results = on_main(world, lambda: open_results(args.out))
-    options = SurfaceOptions(
-        out=args.out,
-        method=tuple(args.method),
-        bnr=tuple(args.bnr),
-        nfe=tuple(args.nfe),
-        overrides=tuple(args.set),
-        blocks=args.blocks,
-        num_images=args.num_images,
-        batch_size=args.batch_size,
-        manifest=args.manifest,
-        endpoint_url=args.endpoint_url,
-    )
+    same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")
+    fields: dict[str, Any] = {key: getattr(args, key) for key in same}
+    fields |= {key: tuple(getattr(args, key)) for key in ("method", "bnr", "nfe")}
+    options = SurfaceOptions(**fields, overrides=tuple(args.set))
     networks = [NetworkCells(weights, options, world) for weights in args.weights]  # checks all before sampling any
     found: list[list[dict[str, Any]]] = []
     for network in networks:
         found.append(network.measure(stop, results, open_loader))
         lines = [line for part in found for line in part]
-        on_main(world, lambda lines=lines: surface_table.write(lines, args.out))  # type: ignore[misc]
+        on_main(world, lambda lines=lines: write_cells(lines, args.out))  # type: ignore[misc]
     shutdown()
     if world.is_main:  # after the other ranks have ended, because a server may be slow
-        print(surface_table.text(lines))
+        print(cells_text(lines))
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK
@@ -109,6 +100,7 @@ def main() -> int:
 
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Log a network to MLflow: a curve over NFE (as step) for each method and BNR. An unreachable server is reported."""
+    from warm_dist.evaluation.surface import mlflow_points
     from warm_dist.files import read_json
     from warm_dist.tracking.client import log_finished
 
@@ -121,7 +113,7 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
     facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
     cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks give another mean
     identity = hashlib.sha256(json.dumps([facts, cells]).encode()).hexdigest()[:32]
-    name, metrics = f"evaluate-{network.weights.name}", surface_table.points(lines)
+    name, metrics = f"evaluate-{network.weights.name}", mlflow_points(lines)
     files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
     logged: dict[str, Any] = {"params": facts, "metrics": metrics, "files": files, "parent": parent}
     try:

@@ -50,10 +50,12 @@ class Quickstart:
     """Runs the phases, times each, and reports."""
 
     def __init__(self, root: Path, config: Path, overrides: list[str], num_ranks: int) -> None:
+        import torch
+
         self.root, self.config_path, self.overrides = root, config, overrides
         self.config: Config = load_config(config, overrides)
         self.output = Path(self.config.output)
-        self.gpus = _gpus()
+        self.gpus = torch.cuda.device_count()
         self.num_ranks = min(num_ranks, self.gpus) if self.gpus else num_ranks
         self.seconds: dict[str, float] = {}
 
@@ -170,12 +172,6 @@ class Quickstart:
 
 def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from launch.arguments import add_set
 from warm_dist import errors
-from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
-from warm_dist.evaluation.sampler_choice import sampler_for, training_note
 
 
 def main() -> int:
@@ -36,11 +34,11 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from warm_dist.checkpoints.weights import load_guide, load_weights
+    from warm_dist.checkpoints.weights import load_guide, load_weights, weights_path
     from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import set_threads
     from warm_dist.evaluation.generate import generate, sample_labels
-    from warm_dist.evaluation.sampler_choice import describe_sampling
+    from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for, training_note
     from warm_dist.figures import save_grid
 
     set_threads()

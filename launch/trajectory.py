@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_set
 from warm_dist import errors
-from warm_dist.checkpoints.weights import weights_path
 from warm_dist.errors import ConfigError
-from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
-from warm_dist.evaluation.trajectory import draw_forward, draw_sampling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,9 +41,11 @@ def main() -> int:
         raise ConfigError("--bnr must be finite and not negative")
 
     from data_pipelines.reading.loader import open_loader
-    from warm_dist.checkpoints.weights import load_weights
+    from warm_dist.checkpoints.weights import load_weights, weights_path
     from warm_dist.config.bnr import describe
     from warm_dist.distributed.world import set_threads
+    from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
+    from warm_dist.evaluation.trajectory import draw_forward, draw_sampling
 
     set_threads()
     model = load_weights(weights_path(args.weights))

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ from warm_dist.store.seaweedfs import S3Server
 
 pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("tests.support.store_contract")
+
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("tests")
 
 # two workers on two cores: threads beyond these only wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     parallel = bool(config.getoption("numprocesses", None))
 
     def cost(item: pytest.Item) -> int:
-        if "unit" in item.path.parts:
+        if item.nodeid.startswith("tests/unit/"):
             return -len(LONGEST) - 1
         name = item.path.stem
         rank = len(LONGEST) - LONGEST.index(name) if name in LONGEST else 0

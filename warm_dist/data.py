@@ -1,4 +1,4 @@
-"""What training knows of a data set: its batches, its statistics, and pixels to [-1, 1] and back."""
+"""What training knows of a data set: batches, statistics, and scaling of pixels to [-1, 1] and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # packing and a trial's actor do without torch: 2 s and 350 MB
+if TYPE_CHECKING:  # packing and a trial's actor save 2 s and 350 MB without torch
     from torch import Tensor
 
 LOW_MODES = 4
@@ -18,7 +18,7 @@ LOW_MODES = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one global batch, in the order of global positions.
+    """One rank's share of a global batch, ordered by global position.
 
     images: (B, C, H, W) uint8. labels: (B,) int64, all -1 in a data set without classes.
     positions: (B,) int64, global image positions (0 is the first image ever consumed). keys: the samples' names.
@@ -32,11 +32,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What training and sampling must know of a data set; measured at packing, kept in the manifest's header.
+    """Statistics of a data set for training and sampling, measured when packing and kept in the manifest's header.
 
-    Images are scaled to [-1, 1]. channel_mean: (C,). mean_image: (C, H, W), channel means not subtracted.
+    All are of images scaled to [-1, 1]. channel_mean: (C,). mean_image: (C, H, W), channel means not subtracted.
     power_spectrum: (H, W), S_k = E[u0_k^2], the mean over images and channels of the squared orthonormal DCT-II
-    coefficients after the channel means are subtracted. sigma_data: sqrt(mean_k S_k).
+    coefficients after subtracting the channel means. sigma_data: sqrt(mean_k S_k).
     low_mean, low_covariance: (K,), (K, K) of the lowest 4 x 4 coefficients, K = C·16, channel by channel, row by row,
     where cold sampling starts; channel means subtracted.
     """
@@ -54,43 +54,43 @@ class DataInfo:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers; `from_json` gives back equal arrays to the last bit."""
+        """Convert to lists and numbers; `from_json` restores arrays that are equal to the last bit."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> DataInfo:
-        """Raises TypeError for missing or unknown keys."""
+        """The inverse of `to_json`. Raises TypeError for missing or unknown keys."""
         values: dict[str, Any] = {k: np.asarray(v, np.float64) if isinstance(v, list) else v for k, v in tree.items()}
         return DataInfo(**values)
 
 
 class Reader(Protocol):
-    """What training and evaluation need of a data set's reader (`data_pipelines.reading.loader.Loader` is one)."""
+    """The interface of a data set's reader that training and evaluation use: `data_pipelines.reading.loader.Loader`."""
 
     @property
     def info(self) -> DataInfo:
         """The data set's statistics."""
 
     def batches(self, nimg: int) -> Iterator[Batch]:
-        """This rank's batches from global position nimg on, without end."""
+        """This rank's batches from global position nimg on, endlessly."""
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images by their row in the manifest, (len(rows), C, H, W)."""
+        """Read images by their rows in the manifest: (len(rows), C, H, W) uint8."""
 
     def describe(self) -> list[str]:
-        """Lines for people: threads, memory, what was checked."""
+        """Lines to print: threads, memory, what was checked."""
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes held at once so far."""
+        """Largest number of bytes held at once so far."""
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
 
 
 def centre(images: Tensor, channel_mean: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 → float32 in [-1, 1] less the data set's channel means (C,)."""
+    """Scale (B, C, H, W) uint8 to float32 in [-1, 1] and subtract the data set's channel means (C,)."""
     return images.float() / 127.5 - 1 - channel_mean[:, None, None].float()
 
 

@@ -1,106 +1,96 @@
-"""Errors a user can meet, each with its own exit code, and the one place that turns them into an exit."""
+"""Errors a user can meet, each with its exit code, and the one place that turns them into an exit."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 
 
 class WarmDistError(Exception):
-    """A foreseen end: one clear message, a distinct exit code, and whether the same command may simply be run again."""
+    """A foreseen failure: one clear message, its own exit code, and whether to simply run the same command again."""
 
     exit_code = EXIT_UNEXPECTED
     resumable = False
 
+    def __init_subclass__(cls, exit_code: int | None = None, resumable: bool = False) -> None:
+        if exit_code is not None:  # else both are inherited
+            cls.exit_code, cls.resumable = exit_code, resumable
 
-class ConfigError(WarmDistError):
+
+class ConfigError(WarmDistError, exit_code=2):
     """A configuration or command line that cannot work."""
 
-    exit_code = 2
+
+class DataError(WarmDistError, exit_code=3):
+    """Data that differs from its manifest: missing, changed, corrupt or undecodable."""
 
 
-class DataError(WarmDistError):
-    """Data that is not what the manifest promises: missing, changed, corrupt, undecodable."""
-
-    exit_code = 3
+class CheckpointError(WarmDistError, exit_code=4):
+    """A checkpoint that is corrupt, unreadable or from another run."""
 
 
-class CheckpointError(WarmDistError):
-    """A checkpoint that is corrupt, foreign or unreadable."""
-
-    exit_code = 4
-
-
-class NumericsError(WarmDistError):
+class NumericsError(WarmDistError, exit_code=5):
     """A non-finite loss or gradient; the update was not applied."""
 
-    exit_code = 5
 
-
-class BucketError(WarmDistError):
+class BucketError(WarmDistError, exit_code=6):
     """A bucket that does not exist."""
 
-    exit_code = 6
+
+class AccessError(WarmDistError, exit_code=7):
+    """Credentials that are missing or refused by the storage."""
 
 
-class AccessError(WarmDistError):
-    """Storage that refuses these credentials, or no credentials at all."""
-
-    exit_code = 7
-
-
-class OutputError(WarmDistError):
+class OutputError(WarmDistError, exit_code=8):
     """A folder that cannot be written, or a full disk."""
 
-    exit_code = 8
+
+class WorldSizeError(WarmDistError, exit_code=9):
+    """A number of processes that cannot share batch and lanes evenly."""
 
 
-class WorldSizeError(WarmDistError):
-    """A number of processes among which batch and lanes cannot be dealt."""
-
-    exit_code = 9
-
-
-class PortError(WarmDistError):
+class PortError(WarmDistError, exit_code=10):
     """A port that is already in use."""
 
-    exit_code = 10
+
+class UnreachableError(WarmDistError, exit_code=11, resumable=True):
+    """A server or peer that does not answer. The input is not at fault: the same command can resume later."""
 
 
-class UnreachableError(WarmDistError):
-    """A server or a peer that does not answer; nothing is wrong with the input, so the same command may go on later."""
-
-    exit_code = 11
-    resumable = True
-
-
-class Stopped(WarmDistError):
-    """A stop that somebody asked for (SIGTERM, Ctrl-C); a checkpoint was saved."""
-
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
-    resumable = True
+class Stopped(WarmDistError, exit_code=75, resumable=True):  # EX_TEMPFAIL of sysexits.h: the same command resumes
+    """A requested stop (SIGTERM, Ctrl-C); a checkpoint was saved."""
 
 
 class PeerError(WarmDistError):
-    """Another rank's end, told by this one: its message and its exit code."""
+    """Another rank's failure, reported by this one with the same message and exit code."""
 
     def __init__(self, reason: str, exit_code: int, resumable: bool) -> None:
         super().__init__(reason)
         self.exit_code, self.resumable = exit_code, resumable
 
     def __reduce__(self) -> tuple[type[PeerError], tuple[str, int, bool]]:
-        return PeerError, (str(self), self.exit_code, self.resumable)  # it travels between ranks
+        return PeerError, (str(self), self.exit_code, self.resumable)  # ranks send it to each other
+
+
+@contextmanager
+def writing(target: Path, hint: str = "") -> Iterator[None]:
+    """Turn an OSError inside into an OutputError that names `target` and ends with `hint`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){hint}") from None
 
 
 def redact(value: Any) -> Any:
-    """The same tree or text without what may be secret in an URL: user, password, query (signed links), fragment."""
+    """A copy of a tree or text without what may be secret in a URL: user, password, query (signed links), fragment."""
     if isinstance(value, dict):
         return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -111,13 +101,13 @@ def redact(value: Any) -> Any:
 
 
 def print_error(error: WarmDistError) -> None:
-    """The one line on stderr; a peer's error carries its own kind's name."""
+    """Print the error as one line on stderr, without its secrets. A PeerError's message already names its type."""
     prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
     print(f"{prefix}{redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:
-    """Run a command and exit: with its code, or with one line on stderr and the code of the WarmDistError it raised.
+    """Run a command and exit with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
     quiet: leave the line to another rank.
     """
@@ -126,14 +116,9 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
     except WarmDistError as error:
         if not quiet:
             print_error(error)
-        _leave(error.exit_code)
+        with suppress(OSError):
+            sys.stdout.flush()
+        # at once: a native library's half-started thread can abort the interpreter's teardown with another code
+        os._exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _leave(code: int) -> NoReturn:
-    """End at once: ours is closed by now, and a native library's thread, met half-started by the interpreter's teardown,
-    may abort the process with a code of its own ("terminate called without an active exception", seen once in a hundred)."""
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)

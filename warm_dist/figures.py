@@ -1,4 +1,4 @@
-"""Image grids and tables of images as PNG files."""
+"""Grids and tables of images as PNG files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _GRID_PX = 512
 
 
 def save_grid(images: NDArray[np.uint8], path: Path, columns: int, scale: int | None = None) -> None:
-    """Write images as one PNG, row by row; the file is replaced as a whole.
+    """Write images as one PNG, row by row.
 
-    images: (N, C, H, W) uint8, C = 1 or 3. scale: whole factor of enlargement, nearest neighbour; None: as small as
-    makes the picture 512 px wide. Raises ValueError for another shape or type, OutputError if it cannot be written.
+    images: (N, C, H, W) uint8, C = 1 or 3. scale: integer enlargement by nearest neighbour; None: the least that makes
+    the picture 512 px wide. Raises ValueError for another shape or dtype, OutputError if it cannot be written.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images: {images.dtype} {images.shape}, needs uint8 (N, 1 or 3, H, W), N > 0")
@@ -39,9 +39,9 @@ def save_grid(images: NDArray[np.uint8], path: Path, columns: int, scale: int | 
 def save_table(
     rows: Sequence[tuple[str, NDArray[np.uint8]]], columns: Sequence[str], title: str, path: Path, groups: int = 1
 ) -> None:
-    """Write rows of images with a name before each row and a heading above each column, as one PNG.
+    """Write a table of images as one PNG, with a name beside each row and a heading above each column.
 
-    rows: (name, (K, C, H, W) uint8), K = len(columns), C = 1 or 3; a gap after every len(rows)/groups of them.
+    rows: (name, (K, C, H, W) uint8), K = len(columns), C = 1 or 3. groups: equal groups of rows, with a gap between.
     Raises OutputError if it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

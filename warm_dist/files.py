@@ -1,4 +1,4 @@
-"""Files replaced as a whole, JSON, sha256, and one file lock."""
+"""Atomic file replacement, JSON, sha256, and the file lock."""
 
 from __future__ import annotations
 
@@ -13,48 +13,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from warm_dist.errors import OutputError
+from warm_dist.errors import OutputError, writing
 
 _LOCK_POLL_S = 0.05
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents unless they exist. Raises OutputError."""
+    """Create a folder and its parents if missing. Raises OutputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it to `path`; the folder is created if missing.
+def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:
+    """Replace a file atomically: `write` fills a temporary file beside it, which is then renamed.
 
-    Readers see the old file or the new one, never a part. Raises OutputError.
+    Readers see the old file or the new one, never a part. parents: create the folder if missing. Raises OutputError.
     """
-    make_folder(path.parent)
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing to remove
-            temporary.unlink()
+    with writing(path):
+        try:
+            if parents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # after success there is nothing to remove
+                temporary.unlink()
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Replace a JSON file as a whole in a folder that exists. Raises OutputError."""
+    """Replace a JSON file atomically, in a folder that exists. Raises OutputError."""
     text = json.dumps(tree, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), parents=False)
 
 
 def read_json(path: Path) -> Any:
-    """The file's content, or None if it does not exist or is not JSON."""
+    """Read a JSON file; None if it does not exist or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -64,9 +60,9 @@ def read_json(path: Path) -> Any:
 def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
     """Open a file for reading and writing, created if missing, and lock it: `with locked(path): ...`.
 
-    The lock belongs to the open file: closing it, or the end of the process however it ends, releases it.
-    wait_s: how long to wait for another holder, seconds (math.inf: without limit). Raises BlockingIOError if another
-    process still holds the lock then, other OSErrors as `open` does.
+    The lock is released when the file is closed or the process ends, however it ends.
+    wait_s: how long to wait for another holder, seconds (math.inf: forever). Raises BlockingIOError if another process
+    still holds the lock then, other OSErrors as `open` does.
     """
     file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115  # the caller's
     deadline = time.monotonic() + wait_s
@@ -84,22 +80,23 @@ def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
         time.sleep(_LOCK_POLL_S)
 
 
-def claimed(folder: Path, who: str) -> IO[str]:
-    """Create a folder and lock it: `with claimed(folder, "sweep"): ...`. who: what else may use it, for the message.
+def claimed(folder: Path, who: str, lock: str = ".lock") -> IO[str]:
+    """Create a folder and lock the file `lock` in it: `with claimed(folder, "sweep"): ...`.
 
-    Raises OutputError if the folder cannot be written or another process holds it.
+    who: what else may hold it, for the message. Raises OutputError if the folder cannot be written or is locked.
     """
-    try:
+    with writing(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        return locked(folder / ".lock")
-    except BlockingIOError:
-        raise OutputError(f"{folder}: another {who} is using it; end that one first") from None
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from None
+        try:
+            return locked(folder / lock)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another {who} is using it; stop that first, or choose another folder"
+            ) from None
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, 64 hex digits."""
+    """The sha256 of a file's content as 64 hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,6 @@
-"""Every random number: counter-based generators keyed by (seed, purpose, index), never saved, only derived.
+"""All random numbers: counter-based generators keyed by (seed, purpose, index), derived and never saved.
 
-The same image draws the same numbers on every device, at every world size and batch size, before and after a resume.
+An image gets the same numbers on every device, at every world size and batch size, before and after a resume.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 
 def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
-    """A Philox-4x64 generator: the key is (seed, purpose), the upper counter words are the index.
+    """A Philox-4x64 generator: (seed, purpose) is the key, index the upper words of the counter.
 
     index: any integer >= 0 (an image's global position, an epoch, a sample's number). Streams of different indices
-    never overlap: each has 2^64 blocks of its own. Source: Salmon et al. 2011, "Parallel random numbers: as easy as
+    never overlap: each has its own 2^64 blocks. Source: Salmon et al. 2011, "Parallel random numbers: as easy as
     1, 2, 3"; the keying is ours.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest()
@@ -25,7 +25,7 @@ def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
 
 
 def normals(seed: int, purpose: str, indices: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normals of the given shape for each index, (len(indices), *shape) float32."""
+    """Draw standard normals of the given shape for each index: (len(indices), *shape) float32."""
     out = np.empty((len(indices), *shape), np.float32)
     for row, index in zip(out, indices, strict=True):
         generator(seed, purpose, int(index)).standard_normal(out=row, dtype=np.float32)
@@ -33,12 +33,12 @@ def normals(seed: int, purpose: str, indices: Sequence[int], shape: tuple[int, .
 
 
 def uniforms(seed: int, purpose: str, indices: Sequence[int], count: int) -> NDArray[np.float64]:
-    """`count` uniforms in [0, 1) for each index, (len(indices), count) float64."""
+    """Draw `count` uniforms in [0, 1) for each index: (len(indices), count) float64."""
     return np.stack([generator(seed, purpose, int(index)).random(count) for index in indices])
 
 
 def seed_torch(seed: int, nimg: int, rank: int) -> None:
-    """Seed torch's own generators (dropout) from (seed, nimg, rank): bit-exact resumes at the same world size."""
-    import torch  # here alone: packing and a trial's actor do without its 450 MB
+    """Seed torch's generators (dropout) from (seed, nimg, rank), for bit-exact resumes at the same world size."""
+    import torch  # here: packing and a trial's actor save 450 MB without it
 
     torch.manual_seed(int(generator(seed, f"torch/{rank}", nimg).integers(2**63)))

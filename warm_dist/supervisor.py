@@ -1,8 +1,8 @@
-"""Child processes that cannot outlive their owner: a tiny supervisor, `python -m warm_dist.supervisor -- CMD...` (Linux).
+"""Child processes that cannot outlive their owner: `python -m warm_dist.supervisor -- CMD...` (Linux).
 
-The owner's pid and start time travel in the environment. The supervisor runs CMD in a process group of its own and
-ends it, with everything that CMD started, as soon as the owner is gone, whatever ended the owner (kill -9 included).
-PR_SET_PDEATHSIG alone would not do: it fires when the *thread* that started the child ends, and grandchildren lack it.
+The owner's pid and start time are passed in the environment. The supervisor runs CMD in its own process group and ends
+it, with everything that CMD started, as soon as the owner is gone, even by kill -9. PR_SET_PDEATHSIG alone is not
+enough: it fires when the *thread* that started the child ends, and grandchildren do not inherit it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OWNER = "WARM_DIST_OWNER"  # "pid:start time in clock ticks since boot"
-WATCH_S = 0.2  # how soon the end of the owner is noticed
+WATCH_S = 0.2  # interval of looking for the owner
 GRACE_S = 5.0  # between SIGTERM and SIGKILL once the owner is gone
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
@@ -30,14 +30,12 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start `command` under a supervisor that ends it when this process ends.
 
-    env: the whole environment (None: ours). log: a file that stdout and stderr are appended to (None: ours). cwd: its
-    working folder (None: ours).
+    env: the whole environment. log: a file to which stdout and stderr are appended. cwd: working folder. None: ours.
     Returns the supervisor's process: its exit code is the command's (128 + n after signal n, 127 if it cannot be run),
     and SIGTERM or SIGINT sent to it reach the command's whole group. End it with `stop`.
     """
     environment = {**(os.environ if env is None else env), OWNER: identity(os.getpid())}
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(log.open("ab")) if log else None
+    with log.open("ab") if log else contextlib.nullcontext() as out:
         return subprocess.Popen(
             [sys.executable, "-m", "warm_dist.supervisor", "--", *command],
             env=environment,
@@ -50,27 +48,27 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> int:
-    """End a process that `start` returned: SIGTERM, after `timeout_s` SIGKILL, to all that it started. Returns its code."""
+    """End a process from `start` and all that it started: SIGTERM, SIGKILL after `timeout_s`. Returns the exit code."""
     if process.poll() is None:
         process.terminate()
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGQUIT)  # the supervisor's word for SIGKILL to everybody
+            process.send_signal(signal.SIGQUIT)  # makes the supervisor send SIGKILL to all
     return process.wait(2 * GRACE_S)
 
 
 def run(command: list[str]) -> int:
-    """Run `command` as `start` does, to its end; Ctrl-C and SIGTERM reach it as SIGINT. Returns its exit code.
+    """Run `command` under a supervisor until it ends; Ctrl-C and SIGTERM reach it as SIGINT. Returns its exit code.
 
-    So nothing that it started outlives it, or this process, whichever is killed.
+    Nothing that it started outlives it or this process.
     """
-    told = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)  # until there is somebody to pass them to
+    forwarded = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until the process exists
     process = start(command)
-    for signum in told:
+    for signum in forwarded:
         signal.signal(signum, lambda *_: process.send_signal(signal.SIGINT))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     try:
         return process.wait()
     finally:
@@ -78,12 +76,12 @@ def run(command: list[str]) -> int:
 
 
 def end_with_parent(signum: int) -> None:
-    """Have the kernel send this process `signum` when its parent is gone (Linux)."""
+    """Ask the kernel to send this process `signum` when its parent ends (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
 def identity(pid: int) -> str:
-    """`pid:start time`, which no later process with the same pid has; empty when there is no such process, or a zombie."""
+    """`pid:start time`, unique even if the pid is reused; empty if there is no such process or it is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -93,32 +91,32 @@ def identity(pid: int) -> str:
 
 
 def alive(who: str) -> bool:
-    """Is the process that `identity` named still there?"""
+    """Whether the process with this `identity` still exists."""
     return bool(who) and identity(int(who.partition(":")[0])) == who
 
 
 def become_subreaper() -> None:
-    """Have the kernel make orphans among this process's descendants its own children (Linux)."""
+    """Ask the kernel to make orphaned descendants of this process its children (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port of this address that nobody listens on."""
+    """Find a TCP port of this address that is not in use."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
 def _supervise(command: list[str], owner: str) -> int:
-    # whatever CMD leaves behind becomes our child, also what left its group: "no children" then means "nothing left"
+    # all that CMD leaves behind becomes our child, even outside its group: no children means nothing is left
     become_subreaper()
-    # signals are blocked and fetched one by one, so none is lost between two lines, nor between fork and exec
+    # signals are blocked and fetched one by one, so that none is lost, not even between fork and exec
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     supervisor = os.getpid()
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        end_with_parent(signal.SIGKILL)  # for a kill -9 of the supervisor
+        end_with_parent(signal.SIGKILL)  # if the supervisor is killed
         if os.getppid() != supervisor:
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -128,11 +126,11 @@ def _supervise(command: list[str], owner: str) -> int:
             print(f"{command[0]}: cannot be run ({error.strerror})", file=sys.stderr, flush=True)
             os._exit(127)
     with contextlib.suppress(OSError):
-        os.setpgid(child, child)  # here too: whoever comes first, the group exists before a signal is sent to it
+        os.setpgid(child, child)  # in both processes, so that the group exists before a signal is sent to it
     family = _Family(child)
     while family.reap() and family.code is None:
         received = signal.sigtimedwait(_SIGNALS, WATCH_S)
-        # a process that slept past the timeout (SIGSTOP, a laptop's lid) gets, instead of None, whatever the memory held
+        # after a sleep past the timeout (SIGSTOP, suspend) sigtimedwait returns garbage instead of None
         signum = received.si_signo if received is not None else 0
         if signum not in _SIGNALS:
             if not alive(owner):
@@ -147,14 +145,14 @@ def _supervise(command: list[str], owner: str) -> int:
 
 
 class _Family:
-    """CMD and all that descends from it."""
+    """CMD and all its descendants."""
 
     def __init__(self, leader: int) -> None:
         self.leader = leader
         self.code: int | None = None
 
     def reap(self) -> bool:
-        """Collect the dead, remember CMD's exit code; True while somebody lives."""
+        """Collect ended processes and CMD's exit code; True while any is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -170,7 +168,7 @@ class _Family:
             os.killpg(self.leader, signum)
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM to the group, after `grace_s` SIGKILL to the group and to those that left it; gives up at the undying."""
+        """Send SIGTERM to the group, SIGKILL to all after `grace_s`; give up on those that survive that."""
         import psutil
 
         self.send(signal.SIGTERM)
@@ -192,9 +190,7 @@ def main() -> int:
     if len(sys.argv) < 3 or sys.argv[1] != "--" or not owner:
         print(f"usage: {OWNER}=PID:START python -m warm_dist.supervisor -- CMD...", file=sys.stderr)
         return 2
-    if not alive(owner):
-        return 1
-    return _supervise(sys.argv[2:], owner)
+    return _supervise(sys.argv[2:], owner) if alive(owner) else 1
 
 
 if __name__ == "__main__":

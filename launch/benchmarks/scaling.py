@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from warm_dist import errors
 from warm_dist.config.run import Config
-from warm_dist.networks.flops import NetworkSize
-from warm_dist.training.dry_run import forward_bytes, memory_bytes
+from warm_dist.training.dry_run import memory_bytes
+
+if TYPE_CHECKING:
+    from warm_dist.networks.flops import NetworkSize
 
 SIZES = (1, 8, 64, 256, 1024)
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
@@ -46,6 +49,11 @@ class Machine:
 DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
 # The same GPUs in nodes with one network card of 100 Gb/s.
 ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
+
+
+def forward_bytes(stage: int, precision: str) -> int:
+    """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
+    return 2 if precision == "bf16" and stage else 4
 
 
 def sent_bytes(parameters: int, size: int, stage: int, precision: str, accumulations: int = 1) -> int:

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-SCHEMAS = {"schema": ("warm_dist.config.run",), "sweep_schema": ("warm_dist.config.run", "sweep")}
+SCHEMAS = {"schema": ("warm_dist.config",), "sweep_schema": ("warm_dist.config", "sweep")}
 """The module, and its arguments, that print each of configs/*schema.json."""

@@ -80,7 +80,7 @@ def values(shop: Workshop) -> dict[str, Any]:
 
 
 def _sample(run: str, *words: str) -> list[str]:
-    return ["launch/sample.py", "--weights", f"runs/{run}", "--n", "6", "--seed", "3", "--batch-size", "4", *words]
+    return ["launch/sample.py", "--weights", f"runs/{run}", "--n", "32", "--seed", "3", "--batch-size", "12", *words]
 
 
 def _file(run: str, name: str) -> str:

@@ -64,9 +64,9 @@ def test_the_second_epoch_makes_no_requests_and_batches_are_the_same(
 READER = """
 import hashlib, random, sys
 from pathlib import Path
-from data_pipelines.cache import CachedStore
-from data_pipelines.store import FileStore
-base, limit, seed = FileStore(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+from warm_dist.store.cache import CachedStore
+from warm_dist.store.folder import FolderStore
+base, limit, seed = FolderStore(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
 gets = []
 read = base.read
 base.read = lambda *args: gets.append(args) or read(*args)
@@ -135,9 +135,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 whole, rename = Path.write_bytes, Path.replace
-from data_pipelines.cache import CachedStore
-from data_pipelines.store import FileStore
-base = FileStore(Path(sys.argv[1]))
+from warm_dist.store.cache import CachedStore
+from warm_dist.store.folder import FolderStore
+base = FolderStore(Path(sys.argv[1]))
 store = CachedStore(base, Path(sys.argv[1]).parent / "cache", int(sys.argv[2]))
 left, moment = int(sys.argv[3]), sys.argv[4]
 def die():

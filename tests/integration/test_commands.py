@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +11,43 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.processes import ROOT
+from data_pipelines.pack import pack
+from data_pipelines.sources.open import open_source
+from tests.support.paths import ROOT
+from tests.support.zygote import zygote
 
 RANDOM = {"kind": "log_uniform", "low": 0.1, "high": 2.0}
 
 
-def command(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    parts = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, args)]
-    return subprocess.run(parts, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False)
+def command(name: str, *args: object, start: bool = False) -> subprocess.CompletedProcess[str]:
+    """launch/NAME.py to its end, as a fork; start: by a python of its own, which every command needs once."""
+    parts = [str(ROOT / "launch" / f"{name}.py"), *map(str, args)]
+    if start:
+        return subprocess.run([sys.executable, *parts], capture_output=True, text=True, timeout=200, check=False)
+    return zygote().run(*parts)
+
+
+CUT_OFF = """
+import os, runpy, signal, sys
+from warm_dist.evaluation import evaluator
+generate, made = evaluator.generate, []
+def deadly(*args, **given):
+    made.append(1)
+    if len(made) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(*args, **given)
+evaluator.generate = deadly
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A command that is killed at its third call of `generate`."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/random, runs/cold, runs/weak and the data they saw, all trained for 64 images with labels and augmentation."""
     root = tmp_path_factory.mktemp("commands")
-    pack = [sys.executable, "-m", "data_pipelines.pack", "digits", str(root / "data"), "--resolution", "8"]
-    subprocess.run(pack, cwd=ROOT, check=True, capture_output=True)
+    pack(open_source("digits", 8), str(root / "data"))
     tree = {
         "output": "",
         "engine": "local",
@@ -65,7 +87,7 @@ def test_training_logged_the_heads_and_evaluated(runs):
 ], ids=["bnr", "eta", "guidance", "path"])  # fmt: skip
 def test_one_network_is_sampled_in_many_ways(runs, tmp_path, args):
     out = tmp_path / "out.npy"
-    done = command("sample", "--weights", runs / "random", "--n", 3, "--out", out, *args)
+    done = command("sample", "--weights", runs / "random", "--n", 3, "--out", out, *args, start="--bnr" in args)
     assert done.returncode == 0, done.stderr
     assert np.load(out).shape == (3, 1, 8, 8)
 
@@ -121,14 +143,11 @@ def test_a_surface_is_a_table_a_picture_and_goes_on_where_it_was(runs, tmp_path)
     ], "heun spends 3 of 4"
     assert all(line["spread"] is None and len(line["per_block"]) == 1 for line in first.values())
 
-    parts = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *map(str, args), "--blocks", "2"]
-    broken = subprocess.Popen(parts, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    seen = [line for line in broken.stdout if " x 2, " in line and (broken.kill() or True)]
-    broken.wait()
+    broken = zygote().run("-c", CUT_OFF, ROOT / "launch" / "evaluate.py", *args, "--blocks", 2)
+    assert broken.returncode == -signal.SIGKILL
     partly = json.loads((tmp_path / "results.json").read_text())
     blocks = [len(line["per_block"]) for line in partly.values()]
-    assert seen
-    assert 1 in blocks, "killed before all were done"
+    assert blocks == [2, 2, 1, 1, 1, 1]
     done = command("evaluate", *args, "--blocks", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sampling 64 images") == sum(2 - count for count in blocks)
@@ -195,7 +214,7 @@ def test_networks_that_differ_by_seed_alone_are_averaged(runs, tmp_path):
 
 
 def test_evaluate_agrees_with_the_run_itself(runs, tmp_path):
-    done = command("evaluate", runs / "random", "--out", tmp_path)
+    done = command("evaluate", runs / "random", "--out", tmp_path, start=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (runs / "random" / "metrics.jsonl").read_text().splitlines()]
     [ours] = json.loads((tmp_path / "results.json").read_text()).values()
@@ -209,7 +228,7 @@ def test_evaluate_agrees_with_the_run_itself(runs, tmp_path):
     ("cold", ["--method", "cold"], ["forward_cold", "sampling_cold"]),
 ])  # fmt: skip
 def test_trajectory_draws_the_way_up_and_down(runs, tmp_path, run, args, names):
-    done = command("trajectory", runs / run, "--n", 2, "--columns", 4, "--out", tmp_path, *args)
+    done = command("trajectory", runs / run, "--n", 2, "--columns", 4, "--out", tmp_path, *args, start=run == "cold")
     assert done.returncode == 0, done.stderr
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == sorted(names)
     for path in tmp_path.glob("*.png"):
@@ -219,18 +238,7 @@ def test_trajectory_draws_the_way_up_and_down(runs, tmp_path, run, args, names):
 def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
     random, cold = runs / "random", runs / "cold"
     other = tmp_path / "data"
-    pack = [
-        sys.executable,
-        "-m",
-        "data_pipelines.pack",
-        "digits",
-        str(other),
-        "--resolution",
-        "8",
-        "--shard-size",
-        "500",
-    ]
-    subprocess.run(pack, cwd=ROOT, check=False, capture_output=True)
+    pack(open_source("digits", 8), str(other), shard_size=500)
     for name, args, code, words in [
         ("sample", ["--weights", random, "--method", "cold"], 2, "needs process.bnr cold"),
         ("sample", ["--weights", cold, "--bnr", 0.5], 2, "no meaning"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.services import Services, services
-from tests.integration.test_tracking import found
+from launch.services import Services
 from tests.support.mirrored_run import end, log, make_run
+from tests.support.mlflow_runs import found
 from tests.support.tiny_run import config, info
 from warm_dist.checkpoints.format import CHECKPOINTS
 from warm_dist.checkpoints.manager import CheckpointManager
@@ -25,10 +24,10 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import UnreachableError
 from warm_dist.evaluation.generate import generate, sample_labels
 from warm_dist.networks.unet import build_network
-from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror
 from warm_dist.tracking.model import send_model
 
+pytestmark = pytest.mark.xdist_group("mlflow")  # one server for all
 ALONE = World(0, 1, torch.device("cpu"), None)
 LOADER = """
 import json, sys
@@ -39,12 +38,6 @@ images = model.predict(table, params={"seed": 7, "nfe": 5})
 import warm_dist
 print(json.dumps([warm_dist.__file__, images.dtype.name, images.tolist()]))
 """
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with services(tmp_path_factory.mktemp("services")) as servers:
-        yield servers
 
 
 @pytest.fixture
@@ -61,13 +54,8 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_a_finished_runs_model_samples_its_images_anywhere(
-    running: Services, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Services, client: Any, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in CLIENT_ENV.items():
-        monkeypatch.setenv(name, value)
-    from mlflow import MlflowClient
-
-    client: Any = MlflowClient(tracking_uri=running.mlflow_url)
     run = make_run(tmp_path / "run", running.mlflow_url)
     log(run, [64, 1280])
     end(run, 0)

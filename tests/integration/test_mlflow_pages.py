@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from launch.services import Services, services
-from tests.integration.test_train import config_file, environment  # noqa: F401  # a fixture
+from launch.services import Services
 from tests.support.browser import chromium
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
+from tests.support.zygote import zygote
 from warm_dist.files import read_json
 from warm_dist.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from tests.support.packed import Packed
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.xdist_group("mlflow")]
 BNRS = (0.1, 2.0)
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with services(tmp_path_factory.mktemp("services")) as servers:
-        yield servers
-
-
-@pytest.fixture(scope="module")
-def runs(running: Services, config_file: Path, digits: Packed, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
+def runs(running: Services, config_file: Path, digits: Packed, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two trained runs of different BNR, mirrored to the end, and one's surface."""
     root = tmp_path_factory.mktemp("runs")
     folders = [root / f"bnr-{bnr:g}" for bnr in BNRS]
@@ -50,10 +42,7 @@ def runs(running: Services, config_file: Path, digits: Packed, tmp_path_factory:
 
 
 def command(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = zygote().run(ROOT / "launch" / f"{name}.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

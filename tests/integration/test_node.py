@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import BATCH, config_file, environment, outcome, reached  # noqa: F401
 from tests.support.processes import ROOT, free_port, wait_for
+from tests.support.training import BATCH, environment, outcome, reached
 from warm_dist import errors
 
 
@@ -36,7 +36,7 @@ def node(config: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def test_sigterm_to_it_alone_stops_and_saves(config_file, tmp_path):  # noqa: F811
+def test_sigterm_to_it_alone_stops_and_saves(config_file, tmp_path):
     process = node(config_file, tmp_path / "run", "train.total_nimg=8000000")
     wait_for("steps", lambda: reached(tmp_path / "run") >= 2 * BATCH or process.poll() is not None, 120)
     os.kill(process.pid, signal.SIGTERM)
@@ -46,14 +46,14 @@ def test_sigterm_to_it_alone_stops_and_saves(config_file, tmp_path):  # noqa: F8
     assert err.splitlines()[-1].startswith("node: Stopped: SIGTERM on rank 0 (host ")
 
 
-def test_the_run_s_own_code_and_words_come_last(config_file, tmp_path):  # noqa: F811
+def test_the_run_s_own_code_and_words_come_last(config_file, tmp_path):
     process = node(config_file, tmp_path / "run", "data.manifest=s3://warm-dist/nothing/manifest.parquet")
     _, err = process.communicate(timeout=120)
     assert process.returncode == errors.DataError.exit_code, err
     assert err.splitlines()[-1] == "node: DataError: s3://warm-dist/nothing/manifest.parquet: does not exist"
 
 
-def test_an_end_of_an_earlier_attempt_is_not_told_again(config_file, tmp_path):  # noqa: F811
+def test_an_end_of_an_earlier_attempt_is_not_told_again(config_file, tmp_path):
     (tmp_path / "run").mkdir()
     old = tmp_path / "run" / "exit.json"
     old.write_text('{"code": 75, "reason": "Stopped: long ago", "nimg": 0, "resumable": true, "attempt": 1}')
@@ -68,7 +68,7 @@ def test_an_end_of_an_earlier_attempt_is_not_told_again(config_file, tmp_path): 
     assert "long ago" not in err
 
 
-def test_a_finished_run_waits_for_its_mirror_until_somebody_asks_to_stop(config_file, tmp_path):  # noqa: F811
+def test_a_finished_run_waits_for_its_mirror_until_somebody_asks_to_stop(config_file, tmp_path):
     run, stop = tmp_path / "run", tmp_path / "stop"
     with socket.create_server(("127.0.0.1", 0)) as hangs:  # it takes connections and says nothing
         url = f"http://127.0.0.1:{hangs.getsockname()[1]}"

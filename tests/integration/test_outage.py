@@ -18,8 +18,8 @@ import pytest
 
 from launch import services as servers
 from launch.services import Services, services
-from tests.integration.test_train import config_file, environment  # noqa: F401  # a fixture
 from tests.support.processes import ROOT
+from tests.support.training import environment
 from warm_dist import supervisor
 from warm_dist.files import read_json
 from warm_dist.runs.metrics import read_metrics
@@ -76,7 +76,7 @@ def wait_for_lines(run: Path, process: subprocess.Popen[bytes]) -> None:
     ids=["short", "minutes"],
 )
 def test_a_server_that_dies_comes_back_and_hangs(
-    running: Services, config_file: Path, tmp_path: Path, calm_s: float, down_s: float, hang_s: float,  # noqa: F811
+    running: Services, config_file: Path, tmp_path: Path, calm_s: float, down_s: float, hang_s: float,
 ) -> None:  # fmt: skip
     run, log = tmp_path / "run", tmp_path / "services" / "mlflow.log"
     overrides = [

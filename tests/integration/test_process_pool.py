@@ -50,6 +50,6 @@ def test_a_killed_worker_is_told_and_nobody_waits_for_it() -> None:
 
 
 def test_a_worker_that_starts_as_its_owner_dies_does_not_stay() -> None:
-    code = "from data_pipelines import workers; workers._begin(1 << 30); print('still here')"
+    code = "from data_pipelines.shards import process_pool; process_pool._begin(1 << 30); print('still here')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -20,11 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.processes import ROOT, free_port
-from warm_dist.errors import Stopped
+from launch.services import services
+from tests.support.family import descendants, ends_cleanly, listening
+from tests.support.processes import ROOT, free_port, wait_for
+from tests.support.training import reached
+from warm_dist.errors import OutputError, Stopped
 from warm_dist.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 SMALL = {
     "network.channels": 8,
     "network.channel_mult": [1, 2],
@@ -46,34 +48,39 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart") / "runs"
 
 
-def quickstart(root: Path) -> subprocess.Popen[str]:
+def quickstart(root: Path, ranks: int) -> subprocess.Popen[str]:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
-    command = [sys.executable, str(ROOT / "launch" / "quickstart.py"), "--root", str(root), *sets]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "quickstart.py"),
+        "--root",
+        str(root),
+        f"--num-ranks={ranks}",
+        *sets,
+    ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
+def said(process: subprocess.Popen[str], code: int) -> str:
+    """All that it printed, when it has ended with this code."""
+    try:
+        text, _ = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, text[-3000:]
+    return text
+
+
 @pytest.fixture(scope="module")
 def finished(root: Path) -> tuple[str, str]:
-    """Ctrl-C in mid-training, then the same command to its end: what both printed."""
-    outputs = []
-    for interrupt in (True, False):
-        process = quickstart(root)
-        try:
-            metrics, deadline = root / "quickstart" / "metrics.jsonl", time.monotonic() + 150
-            while interrupt and process.poll() is None and time.monotonic() < deadline:
-                if any(r["nimg"] >= 320 for r in read_metrics(metrics)):
-                    os.killpg(process.pid, signal.SIGINT)
-                    break
-                time.sleep(0.05)
-            outputs.append(process.communicate(timeout=180)[0])
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        expected = Stopped.exit_code if interrupt else 0
-        assert process.returncode == expected, outputs[-1][-3000:]
-    return outputs[0], outputs[1]
+    """Ctrl-C in mid-training of one rank, then the same command with two to its end: what both printed."""
+    first = quickstart(root, ranks=1)
+    wait_for("steps", lambda: reached(root / "quickstart") >= 320 or first.poll() is not None, 400)
+    os.killpg(first.pid, signal.SIGINT)
+    return said(first, Stopped.exit_code), said(quickstart(root, ranks=2), 0)
 
 
 def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
@@ -97,18 +104,16 @@ def test_it_prints_what_the_issue_of_a_run_is(root, finished):
     assert grid.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture
-def ui(root: Path, finished: Any) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def ui(root: Path, finished: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`make ui` and its address."""
     port = free_port()
     command = [sys.executable, str(ROOT / "launch" / "ui.py"), "--root", str(root), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line == f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)\n"
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)\n"
+        yield process, f"http://127.0.0.1:{port}"
+        assert ends_cleanly(process, signal.SIGTERM)
 
 
 def get(url: str) -> bytes:
@@ -117,7 +122,8 @@ def get(url: str) -> bytes:
 
 
 def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root, ui):
-    api = f"{ui}/api/2.0/mlflow"
+    _, address = ui
+    api = f"{address}/api/2.0/mlflow"
     body = json.dumps({"experiment_ids": ["1"], "max_results": 5}).encode()
     request = urllib.request.Request(f"{api}/runs/search", body, {"Content-Type": "application/json"})
     (run,) = json.loads(get(request))["runs"]
@@ -133,7 +139,7 @@ def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root,
     assert sorted(int(m["step"]) for m in history) == list(range(160, 1601, 160))
     listed = json.loads(get(f"{api}/artifacts/list?run_id={run_id}&path=images"))["files"]
     (name,) = [file["path"] for file in listed if "+step+1600+" in file["path"] and file["path"].endswith(".png")]
-    picture = get(f"{ui}/get-artifact?path={urllib.parse.quote(name, safe='')}&run_uuid={run_id}")
+    picture = get(f"{address}/get-artifact?path={urllib.parse.quote(name, safe='')}&run_uuid={run_id}")
     grid = root / "quickstart" / "samples" / "000000001600.png"
     with Image.open(io.BytesIO(picture)) as shown, Image.open(grid) as drawn:
         assert np.array_equal(np.asarray(shown), np.asarray(drawn))
@@ -141,3 +147,13 @@ def test_a_sample_grid_opens_through_the_ui_after_the_quickstart_has_ended(root,
     request = urllib.request.Request(f"{api}/logged-models/search", body, {"Content-Type": "application/json"})
     (model,) = json.loads(get(request))["models"]
     assert (model["info"]["name"], model["info"]["status"]) == ("ema", "LOGGED_MODEL_READY")
+
+
+def test_ui_serves_on_loopback_alone_and_one_at_a_time(root, ui):
+    process, address = ui
+    assert b"MLflow" in get(address)
+    family = descendants(process.pid)
+    assert len(family) == 6, "ui; for each server a supervisor; weed; mlflow and its one worker: no job runners"
+    assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
+    with pytest.raises(OutputError, match="another make quickstart, make sweep or make ui"), services(root):
+        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from warm_dist import supervisor
 from warm_dist.errors import OutputError, PortError, UnreachableError
 from warm_dist.store import seaweedfs
 from warm_dist.store.open import open_store
@@ -34,15 +35,15 @@ def test_data_and_credentials_survive_a_restart_and_the_server_does_not_survive_
         assert owner.stdout is not None
         url = owner.stdout.readline().strip()
         assert url
-        supervisor = (tmp_path / "s3.lock").read_text()
-        assert supervisor.alive(supervisor)
-        with pytest.raises(OutputError, match="another S3 server is running on this folder"):
+        running = (tmp_path / "s3.lock").read_text()
+        assert supervisor.alive(running)
+        with pytest.raises(OutputError, match="another S3 server is using it"):
             S3Server(tmp_path, "bucket").__enter__()
         keys = seaweedfs.S3Server(tmp_path, "bucket")._credentials()
         S3Store("bucket", "", url, keys).write("a", b"kept")
         owner.send_signal(signal.SIGKILL)
     with S3Server(tmp_path, "bucket") as server:  # waits for the orphan's end by itself
-        assert not supervisor.alive(supervisor)
+        assert not supervisor.alive(running)
         assert (server.env["AWS_ACCESS_KEY_ID"], server.env["AWS_SECRET_ACCESS_KEY"]) == keys
         assert connect(server).read("a") == b"kept"
     with pytest.raises(UnreachableError):

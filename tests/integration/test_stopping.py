@@ -243,7 +243,7 @@ def test_a_hung_rank_is_named_in_time_by_the_other(hung, rank):
 def test_groups_that_others_make_have_our_patience():
     """DeepSpeed makes its own without a timeout; a rank hung in its backward was once not noticed for 30 minutes."""
     code = (
-        "import torch, torch.distributed as dist; from warm_dist import distributed; distributed.init(7); "
+        "import torch, torch.distributed as dist; from warm_dist.distributed.world import join; join(7); "
         "print(dist.new_group([0, 1])._get_backend(torch.device('cpu')).options._timeout)"
     )
     ends = run_ranks("-c", code, size=2)
@@ -251,7 +251,7 @@ def test_groups_that_others_make_have_our_patience():
 
 
 def test_a_rank_that_never_comes_is_named():
-    code = "from warm_dist import distributed, errors; errors.run(lambda: distributed.init(1, join_s=3) and None)"
+    code = "from warm_dist import errors; from warm_dist.distributed.world import join; errors.run(lambda: join(1, join_s=3) and None)"
     shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     alone = [zygote().start("-c", code, env=shared | {"RANK": rank, "MASTER_PORT": str(free_port())}) for rank in "01"]
     said = [process.communicate(120)[1].splitlines()[-1] for process in alone]

@@ -16,20 +16,8 @@ import torch
 
 from data_pipelines.pack import pack
 from data_pipelines.sources.open import open_source
-from tests.integration.test_train import (
-    BATCH,
-    STEPS,
-    environment,
-    finish,
-    launcher,
-    losses,
-    outcome,
-    reached,
-    start,
-    train,
-    wait_for,
-)
-from tests.support.processes import ROOT, free_port
+from tests.support.processes import ROOT, free_port, wait_for
+from tests.support.training import BATCH, STEPS, environment, finish, launcher, losses, outcome, reached, start, train
 from warm_dist import errors
 from warm_dist.checkpoints.format import (
     CHECKPOINTS,

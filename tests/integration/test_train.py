@@ -226,7 +226,7 @@ def test_a_second_run_in_the_same_folder_is_refused(config_file, tmp_path):
         wait_for("a step", lambda: reached(tmp_path / "run") >= BATCH)
         code, _, err = finish(fork(config_file, tmp_path / "run", "engine=local"))
         assert code == errors.OutputError.exit_code
-        assert "another process is training in it" in err
+        assert "another training process is using it" in err
     finally:
         first.send_signal(signal.SIGINT)
         code, _, err = finish(first)

@@ -46,29 +46,27 @@ def jobsets(world: World) -> Iterator[tuple[str, Object]]:
 
 def outcome(jobset: Object, job: Object, container: str, code: int, disrupted: bool) -> str:
     """FAIL, RESTART or FREE, or AGAIN if the Job goes on with another pod."""
-    spec, reason, text = job["template"]["spec"], "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    spec, reason, text = job["template"]["spec"], "BackoffLimitExceeded", ""
     for index, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
-        wanted = rule.get("onExitCodes")
-        if wanted:
-            met = wanted.get("containerName", container) == container and code in wanted["values"]
-            said = (
-                f"Container {container} for pod x failed with exit code {code} matching FailJob rule at index {index}"
-            )
-        else:
-            met, said = disrupted, f"Pod x has condition DisruptionTarget matching FailJob rule at index {index}"
+        met, said = disrupted, "Pod x has condition DisruptionTarget"
+        if wanted := rule.get("onExitCodes"):
+            mine = wanted.get("containerName", container) == container
+            met = mine and (code in wanted["values"]) == (wanted["operator"] == "In")
+            said = f"Container {container} for pod x failed with exit code {code}"
         if met and rule["action"] == "Ignore":
             return AGAIN
         if met:
-            reason, text = "PodFailurePolicy", said
+            reason, text = "PodFailurePolicy", f"{said} matching FailJob rule at index {index}"
             break
     if reason == "BackoffLimitExceeded" and spec.get("backoffLimit", 6) > 0:
         return AGAIN
-    policy = jobset["spec"].get("failurePolicy")
-    if policy is None:
+    if "failurePolicy" not in jobset["spec"]:
         return FAIL
-    for rule in policy.get("rules", []):
-        patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, text) for pattern in patterns):
+    for rule in jobset["spec"]["failurePolicy"].get("rules", []):
+        met = reason in rule.get("onJobFailureReasons", [reason]) and job["name"] in rule.get(
+            "targetReplicatedJobs", [job["name"]]
+        )
+        if met and any(re.search(pattern, text) for pattern in rule.get("onJobFailureMessagePatterns", [""])):
             return str(rule["action"])
     return RESTART
 
@@ -85,10 +83,8 @@ def failure_outcomes(world: World) -> Iterator[str]:
             for container in containers(pod):
                 modules = [found[0] for argv in commands(container) if (found := program(argv))]
                 for wanted, ends in EXPECTED.get(modules[0], {}).items() if modules else ():
-                    for code, disrupted in [
-                        (code, bool(number)) for number, codes in enumerate(ends) for code in codes
-                    ]:
-                        found = outcome(jobset, job, container["name"], code, disrupted)
+                    for code, after in [*((code, False) for code in ends[0]), *((code, True) for code in ends[1])]:
+                        found = outcome(jobset, job, container["name"], code, after)
                         if found != wanted or (found == RESTART and not restarts):
-                            end = f"exit code {code} of {container['name']}" + " after a disruption" * disrupted
+                            end = f"exit code {code} of {container['name']}" + " after a disruption" * after
                             yield f"{name}: {end}: {found} (maxRestarts {restarts}), needs {wanted}"

@@ -18,9 +18,8 @@ ENFORCED = "pod-security.kubernetes.io/enforce"
 
 def locked(package: str) -> str:
     """The version of a package in requirements.lock."""
-    found = re.search(rf"^{package}==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
-    assert found
-    return found[1]
+    (found,) = re.findall(rf"^{package}==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+    return found
 
 
 @check
@@ -28,17 +27,14 @@ def ray_jobs(world: World) -> Iterator[str]:
     """A sweep goes on after any end, its cluster goes when it has ended, is of the image's Ray, and is not shown to the world."""
     for tree in world.of_kind("RayJob"):
         spec, cluster = tree["spec"], tree["spec"]["rayClusterSpec"]
-        for right, problem in [
-            (spec.get("shutdownAfterJobFinishes"), "shutdownAfterJobFinishes is not true, which Kueue asks for"),
-            ("--resume" in spec["entrypoint"].split(), "without --resume a second cluster would be refused"),
-            (cluster.get("rayVersion") == locked("ray"), f"rayVersion is not the image's {locked('ray')}"),
-            (
-                cluster["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP",
-                "its serviceType shows Ray to the world",
-            ),
-            (cluster.get("authOptions", {}).get("mode") == "token", "authOptions.mode is not token"),
-        ]:
-            if not right:
+        for problem, wrong in {
+            "shutdownAfterJobFinishes is not true, which Kueue asks for": not spec.get("shutdownAfterJobFinishes"),
+            "without --resume a second cluster would be refused": "--resume" not in spec["entrypoint"].split(),
+            "rayVersion is not the image's": cluster.get("rayVersion") != locked("ray"),
+            "its serviceType shows Ray to the world": cluster["headGroupSpec"].get("serviceType") != "ClusterIP",
+            "authOptions.mode is not token": cluster.get("authOptions", {}).get("mode") != "token",
+        }.items():
+            if wrong:
                 yield f"{name_of(tree)}: {problem}"
 
 

@@ -28,7 +28,7 @@ from warm_dist.sweeps.trials import trials
 
 CODE = "/opt/warm-dist"  # WORKDIR of k8s/image/Containerfile
 PROGRAMS = ("launch.train", "launch.node", "launch.sweep", "data_pipelines.pack")
-TOLD = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@"\necho\n'  # a program that tells its name and words
+STUB = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@"\necho\n'  # a program that tells its name and words
 
 
 class Run(NamedTuple):
@@ -52,7 +52,7 @@ def shell(argv: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> list[list[
     with tempfile.TemporaryDirectory() as folder:
         for name in ("python", "sleep", "touch"):
             path = Path(folder) / name
-            path.write_text(TOLD)
+            path.write_text(STUB)
             path.chmod(0o755)
         command = [f"/bin/{Path(argv[0]).name}", *argv[1:]]
         done = subprocess.run(command, env={"PATH": folder, **dict(env)}, capture_output=True, text=True, check=False)

@@ -99,23 +99,17 @@ def documented() -> list[tuple[list[str], Path]]:
 def objects_of(world: str) -> list[Object]:
     """All objects of one cluster: an overlay, its jobs, and the component after a `+`, as in `gpu+irsa`."""
     overlay, _, component = world.partition("+")
+    standing, jobs = OVERLAYS / overlay, render(OVERLAYS / overlay / "jobs")
+    if component == "jobset":  # for a cluster without Trainer: the same training, printed as a JobSet
+        words = next(words for words, path in documented() if path == standing / "jobs" / "train.yaml")
+        jobs = [tree for tree in jobs if tree["kind"] != "TrainJob"] + launched(*words, "--jobset")[-1:]
     if not component:
-        return render(OVERLAYS / overlay) + render(OVERLAYS / overlay / "jobs")
+        return render(standing) + jobs
     with tempfile.TemporaryDirectory() as folder:
-        parts = {"resources": OVERLAYS / overlay, "components": K8S / "components" / component}
+        parts = {"resources": standing, "components": K8S / "components" / component}
         tree = {key: [os.path.relpath(path, os.path.realpath(folder))] for key, path in parts.items()}
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(tree))
-        standing = render(Path(folder))
-    jobs = render(OVERLAYS / overlay / "jobs")
-    if component == "jobset":  # for a cluster without Trainer: the same trainings, printed as JobSets
-        jobs = [tree for arguments, path in documented() if overlay in path.parts for tree in _printed(arguments)]
-    return standing + jobs
-
-
-def _printed(arguments: list[str]) -> list[Object]:
-    objects = launched(*arguments)
-    trains = any(tree["kind"] == "TrainJob" for tree in objects)
-    return launched(arguments[0], "--jobset", *arguments[1:]) if trains else objects
+        return render(Path(folder)) + jobs
 
 
 def worlds() -> list[str]:

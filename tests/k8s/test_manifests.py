@@ -19,19 +19,28 @@ def test_custom_resources_are_checked():
     crds.need_crds()
 
 
+def test_crds_that_lack_are_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(crds, "crds", crds.crds.__wrapped__)
+    monkeypatch.setenv("K8S_CRDS", str(tmp_path))
+    monkeypatch.setenv("CI", "")
+    with pytest.raises(pytest.skip.Exception, match="NO CUSTOM RESOURCE WAS CHECKED"):
+        crds.need_crds()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="NO CUSTOM RESOURCE WAS CHECKED"):
+        crds.need_crds()
+
+
+def test_a_rule_that_cannot_be_evaluated_is_no_pass():
+    assert crds.broken({"rule": "self.a.b == quantity(self.c)"}, {"a": {}, "c": "1"}).startswith("rule cannot be")
+    assert crds.broken({"rule": "self.a > 1 &&"}, {"a": 2}).startswith("rule cannot be evaluated")
+    assert crds.broken({"rule": "self == oldSelf"}, {"a": 2}) == "", "of changes only"
+    assert crds.broken({"rule": "self.a > 1", "message": "too small"}, {"a": 1}) == "too small"
+
+
 def test_there_is_something_to_check():
     assert {"dev", "gpu", "gpu+irsa", "gpu+jobset"} <= set(worlds())
     kinds = {tree["kind"] for tree in objects_of("gpu")}
-    assert kinds >= {
-        "TrainJob",
-        "RayJob",
-        "JobSet",
-        "ClusterQueue",
-        "Deployment",
-        "StatefulSet",
-        "PodMonitor",
-        "NetworkPolicy",
-    }
+    assert kinds >= {"TrainJob", "RayJob", "JobSet", "ClusterQueue", "Deployment", "StatefulSet", "PodMonitor"}
     for name in worlds():
         trained = {tree["kind"] for tree in objects_of(name)} & {"TrainJob", "TrainingRuntime"}
         assert trained == (set() if name.endswith("+jobset") else {"TrainJob", "TrainingRuntime"})

@@ -106,9 +106,7 @@ class Database:
         self._run("createdb", *self.place, "mlflow")
 
     def ask(self, query: str) -> list[str]:
-        return self._run(
-            "psql", *self.place, "--dbname=mlflow", "--no-align", "--tuples-only", f"--command={query}"
-        ).splitlines()
+        return self._run("psql", *self.place, "--dbname=mlflow", "-At", f"--command={query}").splitlines()
 
     def _run(self, program: str, *arguments: str) -> str:
         command = [*self.become, str(self.binaries / program), *arguments]
@@ -160,18 +158,15 @@ def tracking(s3: S3Server) -> Iterator[Tracking]:
         assert upgrade.run(folder / "upgrade.log") == 0, (folder / "upgrade.log").read_text()
         assert waiting.wait(60) == 0, said()
 
-        replicas = {}
-        for log in (folder / "mlflow0.log", folder / "mlflow1.log"):
-            port = free_port()
-            process = server.at(port).start(log)
+        ports = [free_port(), free_port()]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        servers = [server.at(port).start(folder / f"mlflow-{port}.log") for port in ports]
+        for process in servers:
             stack.callback(supervisor.stop, process)
-            replicas[f"http://127.0.0.1:{port}"] = process, log
-        for url, (process, log) in replicas.items():
-            wait_for(
-                "MLflow", lambda url=url, process=process: status(url, "/health") == 200 or process.poll() is not None
-            )
-            assert process.poll() is None, log.read_text()
-        yield Tracking(database, upgrade, list(replicas), waited)
+        ended = lambda: [process.poll() for process in servers] != [None, None]  # noqa: E731
+        wait_for("MLflow", lambda: ended() or {status(url, "/health") for url in urls} == {200})
+        assert not ended(), [path.read_text() for path in folder.glob("mlflow-*.log")]
+        yield Tracking(database, upgrade, urls, waited)
 
 
 def status(url: str, path: str, host: str | None = None) -> int:
@@ -203,9 +198,7 @@ def test_what_one_replica_takes_the_other_has(tracking: Tracking, s3: S3Server) 
     assert other.get_run(run_id).data.metrics == {"train/loss": 0.25}
     with TemporaryDirectory() as folder:  # this client has no key to S3 in its hands: the server fetches it
         assert Path(other.download_artifacts(run_id, "note.txt", folder)).read_text() == "by way of the server"
-    assert [
-        path for path in open_store(ARTIFACTS, s3.endpoint_url).list() if path.endswith(f"{run_id}/artifacts/note.txt")
-    ]
+    assert any(path.endswith(f"{run_id}/artifacts/note.txt") for path in open_store(ARTIFACTS, s3.endpoint_url).list())
 
 
 def test_the_job_does_nothing_to_a_database_of_its_version(tracking: Tracking, tmp_path: Path) -> None:

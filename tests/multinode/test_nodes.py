@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.test_train import environment, launcher, losses, outcome, train
 from tests.multinode.nodes import MASTER, PORT, Cluster, need
 from tests.support.processes import MARK, ROOT, end_marked, marked, wait_for
+from tests.support.training import environment, launcher, losses, outcome, train
 from warm_dist import errors
 from warm_dist.runs.metrics import parse_line
 

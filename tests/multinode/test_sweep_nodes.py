@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.test_train import environment
 from tests.multinode.nodes import Cluster, need
 from tests.support.processes import MARK, end_marked, marked, wait_for
 from tests.support.sweeps import EVERY, TOTAL, evaluations, pack_digits, states, trial_named, write_sweep
+from tests.support.training import environment
 from warm_dist import errors
 from warm_dist.files import read_json
 from warm_dist.runs.metrics import read_metrics

@@ -21,7 +21,6 @@ from warm_dist.evaluation import evaluator
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.generate import sample_labels
 from warm_dist.networks.unet import build_network
-from warm_dist.store.open import open_store
 
 NUM_IMAGES = 50
 CLASSES = 7
@@ -53,9 +52,7 @@ def measured(world: World, folder: Path, label: str, batch_size: int) -> dict[st
 
     evaluator.generate = recorded
     here = folder / label  # reference statistics of its own
-    found = Evaluator(
-        settings(here, batch_size), world, info(), lambda rows: REAL[rows], here / "run", print, open_store
-    )
+    found = Evaluator(settings(here, batch_size), world, info(), lambda rows: REAL[rows], here / "run", print)
     found.network.load_state_dict(build_network(found.config).state_dict())
     values = found.block(found.config.sampler, 1, StopSignal(), "test", here / "run" / "grid.png")
     evaluator.generate = generate

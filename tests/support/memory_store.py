@@ -15,7 +15,7 @@ class MemoryStore:
     def __init__(self, objects: dict[str, bytes], refusal: Exception | None = None) -> None:
         self.objects, self.refusal, self.opened, self.downloads = objects, refusal, [], 0
 
-    def open(self, url: str) -> Any:
+    def open(self, url: str, endpoint_url: str | None = None) -> Any:
         self.opened.append(url)
         return self
 

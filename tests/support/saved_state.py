@@ -10,7 +10,6 @@ from warm_dist.checkpoints.format import CHECKPOINTS, Saved
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-from warm_dist.store.folder import FolderStore
 from warm_dist.training.ema import EMA, half_life
 from warm_dist.training.engine import LocalEngine
 from warm_dist.training.state import state_tensors
@@ -23,7 +22,7 @@ def ema_of(engine: LocalEngine) -> EMA:
 def save(run: Path, state: tuple[Config, LocalEngine, EMA], nimg: int) -> Saved:
     """As the only rank, into the run's folder."""
     settings, engine, ema = state
-    storage = CheckpointManager(run, ALONE, lambda url, endpoint: FolderStore(Path(url)), settings.checkpoint, print)
+    storage = CheckpointManager(run, ALONE, settings.checkpoint, print)
     meta = {"num_steps": nimg // 8, "config": dump(settings), "data": info().to_json(), "fingerprint": "x"}
     storage.save(CHECKPOINTS, nimg, state_tensors(engine, {"ema": ema}), meta)
     return storage.saved(nimg)

@@ -101,6 +101,11 @@ def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = 240) -> E
     return process.returncode, out, err
 
 
+def train(command: list[str], config: Path, run: Path, *overrides: str, env: Mapping[str, str] | None = None) -> End:
+    """`start` and `finish`."""
+    return finish(start(command, config, run, *overrides, env=env))
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
 

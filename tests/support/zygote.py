@@ -37,7 +37,7 @@ IMPORTS = (
     "pyarrow.parquet",
     "matplotlib.figure",
     "cleanfid.features",
-    "warm_dist.engine",
+    "warm_dist.training.deepspeed_engine",
     "warm_dist.evaluation.evaluator",
     "warm_dist.training.trainer",
     "launch.train",
@@ -106,6 +106,17 @@ class Zygote:
         """`python ARGS…`: a script's path, `-m` and a module, or `-c` and code; then its arguments. env: the whole environment (None: ours)."""
         return Forked(self, args, os.environ if env is None else env, cwd)
 
+    def run(
+        self, *args: object, env: Mapping[str, str] | None = None, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """The same to its end."""
+        process = self.start(*map(str, args), env=env)
+        try:
+            said = process.communicate(timeout_s)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.wait(), *said)
+
     def end(self) -> None:
         """It ends when nobody is at our end of the line; so it does also when we are killed."""
         self._line.close()
@@ -169,7 +180,7 @@ def _become(request: dict[str, Any], files: list[int], parent: int) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     first, *rest = request["args"]
-    sys.argv = rest if first == "-m" else request["args"]  # as python has it
+    sys.argv = {"-m": rest, "-c": [first, *rest[1:]]}.get(first, request["args"])  # as python has it
     if not first.startswith("-"):
         sys.path.insert(0, str(Path(first).parent))
 

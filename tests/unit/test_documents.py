@@ -1,27 +1,72 @@
-"""What the README and docstrings name is there."""
+"""What the documents and docstrings name is there: files, modules, targets of make, exit codes, sections."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from tests.support.paths import ROOT
 from warm_dist import errors
 
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "k8s" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = r"\.ci|warm_dist|data_pipelines|launch|tests|configs|docs|k8s|base|overlays|components|image"
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def missing(page: Path) -> list[str]:
+    """What the page names and the repository lacks. Paths count from the root or from the page's folder; `*` matches anything."""
+    text = page.read_text()
+    paths = set(re.findall(rf"(?<![\w./:-])((?:{FOLDERS})/[\w./*-]*\w)", text))
+    paths |= set(re.findall(r"`(\w+\.(?:py|md|j2|toml|lock))`", text))
+    paths |= {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
+    absent = [path for path in paths if not any(any(home.glob(path)) for home in (ROOT, page.parent))]
+    modules = set(re.findall(r"-m ((?:warm_dist|data_pipelines|launch|tests)[\w.]*)", text))
+    absent += [name for name in modules if not is_command(ROOT / name.replace(".", "/"))]
+    targets = set(re.findall(r"(?:`|^ *)make ([a-z]+)", text, re.M))
+    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    return absent + [f"make {name}" for name in targets - known]
+
+
+def is_command(module: Path) -> bool:
+    """Whether `python -m` runs it: a file with a main, or a package with __main__.py."""
+    file = module.with_suffix(".py")
+    return (module / "__main__.py").exists() or (file.exists() and '__name__ == "__main__"' in file.read_text())
+
+
+@each_page
+def test_what_a_document_names_exists(page):
+    assert missing(page) == []
+
+
+def test_a_name_that_is_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`warm_dist/lost.py`, `lost.py`, [lost](lost.md), `python -m warm_dist.lost`, `make lost`; `warm_dist/rng.py`, `make test`"
+    )
+    assert sorted(missing(page)) == ["lost.md", "lost.py", "make lost", "warm_dist.lost", "warm_dist/lost.py"]
+
+
+def test_the_architecture_lists_every_file_of_every_package():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `((?:warm_dist|data_pipelines|launch)[\w/]*)/` \| (.*?) \| [\d,]+ \|$", text, re.M)
+    listed = {folder: set(re.findall(r"`(\w+)` \d", files)) for folder, files in rows}
+    found: dict[str, set[str]] = {}
+    for package in ("warm_dist", "data_pipelines", "launch"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.stem != "__init__":
+                found.setdefault(str(path.parent.relative_to(ROOT)), set()).add(path.stem)
+    assert listed == found
 
 
 def test_every_exit_code_is_in_the_readme():
-    told = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.M)}
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", README.read_text(), re.M)}
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.WarmDistError)
     ]
     assert told == {0} | {kind.exit_code for kind in kinds}
-
-
-def test_files_named_in_the_readme_exist():
-    named = re.findall(r"`((?:warm_dist|launch|data_pipelines|configs|docs)/[\w./]+)`", README)
-    assert len(named) >= 7
-    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_sections_that_docstrings_cite_exist():

@@ -1,1 +1,1 @@
-"""The sharded checkpoint format, where checkpoints live, uploads, and exported weights."""
+"""The sharded checkpoint format, where checkpoints are stored, uploads, and exported weights."""

@@ -1,8 +1,8 @@
 """One checkpoint format: flat float32 fragments in safetensors, one file a rank, COMPLETE written last. No pickle.
 
 It loads at any world size and ZeRO stage, and bit-exactly at the same ones. `checkpoints/000016000` holds
-rank_K.safetensors (tensors KIND/NAME@START), rank_K.done (their places and sha256) and COMPLETE (what it was made of, and
-the sha256 of every .done). It is read through a Store, so that a folder and S3 are alike; `manager` decides what lies where.
+rank_K.safetensors (tensors KIND/NAME@START), rank_K.done (their offsets and sha256) and COMPLETE (the run's metadata
+and the sha256 of every .done). It is read through a Store, so a folder and S3 are alike.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from warm_dist.store.base import Store
 
 FORMAT = 2
 COMPLETE = "COMPLETE"
-CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # all of the state, kept for a while; some EMAs, kept for ever
-_GET_BYTES = 32 << 20  # neighbouring tensors are read together up to so many
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # the whole state, pruned; some EMAs, kept for ever
+_GET_BYTES = 32 << 20  # most bytes of adjacent tensors in one read
 
 
 class Saved(NamedTuple):
-    """A complete checkpoint or snapshot: its store, its name there, and what COMPLETE says."""
+    """A complete checkpoint or snapshot: its store, its name there, and the content of COMPLETE."""
 
     store: Store
     name: str
@@ -41,18 +41,19 @@ class Saved(NamedTuple):
 
 
 def name_of(group: str, nimg: int) -> str:
-    """`checkpoints/000000016000`: names sort as their nimg."""
+    """The name, such as `checkpoints/000000016000`; names sort by nimg."""
     return f"{group}/{nimg:012d}"
 
 
 def nimg_of(name: str) -> int:
+    """The inverse of `name_of`."""
     return int(name.rpartition("/")[2])
 
 
 def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write rank_K.safetensors and rank_K.done; returns this file's line in COMPLETE. One tensor at a time is on the host.
+    """Write rank_K.safetensors and rank_K.done, with one tensor at a time on the host; returns the entry for COMPLETE.
 
-    Raises OutputError, and nothing of the two remains.
+    Raises OutputError, and then leaves neither file behind.
     """
     path, done = folder / f"rank_{rank}.safetensors", folder / f"rank_{rank}.done"
     header, size = _header({key: (tensor.numel(),) for key, tensor in tensors.items()}, {})
@@ -79,7 +80,7 @@ def _digest(data: bytes | memoryview) -> str:
 
 
 def _header(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tuple[bytes, int]:
-    """The head of a safetensors file of float32 tensors in this order, and the size of the whole file, bytes."""
+    """The header of a safetensors file of float32 tensors in this order, and the size of the whole file, bytes."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, shape in shapes.items():
@@ -87,42 +88,38 @@ def _header(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tu
         tree[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(tree).encode()
-    text += b" " * (-len(text) % 8)  # the format wants its data aligned to 8 bytes
+    text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
     return struct.pack("<Q", len(text)) + text, 8 + len(text) + offset
 
 
-# -- finding --------------------------------------------------------------------------------------------------------
-
-
 def complete_names(store: Store, group: str) -> list[str]:
-    """Names of what is complete in a store, oldest first."""
+    """Names of the complete checkpoints or snapshots in a store, oldest first."""
     found = (path.rpartition("/") for path in store.list(f"{group}/"))
     return sorted(name for name, _, file in found if file == COMPLETE and name.rpartition("/")[2].isdigit())
 
 
 def open_saved(store: Store, name: str) -> Saved:
-    """A complete one with its metadata. Raises CheckpointError if COMPLETE is not readable, or of another format."""
-    place = f"{store.url}/{name}/{COMPLETE}"
+    """Read the metadata of a complete checkpoint or snapshot. Raises CheckpointError if COMPLETE is not valid."""
+    where = f"{store.url}/{name}/{COMPLETE}"
     try:
         meta = json.loads(store.read(f"{name}/{COMPLETE}"))
     except (DataError, ValueError) as error:
-        raise CheckpointError(f"{place}: not readable ({error})") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{place}: of format {found}, this version reads format {FORMAT}")
+        raise CheckpointError(f"{where}: not readable ({error})") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{where}: of format {found}, this version reads format {FORMAT}")
     if missing := {"nimg", "num_steps", "config", "data", "fingerprint", "files"} - meta.keys():
-        raise CheckpointError(f"{place}: lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{where}: lacks {', '.join(sorted(missing))}")
     return Saved(store, name, meta)
 
 
-# -- reading --------------------------------------------------------------------------------------------------------
-
-
 class _Tensor(NamedTuple):
+    """A stored fragment: elements start … stop - 1 of a parameter, at offset … end - 1 in its file, bytes."""
+
     kind: str
     name: str
     start: int
-    place: int
+    offset: int
     size: int
     sha256: str
 
@@ -130,20 +127,24 @@ class _Tensor(NamedTuple):
     def stop(self) -> int:
         return self.start + self.size // 4
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
 
 Wanted = Callable[[str, str, int, int], bool]
-"""(kind, name, start, stop) of a stored fragment → is it needed?"""
+"""(kind, name, start, stop) of a stored fragment → whether it is needed."""
 
 
 def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
-    """What a rank's file holds, in its order."""
-    place = f"{saved}/{file['done']}"
+    """The fragments in a rank's file, in their order."""
+    where = f"{saved}/{file['done']}"
     try:
         text = saved.store.read(f"{saved.name}/{file['done']}")
     except DataError as error:
         raise CheckpointError(str(error)) from None
     if _digest(text) != file["sha256"]:
-        raise CheckpointError(f"{place}: differs from what COMPLETE says was written")
+        raise CheckpointError(f"{where}: differs from what COMPLETE says was written")
     out = []
     for key, (offset, size, sha256) in json.loads(text)["tensors"].items():
         kind, _, rest = key.partition("/")
@@ -153,12 +154,11 @@ def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
 
 
 def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> Iterator[tuple[_Tensor, Tensor]]:
-    """Every stored fragment that is wanted and its values (n,) float32, checked by its hash; neighbours by one read."""
+    """Each wanted fragment with its values (n,) float32, checked against its hash; adjacent ones share a read."""
     for file in files:
         run: list[_Tensor] = []
         for tensor in [t for t in _index(saved, file) if wanted(t.kind, t.name, t.start, t.stop)]:
-            if run and (run[-1].place + run[-1].size != tensor.place
-                        or tensor.place + tensor.size - run[0].place > _GET_BYTES):  # fmt: skip
+            if run and (run[-1].end != tensor.offset or tensor.end - run[0].offset > _GET_BYTES):
                 yield from _read(saved, file["file"], run)
                 run = []
             run.append(tensor)
@@ -167,15 +167,13 @@ def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> It
 
 
 def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor, Tensor]]:
-    place = run[0].place
+    begin, end = run[0].offset, run[-1].end
     try:
-        data = memoryview(
-            bytearray(saved.store.read(f"{saved.name}/{file}", place, run[-1].place + run[-1].size - place))
-        )
+        data = memoryview(bytearray(saved.store.read(f"{saved.name}/{file}", begin, end - begin)))
     except DataError as error:
         raise CheckpointError(str(error)) from None
     for tensor in run:
-        part = data[tensor.place - place : tensor.place - place + tensor.size]
+        part = data[tensor.offset - begin : tensor.end - begin]
         if _digest(part) != tensor.sha256:
             key = f"{tensor.kind}/{tensor.name}@{tensor.start}"
             raise CheckpointError(f"{saved}/{file}: {key} differs from what was written")
@@ -183,14 +181,14 @@ def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor
 
 
 Targets = dict[tuple[str, str], list[tuple[int, Tensor]]]
-"""By (kind, parameter name): where the parameter's elements from a start on are wanted, flat float32 tensors."""
+"""(kind, parameter name) → (start, flat float32 tensor to fill with the parameter's elements from there on)."""
 
 
 @torch.no_grad()
 def load_saved(saved: Saved, rank: int, targets: Targets) -> None:
     """Fill the targets from a checkpoint of any world size and ZeRO stage, piece by piece.
 
-    Every value that is used is checked by its hash. The file of the same rank is read first: at the same world size and
+    All values used are checked against their hashes. The same rank's file is read first: at an equal world size and
     stage it holds everything. Raises CheckpointError if anything is damaged or missing; the state is then undefined.
     """
     missing = {key: sum(target.numel() for _, target in group) for key, group in targets.items()}
@@ -201,7 +199,8 @@ def load_saved(saved: Saved, rank: int, targets: Targets) -> None:
 
     files = saved.meta["files"]
     mine = rank % len(files)
-    for tensor, values in _pieces(saved, _until_whole(files[mine:] + files[:mine], missing), wanted):
+    needed = (file for file in files[mine:] + files[:mine] if any(missing.values()))  # lazy: until nothing is missing
+    for tensor, values in _pieces(saved, needed, wanted):
         for low, target in targets[tensor.kind, tensor.name]:
             first, last = max(tensor.start, low), min(tensor.stop, low + target.numel())
             if first < last:
@@ -212,18 +211,12 @@ def load_saved(saved: Saved, rank: int, targets: Targets) -> None:
         raise CheckpointError(f"{saved}: lacks {len(absent)} of this network's tensors, first {absent[0]}")
 
 
-def _until_whole(files: list[dict[str, Any]], missing: dict[Any, int]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        if any(missing.values()):
-            yield file
-
-
 Part = tuple[Saved, str, float]
-"""A kind of tensors in a checkpoint or snapshot, and the factor that they are taken with."""
+"""A checkpoint or snapshot, a kind of tensors in it, and their factor in a sum."""
 
 
 def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]) -> None:
-    """Write the sum of the parts as one safetensors file of whole tensors, holding one tensor at a time.
+    """Write the weighted sum of the parts as one safetensors file of whole tensors, holding one tensor at a time.
 
     Raises CheckpointError if a part lacks a value, OutputError if the file cannot be written.
     """
@@ -253,7 +246,7 @@ def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path,
 
 
 def _layout(saved: Saved, kind: str) -> dict[str, list[tuple[str, _Tensor]]]:
-    """Where the fragments of every parameter lie: (file, fragment)."""
+    """Parameter name → its fragments and the file of each."""
     out: dict[str, list[tuple[str, _Tensor]]] = {}
     for file in saved.meta["files"]:
         for tensor in _index(saved, file):

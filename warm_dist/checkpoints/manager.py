@@ -1,8 +1,8 @@
-"""Where a run's checkpoints lie: in its folder, and in a store that gets them in the background; which are kept.
+"""A run's checkpoints: saved to its folder, uploaded to a store in the background, pruned, and restored.
 
-A save is a whole before the next step begins: every rank has written its file to the run's folder. If all ranks share
-that folder (proven at the start), COMPLETE is written there at once. With checkpoint.url the files also go to that store,
-without a collective: rank 0 writes COMPLETE there when it finds all of them.
+Before the next step begins, every rank has written its file to the run's folder. If all ranks share that folder (tested
+at the start), COMPLETE follows at once. With checkpoint.url the files are also uploaded, without a collective: rank 0
+writes COMPLETE to the store when all of them are there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,18 @@ from warm_dist.distributed.collectives import gather, on_main
 from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
 from warm_dist.files import make_folder, write_json
-from warm_dist.runs.folder import MIRROR
+from warm_dist.runs.folder import METRICS, MIRROR
 from warm_dist.runs.metrics import last_attempt
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
 GROUPS = re.compile(r"(checkpoints|snapshots)/\d{12}/.*")
 PROBE = f"{CHECKPOINTS}/.probe"
-METRICS = "metrics.jsonl"
-_VISIBLE_S = 10.0  # how long a file system that is shared may take to show a new file
+_VISIBLE_S = 10.0  # how long a shared file system may take to show a new file
 
 
 class CheckpointManager:
-    """The checkpoints and snapshots of one run. All methods but `ended` and `close` are collectives.
+    """The checkpoints and snapshots of one run. All methods but `saved`, `ended` and `close` are collectives.
 
     Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
     """
@@ -74,7 +74,7 @@ class CheckpointManager:
         if blind and not self.config.url:
             raise ConfigError(
                 f"rank {blind[0]} does not see what rank 0 writes to output {self.run}: several machines need "
-                "checkpoint.url=s3://… or an output folder that all of them share"
+                "checkpoint.url=s3://… or a shared output folder"
             )
         return not blind
 
@@ -85,13 +85,11 @@ class CheckpointManager:
             raise OutputError(f"{self.run}: cannot be written ({error.strerror})") from None
         return name
 
-    # -- the run's history -------------------------------------------------------------------------------------------
-
     def attempts(self) -> int:
-        """The highest attempt that metrics.jsonl tells of, 0 without one. A collective.
+        """The number of the last attempt in metrics.jsonl, 0 without one. A collective.
 
-        It goes to the store with every checkpoint, and is fetched from there first where it is missing or an older one:
-        so the run's history, and what mirrors it, go on on another machine, and back.
+        The file is uploaded with every checkpoint, and fetched first if the store's is newer, so that the run's history
+        and its mirror continue on another machine.
         """
         return int(on_main(self.world, self._attempts, "metrics.jsonl"))
 
@@ -100,37 +98,34 @@ class CheckpointManager:
         if self.remote is None:
             return here
         there = self.run / f".{METRICS}.there"
-        with suppress(DataError):  # there is none
+        with suppress(DataError):  # not in the store
             self.local.write(there.name, self.remote.read(METRICS))
             if (last := last_attempt(there)) > here:
-                (self.run / MIRROR).unlink(missing_ok=True)  # it counts the bytes of the other file
+                (self.run / MIRROR).unlink(missing_ok=True)  # its byte offset is in the other file
                 there.replace(self.run / METRICS)
                 here = last
         there.unlink(missing_ok=True)
         return here
 
     def _after_upload(self) -> None:
-        """What follows a checkpoint that has arrived: a store that refuses it is told of, and the checkpoint is there."""
-        for what, action in (("metrics.jsonl not sent", self._send_log), ("old checkpoints stay", self._prune_remote)):
+        """After an upload: send the log, prune old checkpoints. Failures are reported and do not undo the upload."""
+        for what, action in (("metrics.jsonl not sent", self._send_log), ("old checkpoints kept", self._prune_remote)):
             try:
                 action()
             except UnreachableError:
-                raise  # it is tried again
+                raise  # retried
             except WarmDistError as error:
                 self.say(f"{what}: {error}")
 
     def _send_log(self) -> None:
-        """The file grows while it is read: what stands there by now is sent."""
         assert self.remote is not None
         if (self.run / METRICS).exists():
-            self.remote.write(METRICS, (self.run / METRICS).read_bytes())
-
-    # -- resuming ---------------------------------------------------------------------------------------------------
+            self.remote.write(METRICS, (self.run / METRICS).read_bytes())  # it may grow meanwhile
 
     def restore(self, check: Callable[[Saved], None], load: Callable[[Saved], None]) -> Saved | None:
-        """Load the newest intact checkpoint; None if there has never been one. Damaged ones are passed over with a warning.
+        """Load the newest intact checkpoint; None if there has never been one. Damaged ones are reported and skipped.
 
-        check: raises to refuse a checkpoint that is not this run's. load: raises CheckpointError for a damaged one.
+        check: raises if a checkpoint is not this run's. load: raises CheckpointError for a damaged one.
         Raises CheckpointError if there are complete checkpoints and none is intact: never a silent fresh start.
         """
         candidates: list[tuple[bool, str]] = on_main(self.world, self._candidates, "list of checkpoints")
@@ -138,42 +133,42 @@ class CheckpointManager:
         for remote, name in candidates:
             store = self.remote if remote else self.local
             assert store is not None
-            saved: Saved | None
-            saved, problem = self._agreed(lambda store=store, name=name: open_saved(store, name))  # type: ignore[misc]
-            if saved is not None:
+            saved: Saved  # unless there is a problem
+            saved, problem = self._agreed(partial(open_saved, store, name))
+            if problem is None:
                 check(saved)
-                _, problem = self._agreed(lambda saved=saved: load(saved))  # type: ignore[misc]
-            if saved is not None and problem is None:
-                on_main(self.world, lambda saved=saved: self._send_left_behind(saved), "leftovers")  # type: ignore[misc]
+                _, problem = self._agreed(partial(load, saved))
+            if problem is None:
+                on_main(self.world, partial(self._send_left_behind, saved), "leftovers")
                 return saved
             self.say(f"checkpoint passed over: {problem}")
         if candidates:
             raise CheckpointError(
-                f"{self.run}: no intact checkpoint (the last fault: {problem}); set output to a new folder to start afresh"
+                f"{self.run}: no intact checkpoint (the last: {problem}); set output to a new folder to start afresh"
             )
         return None
 
     def _agreed(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Its result, or None with what was wrong with a checkpoint on the first rank that found fault with it."""
+        """(result of `action`, None), or (None, the first rank's CheckpointError). A collective."""
         result, mine = None, None
         try:
             result = action()
         except CheckpointError as error:
             mine = str(error)
-        faults = [fault for fault in gather(self.world, mine, "checkpoint") if fault]
-        return (None, faults[0]) if faults else (result, None)
+        problems = [problem for problem in gather(self.world, mine, "checkpoint") if problem]
+        return (None, problems[0]) if problems else (result, None)
 
     def _candidates(self) -> list[tuple[bool, str]]:
-        """(is remote, name), the newest first, of two alike the local one."""
+        """(is remote, name) of complete checkpoints, newest first, the local copy before the remote one."""
         if self.remote is not None:
-            self.remote.write(PROBE, b"")  # better refused now than after hours
+            self.remote.write(PROBE, b"")  # a store that cannot be written should fail now, not after hours
             self.remote.delete(PROBE)
         found = [(False, name) for name in complete_names(self.local, CHECKPOINTS)] if self.shared else []
         found += [(True, name) for name in complete_names(self.remote, CHECKPOINTS)] if self.remote else []
         return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
 
     def _send_left_behind(self, restored: Saved) -> None:
-        """What an attempt before this one could not send any more; and nothing is left of uploads that broke off."""
+        """Upload what an earlier attempt could not, and discard its unfinished uploads."""
         if self.remote is None or self.uploads is None:
             return
         if discard := getattr(self.remote, "discard_partials", None):
@@ -181,25 +176,21 @@ class CheckpointManager:
         if not self.shared:
             return
         there = {*complete_names(self.remote, SNAPSHOTS), *complete_names(self.remote, CHECKPOINTS)}
-        for name in (
-            *complete_names(self.local, SNAPSHOTS),
-            *([restored.name] if restored.store is self.local else ()),
-        ):
-            if name not in there:
-                try:
-                    meta = open_saved(self.local, name).meta
-                except CheckpointError as error:
-                    self.say(f"snapshot not sent: {error}")
-                    continue
-                files = [self.run / name / line[key] for line in meta["files"] for key in ("file", "done")]
-                self.uploads.add(Upload(name, files, meta, droppable=name == restored.name))
-
-    # -- saving -----------------------------------------------------------------------------------------------------
+        here = complete_names(self.local, SNAPSHOTS) + ([restored.name] if restored.store is self.local else [])
+        for name in [name for name in here if name not in there]:
+            try:
+                meta = open_saved(self.local, name).meta
+            except CheckpointError as error:
+                self.say(f"snapshot not sent: {error}")
+                continue
+            files = [self.run / name / line[key] for line in meta["files"] for key in ("file", "done")]
+            self.uploads.add(Upload(name, files, meta, droppable=name == restored.name))
 
     def save(self, group: str, nimg: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
-        """Write this rank's tensors of a checkpoint or snapshot, as a whole or not at all, and prune old checkpoints.
+        """Write this rank's tensors of a checkpoint or snapshot, then prune old checkpoints.
 
-        Returns the bytes of all ranks' files. Raises OutputError on every rank if one of them cannot write; there is no COMPLETE then.
+        Returns the bytes of all ranks' files. Raises OutputError on every rank, without writing COMPLETE, if any rank
+        cannot write.
         """
         name = name_of(group, nimg)
         folder = self.run / name
@@ -230,9 +221,9 @@ class CheckpointManager:
         return sum(line["bytes"] for line in tree["files"])
 
     def _make_room(self) -> None:
-        """At most two checkpoints are on their way to the store, by all ranks' agreement: the oldest, and the one to come.
+        """Keep at most two checkpoints in the upload queue, the oldest and the one to come. A collective.
 
-        One that has failed on a rank is given up by all.
+        An upload that failed on one rank is cancelled on all.
         """
         if self.uploads is None:
             return
@@ -242,7 +233,7 @@ class CheckpointManager:
         self.uploads.drop(failed | set(pending[1:]))
 
     def _make(self, folder: Path, needed: int, empty: bool = True) -> None:
-        """The folder, if there is room for so many bytes in it; empty: of what was there before."""
+        """Create a folder, and check that `needed` bytes are free. empty: remove what was there before."""
         try:
             if empty and folder.exists():
                 (folder / COMPLETE).unlink(missing_ok=True)
@@ -253,8 +244,8 @@ class CheckpointManager:
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
         if free < needed * 1.05:
             raise OutputError(
-                f"{folder}: {needed:,} bytes to write, {free:,} free; make room, the same command goes on from the "
-                "checkpoint before"
+                f"{folder}: {needed:,} bytes to write, {free:,} free; make room, and the same command resumes from "
+                "the last checkpoint"
             )
 
     def _kept(self, names: list[str]) -> set[str]:
@@ -262,13 +253,13 @@ class CheckpointManager:
         return set(names[-self.config.keep_last :]) | {name for name in names if every and not nimg_of(name) % every}
 
     def _prune_local(self) -> None:
-        """COMPLETE goes first, so that none is ever half a checkpoint; what a killed save left behind goes too."""
+        """Remove old checkpoints, COMPLETE first so that none is ever partial, and what a killed save left behind."""
         pending = self.uploads.pending() if self.uploads else set()
-        if not self.shared:  # the store has them: this rank's files go as soon as they are sent
+        if not self.shared:  # this rank's files are only needed until they are uploaded
             for path in self.run.glob(f"*/[0-9]*/rank_{self.world.rank}.*"):
                 if path.parent.relative_to(self.run).as_posix() not in pending:
                     path.unlink(missing_ok=True)
-                    with suppress(OSError):  # another rank's file is in it
+                    with suppress(OSError):  # another rank's file is still there
                         path.parent.rmdir()
         elif self.world.is_main:
             names = complete_names(self.local, CHECKPOINTS)
@@ -291,11 +282,9 @@ class CheckpointManager:
     def saved(self, nimg: int) -> Saved:
         """The complete checkpoint at nimg. Raises CheckpointError if there is none."""
         name = name_of(CHECKPOINTS, nimg)
-        # a run that comes to a new machine with nothing left to train has its last checkpoint in the store alone
-        here = self.remote is None or (self.shared and name in complete_names(self.local, CHECKPOINTS))
+        # on a new machine with nothing left to train, the last checkpoint is only in the store
+        here = self.shared and name in complete_names(self.local, CHECKPOINTS)
         return open_saved(self.local if here or self.remote is None else self.remote, name)
-
-    # -- uploads ----------------------------------------------------------------------------------------------------
 
     def ended(self) -> list[Upload]:
         """Uploads of this rank that ended since the last call."""
@@ -303,13 +292,12 @@ class CheckpointManager:
         return out
 
     def close(self, timeout_s: float) -> list[Upload]:
-        """Wait for this rank's uploads, at most so long; returns those that failed or are still under way."""
+        """Wait for this rank's uploads, at most `timeout_s`; returns those that failed or have not finished."""
         if not self.uploads:
             return []
         late = self.uploads.close(timeout_s)
         for upload in late:
-            upload.error = upload.error or f"not through after {timeout_s:.0f} s; {upload.last_failure}"
+            upload.error = upload.error or f"not finished after {timeout_s:.0f} s; {upload.last_failure}"
         self._ended += self.uploads.ended()
-        return [
-            upload for upload in self._ended if upload.error and not upload.superseded and upload not in late
-        ] + late
+        failed = [upload for upload in self._ended if upload.error and not upload.superseded]
+        return [upload for upload in failed if upload not in late] + late

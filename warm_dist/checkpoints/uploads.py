@@ -1,4 +1,4 @@
-"""Saved folders on their way to a store: sent by a thread, one after the other, through outages, beside the training."""
+"""Uploads of saved checkpoints: one thread sends them in order, beside the training, retrying through outages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import DataError, UnreachableError, WarmDistError
 from warm_dist.store.base import Store
 
-MAX_PAUSE_S = 10.0  # between two attempts at a store that does not answer; the wait is uniform up to that
-_POLL_S = 0.2  # how often rank 0 looks whether the other ranks' files have come
+MAX_PAUSE_S = 10.0  # longest pause between two attempts; each is drawn uniformly up to a doubling limit
+_POLL_S = 0.2  # how often rank 0 looks for the other ranks' files
 
 
 class Upload:
-    """One rank's files of one checkpoint; rank 0's also carries COMPLETE, written when every rank's files are there.
+    """One rank's files of one checkpoint; rank 0 also writes COMPLETE when all ranks' files are in the store.
 
-    files: sent in this order, to `name/FILE`. complete: COMPLETE's content, or None on other ranks.
+    files: sent in this order, to `name/FILE`. complete: content of COMPLETE, None on other ranks. droppable: a newer
+    checkpoint may replace it.
     """
 
     def __init__(self, name: str, files: list[Path], complete: dict[str, Any] | None, droppable: bool) -> None:
@@ -37,7 +39,7 @@ class Upload:
 
 
 class Uploads:
-    """A queue and its thread. after: called when a COMPLETE was written; it may tidy the store."""
+    """A queue of uploads and its thread. after: called when a COMPLETE has been written, to prune the store."""
 
     def __init__(self, store: Store, after: Callable[[], None]) -> None:
         self.store, self.after = store, after
@@ -49,18 +51,18 @@ class Uploads:
         self._thread.start()
 
     def add(self, upload: Upload) -> None:
-        """Send it when those before are through."""
+        """Append an upload to the queue."""
         with self._changed:
             self._queue.append(upload)
             self._changed.notify_all()
 
     def state(self) -> tuple[list[str], list[str]]:
-        """Droppable names under way, oldest first, and names that have failed."""
+        """Names of droppable uploads in the queue, oldest first, and names of failed ones."""
         with self._changed:
             return [u.name for u in self._queue if u.droppable], [u.name for u in self._ended if u.error]
 
     def drop(self, names: set[str]) -> None:
-        """Give these up, also the one that is just being sent, as soon as it can be interrupted."""
+        """Cancel these uploads; the one being sent stops as soon as it can."""
         with self._changed:
             for upload in self._queue:
                 if upload.name in names:
@@ -68,18 +70,18 @@ class Uploads:
                     upload.dropped.set()
 
     def pending(self) -> set[str]:
-        """Names whose files are still needed here."""
+        """Names in the queue, whose local files are still needed."""
         with self._changed:
             return {upload.name for upload in self._queue}
 
     def ended(self) -> list[Upload]:
-        """Those that ended since the last call; `error` says why one has failed."""
+        """Uploads that ended since the last call; `error` says why one failed."""
         with self._changed:
             out, self._ended = self._ended, []
         return out
 
     def close(self, timeout_s: float) -> list[Upload]:
-        """Wait until everything is sent, or for so long; returns what is not. The thread ends by itself."""
+        """Wait up to `timeout_s` for the queue to empty; cancels and returns what is left. The thread then ends."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._closing = True
@@ -103,7 +105,7 @@ class Uploads:
                 self._send(upload)
             except WarmDistError as error:
                 upload.error = str(error)
-            except Exception as error:  # a bug must be heard of, and must not end the thread
+            except Exception as error:  # a bug must be reported and must not end the thread
                 upload.error = f"{type(error).__name__}: {error}"
             upload.seconds = time.monotonic() - upload.begun
             with self._changed:
@@ -113,29 +115,28 @@ class Uploads:
 
     def _send(self, upload: Upload) -> None:
         for path in upload.files:
-            self._patiently(upload, lambda path=path: self.store.upload(f"{upload.name}/{path.name}", path))  # type: ignore[misc]
+            self._retry(upload, partial(self.store.upload, f"{upload.name}/{path.name}", path))
         if upload.complete is None:
             return
         absent = list(upload.complete["files"])
-        while absent := self._patiently(upload, lambda: [f for f in absent if not self._arrived(upload.name, f)]):
+        while absent := self._retry(upload, lambda: [f for f in absent if not self._arrived(upload.name, f)]):
             if upload.dropped.wait(_POLL_S):
                 upload.last_failure = f"{', '.join(file['file'] for file in absent[:4])} did not come"
                 break
         text = json.dumps(upload.complete, indent=2).encode()
-        self._patiently(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
-        with suppress(UnreachableError):  # it has arrived, though it be given up now; the next one tidies too
-            self._patiently(upload, self.after)
+        self._retry(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
+        with suppress(UnreachableError):  # the checkpoint is complete all the same; the next upload prunes too
+            self._retry(upload, self.after)
 
     def _arrived(self, name: str, file: dict[str, Any]) -> bool:
-        """Is this rank's file there, and not one of an earlier attempt at the same nimg?"""
-        try:
+        """Whether this rank's file is in the store, and not one of an earlier attempt at the same nimg."""
+        with suppress(DataError):
             return bool(hashlib.sha256(self.store.read(f"{name}/{file['done']}")).hexdigest() == file["sha256"])
-        except DataError:
-            return False
+        return False
 
     @staticmethod
-    def _patiently(upload: Upload, action: Callable[[], Any]) -> Any:
-        """Again and again while the store does not answer, until the upload is dropped."""
+    def _retry(upload: Upload, action: Callable[[], Any]) -> Any:
+        """Call `action`, retrying until the store answers or the upload is cancelled. Raises UnreachableError."""
         failures = 0
         while not upload.dropped.is_set():
             try:

@@ -1,4 +1,4 @@
-"""Weights files: exported from checkpoints, loaded as a network with all that sampling it needs."""
+"""Weights files: exported from checkpoints, and loaded as a network ready for sampling."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from warm_dist.checkpoints.format import Part, export_tensors
+from warm_dist.checkpoints.format import COMPLETE, Part, export_tensors, open_saved
 from warm_dist.config.load import parse_json
 from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
 from warm_dist.errors import CheckpointError, redact
 from warm_dist.networks.unet import build
 from warm_dist.runs.folder import WEIGHTS
+from warm_dist.store.open import open_store
 
 
 class Model(NamedTuple):
-    """A network with what it needs to be sampled."""
+    """A network with the config and the data statistics that sampling needs."""
 
     network: nn.Module
     config: Config
@@ -28,9 +29,9 @@ class Model(NamedTuple):
 
 
 def export_weights(parts: list[Part], path: Path) -> None:
-    """Write weights out of a checkpoint as one safetensors file that `load_weights` needs nothing besides.
+    """Write a checkpoint's weights as one self-contained safetensors file for `load_weights`.
 
-    parts: such as [(saved, "ema", 1.0)]; of several the sum is taken, and the last one's nimg and config are written.
+    parts: such as [(saved, "ema", 1.0)]; several are summed, with the last one's nimg and config in the header.
     Raises CheckpointError if something is damaged or missing, OutputError if the file cannot be written.
     """
     saved = parts[-1][0]
@@ -38,12 +39,12 @@ def export_weights(parts: list[Part], path: Path) -> None:
     with torch.device("meta"):
         network = build(config)
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # it goes to others
+    header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # others will read it
     export_tensors(parts, shapes, path, header)
 
 
 def load_weights(path: Path, device: torch.device | None = None) -> Model:
-    """A network from a weights file alone, in evaluation mode. Raises CheckpointError for any other file."""
+    """Load a network from a weights file, in evaluation mode. Raises CheckpointError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -63,28 +64,25 @@ def load_weights(path: Path, device: torch.device | None = None) -> Model:
 
 
 def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | None = None) -> Model | None:
-    """The weaker network that options.guide names, or None. Raises CheckpointError for one that saw other data."""
+    """The weaker network named by options.guide, or None. Raises CheckpointError if it was trained on other data."""
     if options.guide is None or options.guidance == 1:
         return None
     guide = load_weights(Path(options.guide), device)
     if guide.info.fingerprint != info.fingerprint:
         raise CheckpointError(
-            f"{options.guide}: made from data {guide.info.fingerprint[:12]}, the network that it shall guide from "
+            f"{options.guide}: made from data {guide.info.fingerprint[:12]}, the network to guide from "
             f"{info.fingerprint[:12]}"
         )
     return guide
 
 
 def weights_path(given: Path) -> Path:
-    """A weights file itself, a finished run's, or that of a checkpoint (RUN/checkpoints/NIMG), made if it is not there.
+    """The weights file of a finished run or a checkpoint (RUN/checkpoints/NIMG, exported once), or `given` itself.
 
     Raises CheckpointError for a damaged checkpoint.
     """
-    if not (given / "COMPLETE").exists():
+    if not (given / COMPLETE).exists():
         return given / WEIGHTS if given.is_dir() else given
-    from warm_dist.checkpoints.format import open_saved
-    from warm_dist.store.open import open_store
-
     run = given.resolve().parent.parent
     path = run / "weights" / f"ema_{given.resolve().name}.safetensors"
     if not path.exists():

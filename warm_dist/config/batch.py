@@ -14,7 +14,10 @@ def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def check_world_size(config: Config, size: int) -> None:
-    """Raises WorldSizeError, listing the legal sizes, unless batch and lanes can be dealt evenly to `size` ranks."""
+    """Check that `size` ranks can share batch, lanes and micro-batches evenly.
+
+    Raises WorldSizeError, which lists the legal sizes, ConfigError if micro-batches do not fit the batch.
+    """
     batch, lanes, micro = config.train.batch_size, config.data.num_lanes, config.train.micro_batch_size
     if micro and batch % micro:
         raise ConfigError(f"train.batch_size {batch} is not a multiple of train.micro_batch_size {micro}")
@@ -27,7 +30,7 @@ def check_world_size(config: Config, size: int) -> None:
 
 
 def batch_equation(config: Config, size: int) -> str:
-    """The batch arithmetic as one line."""
+    """The batch arithmetic as one line of text."""
     micro, accumulation = micro_batches(config, size)
     return (
         f"batch {config.train.batch_size} = {size} ranks x {micro} images x {accumulation} accumulations; "
@@ -36,9 +39,9 @@ def batch_equation(config: Config, size: int) -> str:
 
 
 def check_lanes(batch_size: int, num_lanes: int, world: int) -> None:
-    """Raises WorldSizeError unless batch_size % num_lanes = 0 and num_lanes % world = 0; it lists the legal world sizes."""
+    """Check that lanes divide the batch and ranks the lanes. Raises WorldSizeError, which lists the legal sizes."""
     if batch_size % num_lanes:
         raise WorldSizeError(f"train.batch_size {batch_size} is not a multiple of data.num_lanes {num_lanes}")
     if world < 1 or num_lanes % world:
         legal = ", ".join(str(size) for size in range(1, num_lanes + 1) if num_lanes % size == 0)
-        raise WorldSizeError(f"{world} processes cannot share data.num_lanes {num_lanes} evenly; possible are {legal}")
+        raise WorldSizeError(f"{world} processes cannot share data.num_lanes {num_lanes} evenly; legal sizes: {legal}")

@@ -1,6 +1,6 @@
-"""The blur-to-noise ratio BNR = α/σ as people choose it: constant, along σ, random in training, or cold.
+"""The blur-to-noise ratio BNR = α/σ: constant, a path over σ, random in training, or cold. Each is a config value.
 
-Every kind is a value of the config. α is the standard deviation of the blur in pixels, σ that of the noise.
+α is the standard deviation of the blur in pixels, σ that of the noise in data units.
 Source: BNR, Warm Diffusion (arXiv 2511.16904); paths and random BNR are derived, docs/mathematics.md, section 1.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.values import NonNegative, PositiveFloat, Section, exact
 
@@ -25,7 +25,7 @@ class Path(Protocol):
 
 
 class ConstantBNR(Section):
-    """α = BNR·σ, the scale-invariant path; 0 is hot diffusion, EDM. In a config it is written as the number alone."""
+    """α = BNR·σ, the scale-invariant path; 0 is hot diffusion, EDM. Written in a config as the number alone."""
 
     bnr: NonNegative
 
@@ -37,7 +37,7 @@ class PowerBNR(Section):
     """BNR(σ) = min(bnr·(σ/sigma_ref)^exponent, cap)."""
 
     kind: Literal["power"]
-    bnr: NonNegative = Field(description="the ratio at sigma_ref")
+    bnr: NonNegative = Field(description="ratio at sigma_ref")
     exponent: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = Field(description="above -1: alpha must rise")
     sigma_ref: PositiveFloat = 1.0
     cap: PositiveFloat | None = Field(None, description="the largest ratio at any sigma")
@@ -49,14 +49,13 @@ class PowerBNR(Section):
 
 
 class TableBNR(Section):
-    """α through the points (σ_i, bnr_i·σ_i), linear in σ between them; constant BNR below the first and above the last."""
+    """α linear in σ between the points (σ_i, bnr_i·σ_i), constant BNR below the first and above the last."""
 
     kind: Literal["table"]
     sigma: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(description="rising")
     bnr: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = Field(description="the ratio at each sigma")
 
-    @model_validator(mode="after")
-    def _rising(self) -> TableBNR:
+    def model_post_init(self, context: Any) -> None:
         if len(self.sigma) != len(self.bnr):
             raise ValueError(f"a table needs as many bnr ({len(self.bnr)}) as sigma ({len(self.sigma)})")
         rows = list(zip(self.sigma, self.bnr, strict=True))
@@ -68,7 +67,6 @@ class TableBNR(Section):
                     f"alpha = bnr·sigma must not fall as sigma rises: it is {r_low * low:g} px at sigma {low:g}, "
                     f"{r_high * high:g} px at sigma {high:g}"
                 )
-        return self
 
     def alpha(self, sigma: Tensor) -> Tensor:
         knots, ratios = sigma.new_tensor([0.0, *self.sigma]), sigma.new_tensor([self.bnr[0], *self.bnr])
@@ -79,16 +77,14 @@ class TableBNR(Section):
 
 
 class UniformBNR(Section):
-    """In training every image draws its BNR uniformly: one network then serves every path in between."""
+    """Each training image draws its BNR uniformly, so one network serves every path in between."""
 
     kind: Literal["uniform"]
     low: NonNegative
     high: PositiveFloat
 
-    @model_validator(mode="after")
-    def _range(self) -> UniformBNR:
+    def model_post_init(self, context: Any) -> None:
         _check_range(self.low, self.high)
-        return self
 
     def draw(self, uniform: Tensor) -> Tensor:
         """Uniforms in [0, 1) → BNR, same shape."""
@@ -96,16 +92,14 @@ class UniformBNR(Section):
 
 
 class LogUniformBNR(Section):
-    """In training every image draws ln BNR uniformly."""
+    """Each training image draws ln BNR uniformly."""
 
     kind: Literal["log_uniform"]
     low: PositiveFloat
     high: PositiveFloat
 
-    @model_validator(mode="after")
-    def _range(self) -> LogUniformBNR:
+    def model_post_init(self, context: Any) -> None:
         _check_range(self.low, self.high)
-        return self
 
     def draw(self, uniform: Tensor) -> Tensor:
         """Uniforms in [0, 1) → BNR, same shape."""
@@ -113,21 +107,19 @@ class LogUniformBNR(Section):
 
 
 class Cold(Section):
-    """BNR → ∞: σ stays at a small floor, α runs from alpha_max to alpha_min and then to 0; in training ln α is uniform."""
+    """BNR → ∞: σ at a small floor, α from alpha_max down to alpha_min, then 0. In training ln α is uniform."""
 
     kind: Literal["cold"]
     sigma: PositiveFloat = Field(0.02, description="the noise floor, never 0 while alpha > 0")
-    alpha_min: PositiveFloat = 0.1
-    alpha_max: PositiveFloat | None = Field(None, description="pixels; null: half the width of the image")
+    alpha_min: PositiveFloat = Field(0.1, description="pixels")
+    alpha_max: PositiveFloat | None = Field(None, description="pixels; null: half the image's width")
 
-    @model_validator(mode="after")
-    def _range(self) -> Cold:
+    def model_post_init(self, context: Any) -> None:
         if self.alpha_max is not None:
             _check_range(self.alpha_min, self.alpha_max)
-        return self
 
     def highest(self, width: int) -> float:
-        """The first level's α, pixels: there only the lowest 4×4 DCT modes stand above the noise floor."""
+        """The first level's α, pixels, where only the lowest 4×4 DCT modes exceed the noise floor."""
         return width / 2 if self.alpha_max is None else self.alpha_max
 
     def draw(self, uniform: Tensor, width: int) -> Tensor:
@@ -154,12 +146,12 @@ AnyBNR = Annotated[Number | Power | Table | Uniform | LogUniform | Annotated[Col
 
 
 def as_path(value: float | PowerBNR | TableBNR) -> Path:
-    """A config's number or path as a path."""
+    """The path that a config's number or section describes."""
     return value if isinstance(value, PowerBNR | TableBNR) else ConstantBNR(bnr=value)
 
 
 def describe(value: float | Section | None) -> str:
-    """One word or a short list, for logs and fingerprints: `0.5`, `power(bnr 0.5, exponent 0.2, …)`."""
+    """A config's BNR as text for logs and fingerprints: `0.5`, `power(bnr 0.5, exponent 0.2, …)`."""
     if not isinstance(value, Section):
         return "none" if value is None else exact(value)
     parts = [f"{key} {item}" for key, item in value.model_dump().items() if key != "kind" and item is not None]

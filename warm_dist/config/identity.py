@@ -1,55 +1,51 @@
-"""Which keys of a config make another network, written once: resuming, sweeps' trial names and evaluation read it here."""
+"""Which config keys define a network: read by resuming, the names of a sweep's trials, and evaluation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 
 RESUMED = ("network", "process", "data.num_lanes", "data.chunk", "data.window", "train.seed")
-"""What a checkpoint and the run that resumes it must share: with other values its state would mean something else."""
+"""Keys that a checkpoint and the run that resumes it must share, or its state would mean something else."""
 
 INCIDENTAL = ("$schema", "description", "output", "tracking", "checkpoint", "data.endpoint_url", "data.cache_dir",
               "data.cache_bytes", "data.reader_threads", "data.buffer_bytes", "eval.cache_dir", "parallel.timeout_s",
               "parallel.preemption_file", "parallel.peak_flops")  # fmt: skip
-"""What does not change the network: addresses, folders, and how data are read. It may differ at the next start."""
+"""Keys that do not change the network, so that they may differ at the next start: addresses, folders, reading."""
 
 
 def first_difference(saved: dict[str, Any], config: Config) -> tuple[str, Any, Any] | None:
-    """The first key of RESUMED in which a saved config (a tree) and this one differ, with both values; None if equal."""
+    """The first key of RESUMED that differs, its saved value and its value in `config`; None if all are equal."""
     ours = dump(config)
     for key in RESUMED:
-        a, b = _value(saved, key), _value(ours, key)
+        a, b = (reduce(getitem, key.split("."), tree) for tree in (saved, ours))
         if a != b:
             return key, a, b
     return None
 
 
 def digest(config: Config) -> str:
-    """8 hex digits of everything that makes the network and its Fréchet distance."""
+    """8 hex digits of all keys that affect the network or its Fréchet distance."""
     tree = dump(config)
     for key in INCIDENTAL:
-        path, _, leaf = key.rpartition(".")
-        _value(tree, path).pop(leaf, None)
+        *path, leaf = key.split(".")
+        reduce(getitem, path, tree).pop(leaf, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def recipe(config: Config, fingerprint: str) -> str:
-    """12 hex digits of what made the weights except chance (train.seed): data, process, network, training, precision.
+    """12 hex digits of all that defines the weights but train.seed: process, network, training, precision, data.
 
-    fingerprint: of the data.
+    fingerprint: the data set's.
     """
     tree = dump(config)
-    made_by = {key: tree[key] for key in ("process", "network", "train")}
-    del made_by["train"]["seed"]
-    text = json.dumps([made_by, tree["parallel"]["precision"], fingerprint], sort_keys=True)
+    del tree["train"]["seed"]
+    sections = {key: tree[key] for key in ("process", "network", "train")}
+    text = json.dumps([sections, tree["parallel"]["precision"], fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _value(tree: dict[str, Any], path: str) -> Any:
-    for key in path.split(".") if path else ():
-        tree = tree[key]
-    return tree

@@ -1,4 +1,4 @@
-"""Reading, overriding and writing a run's JSON: every mistake is one line that names its dotted path."""
+"""Reading, overriding and writing config files: every mistake is reported as one line with its dotted path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """A JSON file's object, not validated yet. Raises ConfigError."""
+    """Read a JSON file that holds an object, without validating it. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -26,18 +26,18 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """JSON object → dict; duplicate keys, NaN and Infinity are ConfigErrors."""
+    """Parse a JSON object. Raises ConfigError, also for duplicate keys, NaN and Infinity."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in items:
             if key in out:
-                raise ConfigError(f"{name}: the key {key!r} stands twice in one object")
+                raise ConfigError(f"{name}: the key {key!r} appears twice in one object")
             out[key] = value
         return out
 
     def constant(value: str) -> float:
-        raise ConfigError(f"{name}: {value} is not a number that JSON knows")
+        raise ConfigError(f"{name}: {value} is not a JSON number")
 
     try:
         tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
@@ -49,63 +49,57 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
 
 
 def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
-    """dict → model, or a ConfigError with one line per mistake."""
+    """Validate a tree as a `model`, strictly. Raises ConfigError that begins with `name`, with one line per mistake."""
     try:
-        # by way of JSON, so that lists become tuples while strictness about types stays
+        # through JSON: lists become tuples, all other types stay strict
         return model.model_validate_json(json.dumps(tree, allow_nan=False))
-    except (ValueError, ConfigError) as error:
-        if not isinstance(error, ValidationError):
-            raise ConfigError(f"{name}: {error}") from None
+    except ValidationError as error:
         lines = dict.fromkeys(_explain(dict(item), known_keys(model)) for item in error.errors())
         raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _explain(item: dict[str, Any], keys: list[str]) -> str:
     location = [str(part) for part in item["loc"] if part not in UNION_TAGS]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
-            location[-1], [key.split(".")[-1] for key in keys], n=1
-        )
+        leaves = [key.split(".")[-1] for key in keys]
+        near = difflib.get_close_matches(path, keys, 1, 0.5) or difflib.get_close_matches(location[-1], leaves, 1)
         return f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
         return f"missing key {path!r}"
     if not path:
         return str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "union_tag_invalid":
-        return (
-            f"{path!r}: needs a number or an object whose kind is {item['ctx']['expected_tags']}, got {item['input']!r}"
-        )
-    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"  # a whole section says nothing
+        kinds = item["ctx"]["expected_tags"]
+        return f"{path!r}: needs a number or an object whose kind is {kinds}, got {item['input']!r}"
+    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"  # a whole section would not help
     return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}{got}"
 
 
-def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
-    out = {prefix: model}
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys as dotted paths that begin with `prefix`, sections included."""
+    out = []
     for name, field in model.model_fields.items():
+        out.append(prefix + (field.alias or name))
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                out.update(_sections(kind, f"{prefix}{name}."))
+                out += known_keys(kind, f"{prefix}{name}.")
     return out
 
 
-def known_keys(model: type[BaseModel]) -> list[str]:
-    """Every key as a dotted path, sections included."""
-    return [
-        prefix + (field.alias or name)
-        for prefix, section in _sections(model).items()
-        for name, field in section.model_fields.items()
-    ]
-
-
 def override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `a.b=VALUE` to the tree. Raises ConfigError for another form, a non-finite value, a path through a value."""
+    """Apply one `a.b=VALUE` to the tree. Raises ConfigError, see `parse_setting` and `assign`."""
     path, value = parse_setting(text)
     assign(tree, path, value, f"--set {text!r}")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`a.b=VALUE` → (a.b, VALUE as JSON, or as text where it is none). Raises ConfigError."""
+    """Split `a.b=VALUE` into the path and the value, which is JSON or else text.
+
+    Raises ConfigError for another form or a non-finite value.
+    """
     path, separator, value_text = text.partition("=")
     if not separator or not path:
         raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
@@ -119,7 +113,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def assign(tree: dict[str, Any], path: str, value: Any, origin: str) -> None:
-    """Put a value at a dotted path, sections on the way made. Raises ConfigError, that names `origin`, for a path through a value."""
+    """Set the value at a dotted path, creating sections on the way.
+
+    Raises ConfigError that begins with `origin` if the path leads through a value.
+    """
     *parents, leaf = path.split(".")
     for key in parents:
         child = tree.setdefault(key, {})
@@ -132,12 +129,12 @@ def assign(tree: dict[str, Any], path: str, value: Any, origin: str) -> None:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """Every key with its value, defaults included, ready for JSON; `validate` gives back an equal Config."""
+    """The config as a JSON tree, defaults included; validating it gives an equal config."""
     return config.model_dump(mode="json", by_alias=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, the form of `--set` and of MLflow's parameters."""
+    """{"a": {"b": 1}} → {"a.b": 1}, as in `--set` and MLflow's parameters."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,6 +1,6 @@
-"""What describes a run: one fact, one key; strict and frozen. `config_file` reads it.
+"""A run's config: one key a fact, strict and frozen.
 
-No secret has a key here: S3 credentials come through boto3's own chain (environment, profile, instance role).
+No secret has a key here: boto3's own chain (environment, profile, instance role) provides S3 credentials.
 """
 
 from __future__ import annotations
@@ -9,48 +9,42 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.values import Fraction, NonNegative, Positive, PositiveFloat, Section
+from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
 from warm_dist.errors import ConfigError
 
 
 class DataConfig(Section):
+    """Which data set to train on, and how its images are read and shuffled."""
+
     manifest: str = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
-    endpoint_url: str | None = Field(
-        None, description="an S3 endpoint other than AWS's own, e.g. http://127.0.0.1:8333"
-    )
+    endpoint_url: str | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
     resolution: Positive = Field(description="height = width, pixels; must equal the manifest's")
-    channels: Positive = 3
-    num_classes: Annotated[int, Field(ge=0)] = Field(0, description="0: unconditional; else must equal the manifest's")
-    num_lanes: Positive = Field(description="batch_size % num_lanes = 0 and num_lanes % world size = 0")
+    channels: Positive = Field(3, description="colour channels of an image; must equal the manifest's")
+    num_classes: Count = Field(0, description="0: unconditional; else must equal the manifest's")
+    num_lanes: Positive = Field(description="image streams: divides batch_size, is a multiple of the world size")
     chunk: Positive = Field(64, description="images per ranged GET; whole chunks are shuffled over the data set")
     window: Positive = Field(1024, description="images shuffled among each other inside a lane")
-    reader_threads: Positive = 2
-    buffer_bytes: Positive = Field(
-        268_435_456,
-        description="most bytes that one rank's reader holds beside the manifest; three batches, decoded, and a small "
-        "GET a thread are held in any case",
-    )
-    cache_dir: str | None = Field(
-        None, description="a folder on a local disk, shared by the node's ranks, that keeps what was read; null: none"
-    )
+    reader_threads: Positive = Field(2, description="threads of each rank that fetch and decode")
+    buffer_bytes: Positive = Field(268_435_456, description="read buffer of a rank; at least three batches are held")
+    cache_dir: str | None = Field(None, description="local folder, shared by the node's ranks, that caches reads")
     cache_bytes: Positive = Field(50_000_000_000, description="most bytes kept in cache_dir")
 
 
 class ProcessConfig(Section):
-    bnr: AnyBNR = Field(
-        description="blur-to-noise ratio alpha/sigma in training: a number (0 is EDM), a path over sigma, drawn per image, or cold"
-    )
+    """The forward process: how much blur and noise training images get, and how the loss weighs the two heads."""
+
+    bnr: AnyBNR = Field(description="alpha/sigma: a number (0: EDM), a path over sigma, drawn per image, or cold")
     sigma_data: Literal["measured"] | PositiveFloat = Field(
-        "measured", description="'measured' uses the manifest's power spectrum; a number, a 1/f^2 spectrum of that size"
+        "measured", description="'measured': the manifest's power spectrum; a number: a 1/f^2 spectrum of this size"
     )
-    p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
-    p_std: PositiveFloat = 1.2
+    p_mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="mean of ln sigma in training")
+    p_std: PositiveFloat = Field(1.2, description="standard deviation of ln sigma in training")
     preconditioning: Literal["two_head", "per_frequency"] = Field(
-        "two_head", description="per_frequency: the ablation with one head, scaled for every DCT mode"
+        "two_head", description="per_frequency: one-head ablation"
     )
     residual_weight: Literal["one", "balanced", "denoiser", "sampler"] = Field(
         "one",
@@ -60,68 +54,65 @@ class ProcessConfig(Section):
 
 
 class NetworkConfig(Section):
-    arch: Literal["ddpmpp", "ncsnpp", "adm"]
-    channels: Positive
-    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    num_blocks: Positive
-    attention_resolutions: tuple[Positive, ...] = ()
+    """The two-head U-Net, with EDM's names."""
+
+    arch: Literal["ddpmpp", "ncsnpp", "adm"] = Field(description="EDM's DDPM++, NCSN++ or ADM")
+    channels: Positive = Field(description="feature channels that channel_mult multiplies")
+    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(description="width per resolution level")
+    num_blocks: Positive = Field(description="residual blocks at each resolution")
+    attention_resolutions: tuple[Positive, ...] = Field((), description="resolutions with self-attention, pixels")
     dropout: Fraction = 0.0
 
 
 class TrainConfig(Section):
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Batch, optimizer (Adam), augmentation, EMAs, and how often to log and save. Lengths are in images (nimg)."""
+
+    seed: Count = 0
     total_nimg: Positive = Field(description="images to train on; a multiple of batch_size")
-    batch_size: Positive
+    batch_size: Positive = Field(description="images per step over all ranks")
     micro_batch_size: Positive | None = Field(None, description="images per rank and backward; null: all at once")
-    lr: PositiveFloat
-    lr_ramp_nimg: Annotated[int, Field(ge=0)] = 0
-    lr_decay_nimg: Annotated[int, Field(ge=0)] = Field(0, description="linear decay to 0 over the last so many images")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(description="learning rate between ramp and decay")
+    lr_ramp_nimg: Count = Field(0, description="linear warm-up over the first so many images")
+    lr_decay_nimg: Count = Field(0, description="linear decay to 0 over the last so many images")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="Adam's")
+    eps: PositiveFloat = Field(1e-8, description="Adam's")
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
-    horizontal_flips: bool = False
-    augment: Fraction = Field(
-        0.0, description="probability of each of EDM's augmentations; the network is told of them"
-    )
+    horizontal_flips: bool = Field(False, description="mirror half of the images at random")
+    augment: Fraction = Field(0.0, description="probability of each EDM augmentation; the network sees which were used")
     label_dropout: Fraction = Field(0.0, description="share of images whose class is hidden")
-    ema_half_life_nimg: Positive
-    ema_ramp: PositiveFloat | None = Field(0.05, description="half-life at most so many times nimg (EDM's ramp)")
+    ema_half_life_nimg: Positive = Field(description="half-life of the weights' exponential moving average, images")
+    ema_ramp: PositiveFloat | None = Field(0.05, description="limits the half-life to this multiple of nimg, as in EDM")
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.25)], ...] = Field(
-        (), description="power-function EMAs beside it, by relative width sigma_rel (EDM2: [0.05, 0.1])"
+        (), description="also keep power-function EMAs of these relative widths sigma_rel (EDM2: [0.05, 0.1])"
     )
     snapshot_nimg: Positive | None = Field(
-        None, description="keep those EMAs every so many images for ever: launch/ema.py makes any length of them"
+        None, description="images between permanent copies of them, for launch/ema.py"
     )
-    max_nonfinite: Positive = Field(
-        1, description="steps in a row with a non-finite gradient, each left out and reported, that end the run"
-    )
-    log_nimg: Positive
-    save_nimg: Positive
+    max_nonfinite: Positive = Field(1, description="end after so many non-finite steps in a row; none is applied")
+    log_nimg: Positive = Field(description="images between two lines of metrics.jsonl")
+    save_nimg: Positive = Field(description="images between two checkpoints")
 
 
 class ParallelConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Precision, sharding, memory savings, and how ranks wait for each other."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; ignored by engine local")
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3: master weights, Adam and EMA in the host's memory")
     compile: bool = Field(False, description="torch.compile the network (CUDA; ZeRO 0-2 and local)")
-    peak_flops: PositiveFloat | None = Field(
-        None, description="floating-point operations a second of one rank's device, for the MFU; null: known GPUs' own"
-    )
-    timeout_s: Positive = Field(120, description="how long a rank waits for another before it gives up")
-    preemption_file: str | None = Field(
-        None, description="when this file appears on any rank's machine, the run saves and stops as after SIGTERM"
-    )
+    peak_flops: PositiveFloat | None = Field(None, description="a device's peak FLOP/s, for MFU; null: known GPUs")
+    timeout_s: Positive = Field(120, description="how long a rank waits for the others, seconds")
+    preemption_file: str | None = Field(None, description="once it exists on any node: save and stop, as after SIGTERM")
 
 
 class CheckpointConfig(Section):
-    url: str | None = Field(
-        None,
-        description="s3://bucket/prefix or a folder that gets every checkpoint in the background; null: output only",
-    )
-    endpoint_url: str | None = Field(None, description="its S3 endpoint, if other than AWS's own")
-    keep_last: Positive = 2
-    keep_every_nimg: Positive | None = Field(None, description="multiples of it are kept for ever")
+    """Where checkpoints go besides the run's folder, and which of them stay."""
+
+    url: str | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
+    endpoint_url: str | None = Field(None, description="S3 endpoint of url; null: AWS")
+    keep_last: Positive = Field(2, description="newest checkpoints to keep")
+    keep_every_nimg: Positive | None = Field(None, description="also keep the checkpoints at multiples of this nimg")
 
 
 Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
@@ -132,30 +123,29 @@ Grid = Annotated[
 
 
 class SamplerConfig(Section):
+    """How images are generated: method, path, noise levels, guidance."""
+
     method: Literal["heun", "first_order", "multistep", "churn", "ancestral", "cold"] = Field(
         "ancestral", description="the default is the best of docs/results.md; heun is EDM's and the paper's"
     )
     num_steps: Annotated[int, Field(ge=2)] = Field(35, description="heun and churn cost 2 num_steps - 1 evaluations")
     bnr: PathBNR | None = Field(None, description="the path to sample along; null: the one of training")
-    grid: Grid = Field(
-        "edm", description="levels of sigma (cold: of alpha); a list falls and has num_steps entries, 0 comes after it"
-    )
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80.0
-    rho: PositiveFloat = 7.0
+    grid: Grid = Field("edm", description="levels of sigma (cold: alpha): a name, or num_steps falling numbers above 0")
+    sigma_min: PositiveFloat = Field(0.002, description="lowest level above 0, data units")
+    sigma_max: PositiveFloat = Field(80.0, description="first level, data units")
+    rho: PositiveFloat = Field(7.0, description="exponent of grid edm: higher puts more levels near sigma_min")
     start: Literal["measured", "plain"] = Field(
         "measured", description="initial noise per mode with the data's mean and spectrum, or sigma_max^2 I"
     )
     eta: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="ancestral only: 0 is DDIM")
-    s_churn: NonNegative = Field(40.0, description="churn only, with the next three: EDM's names")
+    s_churn: NonNegative = Field(40.0, description="churn only, as are s_min, s_max and s_noise: EDM's names")
     s_min: NonNegative = 0.05
     s_max: PositiveFloat = 50.0
     s_noise: PositiveFloat = 1.003
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
     guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
 
-    @model_validator(mode="after")
-    def _grid(self) -> SamplerConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
         if isinstance(self.grid, tuple):
@@ -163,77 +153,66 @@ class SamplerConfig(Section):
                 raise ValueError("grid must fall from each entry to the next")
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} entries, num_steps is {self.num_steps}")
-        return self
 
 
 class EvalConfig(Section):
-    eval_nimg: Positive = Field(description="Fréchet distance every so many images, and at the end")
-    before_training: bool = Field(True, description="and of the network as it begins")
-    num_images: Annotated[int, Field(ge=2)]
-    num_blocks: Positive = Field(
-        3,
-        description="the last evaluation repeats it with so many blocks of seeds: mean ± spread",
-    )
+    """The Fréchet distance during training: how often, of how many images, with which features."""
+
+    eval_nimg: Positive = Field(description="evaluate every so many images, and at the end")
+    before_training: bool = Field(True, description="also evaluate the untrained network")
+    num_images: Annotated[int, Field(ge=2)] = Field(description="images to generate")
+    num_blocks: Positive = Field(3, description="blocks of seeds in the last evaluation, for mean ± spread")
     extractor: Literal["lite0", "pixels", "inception", "torchscript"] = "lite0"
     extractor_url: str | None = Field(
-        None,
-        description="inception-2015-12-05.pt, or the TorchScript file: path, http(s):// or s3:// (at data.endpoint_url)",
+        None, description="inception-2015-12-05.pt or the TorchScript file: path, http(s)://, s3:// (data.endpoint_url)"
     )
-    extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="of that file")
     extractor_bf16: bool = Field(False, description="inception and torchscript in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
-    kid_images: Annotated[int, Field(ge=0)] = Field(
-        5000, description="so many images of either side also give KID, precision and recall; 0: none of them"
-    )
+    kid_images: Count = Field(5000, description="generated and real images for KID, precision and recall; 0: none")
     cache_dir: str | None = Field(
-        None,
-        description="a local folder, shared by the machine's runs, where the real images' statistics are measured once "
-        "even if runs begin at the same time; null: once beside the manifest, where it can be written",
+        None, description="local folder for real images' statistics; null: beside the manifest"
     )
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="images per rank and batch")
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
 
-    @model_validator(mode="after")
-    def _extractor(self) -> EvalConfig:
+    def model_post_init(self, context: Any) -> None:
         given = self.extractor in ("inception", "torchscript")
         if given and not (self.extractor_url and self.extractor_sha256):
             raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
         if self.extractor_bf16 and not given:
-            raise ValueError(
-                f"eval.extractor_bf16 is for inception and torchscript; {self.extractor} is always float32"
-            )
-        return self
+            raise ValueError(f"eval.extractor_bf16 needs inception or torchscript; {self.extractor} is always float32")
 
 
 class TrackingConfig(Section):
+    """Where metrics are shown besides metrics.jsonl: MLflow and Prometheus."""
+
     mlflow_url: Annotated[str, Field(pattern="^https?://")] | None = Field(
         None, description="MLflow server, e.g. http://127.0.0.1:5000; null: metrics.jsonl only"
     )
     experiment: str = "warm-dist"
     run_name: str | None = Field(None, description="null: the name of the output folder")
-    parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
-        None, description="the MLflow run that this one is shown under: a sweep's"
-    )
-    log_model: bool = Field(True, description="a finished run's EMA weights become an MLflow model that samples images")
+    parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(None, description="MLflow parent run")
+    log_model: bool = Field(True, description="at the end, log the EMA weights as an MLflow model that samples images")
     registered_model: str | None = Field(None, description="also register the model under this name; null: do not")
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
-        None, description="rank 0 serves its metrics there as Prometheus text; null: no endpoint"
+        None, description="port where rank 0 serves its metrics as Prometheus text; null: none"
     )
-    prometheus_host: str = Field("127.0.0.1", description="the address that it listens on")
+    prometheus_host: str = Field("127.0.0.1", description="address that prometheus_port is bound to")
 
-    @model_validator(mode="after")
-    def _model(self) -> TrackingConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.registered_model and not self.log_model:
             raise ValueError("tracking.registered_model needs tracking.log_model")
-        return self
 
 
 class Config(Section):
+    """Everything that describes a training run."""
+
     schema_url: str | None = Field(None, alias="$schema")
     description: str = ""
     output: str = Field(description="the run's folder")
-    engine: Literal["deepspeed", "local"] = "deepspeed"
+    engine: Literal["deepspeed", "local"] = Field("deepspeed", description="local: plain PyTorch without sharding")
     data: DataConfig
     process: ProcessConfig
     network: NetworkConfig
@@ -244,19 +223,16 @@ class Config(Section):
     eval: EvalConfig | None = Field(None, description="null: no evaluation during training")
     tracking: TrackingConfig = TrackingConfig()
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def model_post_init(self, context: Any) -> None:
         data, train, net = self.data, self.train, self.network
         if train.batch_size % data.num_lanes:
             raise ValueError(
                 f"train.batch_size {train.batch_size} is not a multiple of data.num_lanes {data.num_lanes}"
             )
-        rhythms = {
-            f"train.{key}": getattr(train, key) for key in ("total_nimg", "log_nimg", "save_nimg", "snapshot_nimg")
-        }
-        rhythms |= {"checkpoint.keep_every_nimg": self.checkpoint.keep_every_nimg}
-        rhythms |= {"eval.eval_nimg": self.eval.eval_nimg if self.eval else None}
-        for name, value in rhythms.items():
+        intervals = {f"train.{key}_nimg": getattr(train, f"{key}_nimg") for key in ("total", "log", "save", "snapshot")}
+        intervals["checkpoint.keep_every_nimg"] = self.checkpoint.keep_every_nimg
+        intervals["eval.eval_nimg"] = self.eval and self.eval.eval_nimg
+        for name, value in intervals.items():
             if value is not None and value % train.batch_size:
                 raise ValueError(f"{name} {value} is not a multiple of train.batch_size {train.batch_size}")
         if train.snapshot_nimg is not None and not train.ema_lengths:
@@ -264,18 +240,18 @@ class Config(Section):
         if len(set(train.ema_lengths)) < len(train.ema_lengths):
             raise ValueError("train.ema_lengths names a length twice")
         self._check_engine()
-        if data.resolution % 2 ** (len(net.channel_mult) - 1):
+        halvings = len(net.channel_mult) - 1
+        if data.resolution % 2**halvings:
             raise ValueError(
-                f"data.resolution {data.resolution} cannot be halved {len(net.channel_mult) - 1} times (network.channel_mult)"
+                f"data.resolution {data.resolution} cannot be halved {halvings} times (network.channel_mult)"
             )
-        resolutions = [data.resolution >> level for level in range(len(net.channel_mult))]
+        resolutions = [data.resolution >> level for level in range(halvings + 1)]
         for resolution in net.attention_resolutions:
             if resolution not in resolutions:
                 raise ValueError(f"network.attention_resolutions has {resolution}; the network works at {resolutions}")
         if train.lr_decay_nimg > train.total_nimg:
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
         check_sampling(self, self.sampler)
-        return self
 
     def _check_engine(self) -> None:
         parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0
@@ -286,7 +262,7 @@ class Config(Section):
 
 
 def check_sampling(config: Config, sampler: SamplerConfig) -> None:
-    """Raises ConfigError when a network trained by `config` cannot be sampled as `sampler` says."""
+    """Check that a network trained by `config` can be sampled as `sampler` says. Raises ConfigError if not."""
     trained = config.process.bnr
     if isinstance(trained, UniformBNR | LogUniformBNR) and sampler.bnr is None:
         raise ConfigError("sampler.bnr is needed: training draws a random BNR, sampling follows one path")
@@ -299,15 +275,15 @@ def check_sampling(config: Config, sampler: SamplerConfig) -> None:
         raise ConfigError("sampler.method 'cold' only deblurs: it needs process.bnr cold")
     if sampler.guidance != 1 and sampler.guide is None and not (config.data.num_classes and config.train.label_dropout):
         raise ConfigError(
-            "sampler.guidance needs sampler.guide (a weaker network's weights), or a network that knows images without "
-            "class: data.num_classes and train.label_dropout above 0"
+            "sampler.guidance needs sampler.guide (a weaker network's weights), or a network also trained without "
+            "classes: data.num_classes and train.label_dropout above 0"
         )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a JSON file, apply `a.b=V` overrides (V: JSON if it parses, else a string), validate.
 
-    Raises ConfigError that names every offending key by its dotted path, with the nearest known key for a misspelt one.
+    Raises ConfigError, which names every wrong key by its dotted path and suggests a known key for an unknown one.
     """
     tree = read_tree(path)
     for setting in overrides or []:
@@ -316,5 +292,5 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def validate(tree: dict[str, Any], name: str = "config") -> Config:
-    """dict → Config, or a ConfigError with one line per mistake."""
+    """Validate a tree as a run's config. Raises ConfigError with one line per mistake."""
     return validate_as(Config, tree, name)

@@ -1,4 +1,4 @@
-"""What every section of a config is made of: strict sections and ranges of numbers."""
+"""Building blocks of config sections: the strict base class and bounded numbers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """One object of the config: unknown, missing and mistyped keys are errors, values never change."""
+    """Base of all config sections: frozen; unknown, missing and mistyped keys are errors."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 def exact(value: float) -> str:
-    """Short, and never the text of another number: `0.5`, `0.12345671`."""
+    """The shortest usual text that parses back to the same number: `0.5`, `0.12345671`."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
 UNION_TAGS = {"constrained-float", "literal['measured']", "grid name", "grid list",
               "number", "power", "table", "uniform", "log_uniform", "cold"}  # fmt: skip
-"""What the location of a validation error names besides keys: the branches of unions."""
+"""Names of union branches, which pydantic puts between the keys in the location of an error."""

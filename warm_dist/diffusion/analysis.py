@@ -1,6 +1,6 @@
-"""What blur-noise diffusion has to do at each frequency and level, from the data's power spectrum alone.
+"""Spectral analysis: what must be denoised and deblurred at each frequency and level, from the data's power spectrum.
 
-For Gaussian data of the same spectrum every number here is exact; for images it is the linear part of the work.
+For Gaussian data of the same spectrum every number here is exact; for images it describes the best linear estimate.
 Source: derived, docs/mathematics.md, section 5.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from warm_dist.config.bnr import Path, TableBNR
@@ -16,11 +17,14 @@ from warm_dist.diffusion.spectrum import eigenvalues, fallback_spectrum
 
 Array = NDArray[np.float64]
 SIGMAS = np.geomspace(0.002, 80.0, 64)
-"""Levels to look at: EDM's range."""
+"""The noise levels analysed by default: EDM's range."""
 
 
 class Radial(NamedTuple):
-    """A spectrum averaged over rings. frequency: √λ, radians a pixel, rising; power: mean S of the ring; modes: how many."""
+    """A spectrum averaged over rings of the frequency plane, (rings,) each.
+
+    frequency: mean √λ, radians per pixel, increasing. power: mean S. modes: their number.
+    """
 
     frequency: Array
     power: Array
@@ -28,9 +32,10 @@ class Radial(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The smallest mean squared error per pixel at each level (any shape), split over the heads; hot: of the noise alone.
+    """The minimum mean squared error per pixel at each level, split over the heads; any shape.
 
-    total = denoiser + deblurrer + cross. residual_energy: the residual's share of the image's energy.
+    total = denoiser + deblurrer + cross. hot: the total without blur at the same σ. residual_energy: the residual's
+    share of the image's energy.
     """
 
     denoiser: Array
@@ -42,12 +47,12 @@ class Shares(NamedTuple):
 
     @property
     def price(self) -> Array:
-        """How many times harder than hot diffusion at the same σ: 1 at BNR 0."""
+        """Error relative to hot diffusion at the same σ; 1 at BNR 0."""
         return self.total / self.hot
 
 
 def radial(spectrum: Array, num_rings: int | None = None) -> Radial:
-    """Rings of equal width in √λ up to the highest mode; the DC is left out. spectrum: (H, W), S_k = E[u_k²]."""
+    """Average a spectrum over rings of equal width in √λ up to the highest mode, without DC. spectrum: (H, W)."""
     frequency = np.sqrt(eigenvalues(*spectrum.shape).numpy()).ravel()[1:]
     power = spectrum.ravel()[1:]
     rings = num_rings or max(4, min(spectrum.shape) - 1)
@@ -59,16 +64,16 @@ def radial(spectrum: Array, num_rings: int | None = None) -> Radial:
 
 
 def snr(spectrum: Array, sigma: float, alpha: float) -> Array:
-    """a²S/σ² per mode, the shape of spectrum."""
+    """Signal-to-noise ratio a²S/σ² per mode, (H, W)."""
     return _gain(spectrum, alpha) ** 2 * spectrum / sigma**2
 
 
 def shares(spectrum: Array, path: Path, sigmas: Array = SIGMAS) -> Shares:
     """Each head's part of the error of the best estimate along a path, (len(sigmas),) each."""
     rows = []
+    lam = eigenvalues(*spectrum.shape).numpy()
     for sigma, alpha in zip(sigmas, alphas(path, sigmas), strict=True):
-        a = _gain(spectrum, alpha)
-        lost = -np.expm1(-eigenvalues(*spectrum.shape).numpy() * alpha**2 / 2)
+        a, lost = _gain(spectrum, alpha), -np.expm1(-lam * alpha**2 / 2)
         variance = spectrum * sigma**2 / (a**2 * spectrum + sigma**2)
         rows.append(
             (
@@ -85,16 +90,14 @@ def shares(spectrum: Array, path: Path, sigmas: Array = SIGMAS) -> Shares:
 
 def alphas(path: Path, sigmas: Array) -> Array:
     """The path's α, pixels, at each σ."""
-    import torch
-
     return path.alpha(torch.from_numpy(np.asarray(sigmas, np.float64))).numpy()
 
 
 def suggested_path(spectrum: Array, bnr: float = 0.5, num_rows: int = 16) -> TableBNR:
-    """The path along which the blur's edge meets the noise as BNR `bnr` does on 1/f² data: S(1/α²) = κ σ².
+    """A path for this spectrum on which blur and noise balance as BNR `bnr` does on 1/f² data: S(1/α²) = κ σ².
 
-    κ is bnr² C of the 1/f² spectrum C/λ with σ_data 0.5. S is the measured spectrum over √λ, made to fall by isotonic
-    regression, and continued as 1/λ at both ends. Returns α as BNR over σ from 0.002 to 80, α never falling.
+    κ = bnr² C for the 1/f² spectrum C/λ with σ_data 0.5. S is the measured spectrum over √λ, made non-increasing by
+    isotonic regression and continued as 1/λ at both ends. Returns BNR at `num_rows` σ from 0.002 to 80; α never falls.
     """
     from scipy.optimize import isotonic_regression
 
@@ -102,7 +105,7 @@ def suggested_path(spectrum: Array, bnr: float = 0.5, num_rows: int = 16) -> Tab
     kappa = bnr**2 * float(np.average(natural.power * natural.frequency**2, weights=natural.modes))
     measured = radial(spectrum)
     falling = isotonic_regression(np.log(np.maximum(measured.power, 1e-12)), weights=measured.modes, increasing=False).x
-    # nodes of ln S over ln √λ, with a slope of 1/f² beyond them; a slight fall everywhere makes the inverse unique
+    # ln S over ln √λ, with the slope of 1/f² beyond both ends; a slight decrease everywhere makes the inverse unique
     x = np.log(measured.frequency)
     x = np.concatenate([[x[0] - 20], x, [x[-1] + 20]])
     y = np.concatenate([[falling[0] + 40], falling, [falling[-1] - 40]]) - 1e-9 * np.arange(len(x))
@@ -112,7 +115,7 @@ def suggested_path(spectrum: Array, bnr: float = 0.5, num_rows: int = 16) -> Tab
 
 
 def suggested_bnr(path: Path, p_mean: float = -1.2, p_std: float = 1.2) -> float:
-    """The path's BNR as one number: its geometric mean over the levels of training, ln σ ~ N(p_mean, p_std²)."""
+    """The path's geometric mean BNR over the training levels ln σ ~ N(p_mean, p_std²)."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(32)
     sigmas = np.exp(p_mean + p_std * nodes)
     return float(np.exp(np.average(np.log(alphas(path, sigmas) / sigmas), weights=weights)))

@@ -1,4 +1,4 @@
-"""The picture of a spectral analysis: spectrum, signal to noise, the heads' shares, the price of blur and BNR paths."""
+"""The figure of a spectral analysis: spectrum, signal-to-noise ratio, the heads' shares, cost of blur, BNR paths."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ def spectrum_figure(
 ) -> None:
     """Write the 2 x 3 panels as one PNG.
 
-    spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: what the analysis suggests. Raises OutputError.
+    spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: the suggestions. Raises OutputError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).ravel()
     for panel in panels:
         panel.grid(alpha=0.25, which="major")
@@ -40,6 +38,8 @@ def spectrum_figure(
         _shares(panel, name, spectrum, bnrs)
     _price(panels[4], spectrum, bnrs)
     _paths(panels[5], path, bnr, bnrs)
+    for panel in panels:
+        panel.legend(fontsize=8)
     replace_file(file, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
@@ -52,7 +52,6 @@ def _power(panel: Any, spectrum: Array, sigma_data: float) -> None:
         panel.axhline(sigma**2, color="tab:red", linestyle=style, linewidth=1, label=f"noise, σ = {sigma:g}")
     panel.set(title="Power per mode", ylabel="S")
     _frequencies(panel)
-    panel.legend(fontsize=8)
 
 
 def _snr(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
@@ -62,10 +61,10 @@ def _snr(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
             label = f"BNR {bnr:g}" if style == "-" else None
             panel.loglog(ratio.frequency, np.maximum(ratio.power, 1e-9), color=colour, linestyle=style, label=label)
     panel.axhline(1, color="black", linewidth=0.8)
-    panel.set(title="Signal to noise, σ = " + ", ".join(f"{s:g} ({style})" for s, style in zip(_SNR_SIGMAS, ("dotted", "dashed", "solid"), strict=True)),
-              ylabel="a²S/σ²", ylim=(1e-6, None))  # fmt: skip
+    styles = zip(_SNR_SIGMAS, ("dotted", "dashed", "solid"), strict=True)
+    title = "Signal to noise, σ = " + ", ".join(f"{sigma:g} ({style})" for sigma, style in styles)
+    panel.set(title=title, ylabel="a²S/σ²", ylim=(1e-6, None))
     _frequencies(panel)
-    panel.legend(fontsize=8)
 
 
 def _shares(panel: Any, name: str, spectrum: Array, bnrs: Sequence[float]) -> None:
@@ -73,16 +72,13 @@ def _shares(panel: Any, name: str, spectrum: Array, bnrs: Sequence[float]) -> No
         split = analysis.shares(spectrum, ConstantBNR(bnr=bnr))
         panel.semilogx(SIGMAS, getattr(split, name) / split.total, color=colour, label=f"BNR {bnr:g}")
     panel.set(title=f"{name.capitalize()}'s share of the error", xlabel="σ", ylabel="share", ylim=(0, 1.05))
-    panel.legend(fontsize=8)
 
 
 def _price(panel: Any, spectrum: Array, bnrs: Sequence[float]) -> None:
     for colour, bnr in zip(_COLOURS, bnrs, strict=False):
-        panel.semilogx(
-            SIGMAS, analysis.shares(spectrum, ConstantBNR(bnr=bnr)).price, color=colour, label=f"BNR {bnr:g}"
-        )
+        price = analysis.shares(spectrum, ConstantBNR(bnr=bnr)).price
+        panel.semilogx(SIGMAS, price, color=colour, label=f"BNR {bnr:g}")
     panel.set(title="Price of blur: error against hot diffusion at the same σ", xlabel="σ", ylabel="total / hot")
-    panel.legend(fontsize=8)
 
 
 def _paths(panel: Any, path: TableBNR, bnr: float, bnrs: Sequence[float]) -> None:
@@ -91,7 +87,6 @@ def _paths(panel: Any, path: TableBNR, bnr: float, bnrs: Sequence[float]) -> Non
     for colour, ratio in zip(_COLOURS, bnrs, strict=False):
         panel.axhline(ratio, color=colour, linewidth=0.8, label=f"BNR {ratio:g}")
     panel.set(title="Paths: the ratio of both levels", xlabel="σ", ylabel="BNR = α/σ, pixels")
-    panel.legend(fontsize=8)
 
 
 def _frequencies(panel: Any) -> None:

@@ -1,6 +1,7 @@
-"""The two heads: their preconditioning, estimates and training loss.
+"""The two heads: preconditioning, estimates and training loss.
 
-Source: derived after EDM's table 1, for targets A x0 and (I − A) x0; docs/mathematics.md, section 4."""
+Source: derived, following EDM's table 1 for the targets A x0 and (I − A) x0; docs/mathematics.md, section 4.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, exact_float32, 
 
 
 class Heads(NamedTuple):
-    """What the network knows about x0: the denoised but blurry image E[A x0 | x] and the residual E[(I - A) x0 | x].
+    """The network's two estimates: the denoised, still blurry image E[A x0 | x] and the residual E[(I - A) x0 | x].
 
-    Both (B, C, H, W), data units. Their sum is the denoised clean image.
+    Both (B, C, H, W), data units.
     """
 
     blurry: Tensor
@@ -25,14 +26,14 @@ class Heads(NamedTuple):
 
     @property
     def clean(self) -> Tensor:
-        """x0 estimate, (B, C, H, W)."""
+        """The estimate of x0, (B, C, H, W): the sum of both heads."""
         return self.blurry + self.residual
 
 
 class Loss(NamedTuple):
-    """Mean squared error per pixel in network units, (B,) float32 each; `total` carries the residual's weight.
+    """Mean squared error per pixel in network units, (B,) float32 each; `total` weights the residual's.
 
-    inconsistency: |b̂ − A x̂0| / |b̂|, how far the two heads are from one image; without gradient.
+    inconsistency: |b̂ − A x̂0| / |b̂|, how far the heads are from describing one image; no gradient.
     """
 
     blurry: Tensor
@@ -42,18 +43,21 @@ class Loss(NamedTuple):
 
 
 Condition = tuple[Tensor | None, ...]
-"""(class labels or None,) or (class labels or None, labels of the augmentation)."""
+"""(class labels or None,) or (class labels or None, augmentation labels)."""
 
 
 class Network(Protocol):
-    """(B, C, H, W) scaled input, (B,) ln(σ)/4, (B,) ln(1 + α²)/4, then the condition's (B,) int64 labels or None and,
-    if the network was trained with augmentation, (B, 9) labels of it → (B, 2C, H, W), with one head (B, C, H, W)."""
+    """A network as preconditioning calls it; returns (B, 2C, H, W), or (B, C, H, W) with one head.
+
+    x: (B, C, H, W), scaled. c_noise: (B,) ln(σ)/4. c_blur: (B,) ln(1 + α²)/4. condition: (B,) int64 class labels or
+    None, then (B, 9) augmentation labels if the network was trained with augmentation.
+    """
 
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor: ...
 
 
 class Coefficients(NamedTuple):
-    """All (B,) float64. b: denoiser head, r: deblurrer head; v = s_b² + σ² is the input's second moment."""
+    """Scales of a batch, (B,) float64 each. b: denoiser, r: deblurrer. v = s_b² + σ²: the input's second moment."""
 
     v: Tensor
     s_b: Tensor
@@ -65,7 +69,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(spectrum: Tensor, level: Level) -> Coefficients:
-    """Skip, output and input scales at each image's (α, σ).
+    """The input, skip and output scales at each image's (α, σ).
 
     spectrum: (H, W) float64, S_k = E[u0_k²]. At α = 0 the residual's scales are exactly 0 and the denoiser's are EDM's.
     """
@@ -88,14 +92,14 @@ def coefficients(spectrum: Tensor, level: Level) -> Coefficients:
 
 
 def data_spectrum(info: DataInfo, sigma_data: str | float) -> Tensor:
-    """The power spectrum to precondition with, (H, W) float64: measured, or 1/f² of the given sigma_data."""
+    """The power spectrum used in preconditioning, (H, W) float64: measured, or 1/f² with the given sigma_data."""
     if sigma_data == "measured":
         return torch.tensor(info.power_spectrum, dtype=torch.float64)
     return fallback_spectrum(info.resolution, info.resolution, float(sigma_data))
 
 
 def level_inputs(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network embeds: ln(σ)/4 and ln(1 + α²)/4, (B,) each, in the dtype of x."""
+    """The network's level inputs ln(σ)/4 and ln(1 + α²)/4, (B,) each, in the dtype of x."""
     both = level.sigma.log() / 4, torch.log1p(level.alpha.square()) / 4
     return both[0].to(x.dtype).expand(len(x)), both[1].to(x.dtype).expand(len(x))
 
@@ -103,14 +107,14 @@ def level_inputs(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate(
     network: Network, x: Tensor, level: Level, c: Coefficients, condition: Condition = ()
 ) -> tuple[Tensor, Tensor]:
-    """The raw heads (F_b, F_R) of the network at scaled input, each (B, C, H, W) in the dtype of x."""
+    """The raw outputs (F_b, F_R) of both heads, each (B, C, H, W) in the dtype of x."""
     out = network(expand(c.c_in, x) * x, *level_inputs(level, x), *condition)
     blurry, residual = out.to(x.dtype).chunk(2, dim=1)
     return blurry, residual
 
 
 def assemble(f_b: Tensor, f_r: Tensor, x: Tensor, c: Coefficients) -> Heads:
-    """b̂ = c_skip,b x + c_out,b F_b and R̂ = c_skip,R x + c_out,R F_R."""
+    """Scale the raw outputs to estimates: b̂ = c_skip,b x + c_out,b F_b and R̂ = c_skip,R x + c_out,R F_R."""
     return Heads(
         expand(c.c_skip_b, x) * x + expand(c.c_out_b, x) * f_b,
         expand(c.c_skip_r, x) * x + expand(c.c_out_r, x) * f_r,
@@ -118,7 +122,7 @@ def assemble(f_b: Tensor, f_r: Tensor, x: Tensor, c: Coefficients) -> Heads:
 
 
 def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition: Condition = ()) -> Heads:
-    """Both estimates at level (B,) or (1,), in the dtype of x."""
+    """Both heads' estimates, in the dtype of x. level: (B,) or (1,) each."""
     c = coefficients(spectrum, level)
     f_b, f_r = evaluate(network, x, level, c, condition)
     with exact_float32():
@@ -126,18 +130,18 @@ def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition
 
 
 def inconsistency(estimate: Heads, level: Level) -> Tensor:
-    """|b̂ − A x̂0| / |b̂|, (B,): 0 when both heads describe one image. A diagnostic. Source: derived."""
+    """The diagnostic |b̂ − A x̂0| / |b̂|, (B,): 0 when both heads describe the same image. Source: derived."""
     with exact_float32():
-        # b̂ − A(b̂ + R̂) = (I − A) b̂ − A R̂, whose first part does not cancel
+        # b̂ − A(b̂ + R̂) = (I − A) b̂ − A R̂, and `unblurred` computes the first part without cancellation
         gap = unblurred(estimate.blurry, level.alpha) - blur(estimate.residual, level.alpha)
         size, whole = (part.square().sum((1, 2, 3)) for part in (gap, estimate.blurry))
         return (size / whole).sqrt()
 
 
 def targets(x0: Tensor, level: Level, noise: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, T_b, T_R): the corrupted input and what the raw heads must return; T_R is 0 where α is 0.
+    """The corrupted input x and the targets (T_b, T_R) of the raw outputs, each (B, C, H, W); T_R is 0 where α is 0.
 
-    T_b = (A x0 − c_skip,b x)/c_out,b is written as ((σ/s_b) A x0 − s_b ε)/√v, which does not cancel at small σ.
+    T_b = (A x0 − c_skip,b x)/c_out,b, written as ((σ/s_b) A x0 − s_b ε)/√v to avoid cancellation at small σ.
     """
     with exact_float32():
         blurry = blur(x0, level.alpha)
@@ -159,12 +163,12 @@ def loss(
     condition: Condition = (),
     residual_weight: str = "one",
 ) -> Loss:
-    """|F_b − T_b|² + w_R |F_R − T_R|², mean per pixel.
+    """The training loss |F_b − T_b|² + w_R |F_R − T_R|², mean per pixel.
 
-    x0, noise: (B, C, H, W) float32, x0 centred by the channel means. level: (B,) float64 each. spectrum: (H, W) float64.
-    residual_weight, with q = c_out,R²/c_out,b²: "one", w_R = 1; "balanced", min(1, q); "denoiser", q, both errors then
-    weigh 1/c_out,b² in data units; "sampler", q with the error first filtered by G = λα² e^{−λα²/2}, the gain with which
-    it enters dx/d ln σ at constant BNR. w_R = 0 where α = 0.
+    x0, noise: (B, C, H, W) float32, x0 less the channel means. level: (B,) float64 each. spectrum: (H, W) float64.
+    residual_weight, with q = c_out,R²/c_out,b²: "one": w_R = 1; "balanced": min(1, q); "denoiser": q, so that both
+    errors are weighted by 1/c_out,b² in data units; "sampler": q, the error first filtered by G = λα² e^{−λα²/2}, its
+    gain in dx/d ln σ at constant BNR. w_R = 0 where α = 0.
     """
     c = coefficients(spectrum, level)
     x, t_b, t_r = targets(x0, level, noise, c)

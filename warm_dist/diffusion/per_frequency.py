@@ -1,7 +1,7 @@
-"""The ablation with one head: every DCT mode scaled by its own power, so that both targets become the same one.
+"""The one-head ablation: each DCT mode is scaled by its own power, which makes both heads' targets identical.
 
-With P = a²S + σ² per mode: c_in = P^(−½), x̂0 = (aS/P) u + σ√(S/P) F, b̂ = A x̂0, R̂ = (I − A) x̂0. It tells whether two
-heads help. Source: derived, docs/mathematics.md, section 4.
+With P = a²S + σ² per mode: c_in = P^(−½), x̂0 = (aS/P) u + σ√(S/P) F, b̂ = A x̂0, R̂ = (I − A) x̂0. It tests whether
+two heads help. Source: derived, docs/mathematics.md, section 4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, exact_float32, 
 
 
 class Scales(NamedTuple):
-    """Per mode, (B, 1, H, W) float64 each. t_data, t_noise: the target is t_data u0 − t_noise ε."""
+    """Preconditioning per mode, (B, 1, H, W) float64 each; the target is t_data u0 − t_noise ε."""
 
     c_in: Tensor
     c_skip: Tensor
@@ -27,7 +27,7 @@ class Scales(NamedTuple):
 
 
 def scales(spectrum: Tensor, level: Level) -> Scales:
-    """spectrum: (H, W) float64, S_k = E[u0_k²]. A mode that the data does not have (S = 0) has target and output 0."""
+    """The scales at each image's (α, σ); where S is 0, so are target and output. spectrum: (H, W) float64, S."""
     alpha, sigma = level.alpha[:, None, None, None], level.sigma[:, None, None, None]
     a = torch.exp(-eigenvalues(*spectrum.shape, device=spectrum.device) * alpha.square() / 2)
     power = a.square() * spectrum + sigma.square()
@@ -37,12 +37,12 @@ def scales(spectrum: Tensor, level: Level) -> Scales:
 
 
 def evaluate(network: Network, x: Tensor, level: Level, c: Scales, condition: Condition) -> Tensor:
-    """The raw head F at the whitened input, (B, C, H, W) in the dtype of x."""
+    """The raw output F at the whitened input, (B, C, H, W) in the dtype of x."""
     return network(idct(c.c_in.to(x.dtype) * dct(x)), *level_inputs(level, x), *condition).to(x.dtype)
 
 
 def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition: Condition = ()) -> Heads:
-    """Both estimates from the one head, at level (B,) or (1,), in the dtype of x."""
+    """Both estimates from the one head, in the dtype of x. level: (B,) or (1,) each."""
     c = scales(spectrum, level)
     out = evaluate(network, x, level, c, condition)
     clean = idct(c.c_skip.to(x.dtype) * dct(x) + c.c_out.to(x.dtype) * dct(out))
@@ -52,7 +52,7 @@ def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition
 def loss(
     network: Network, spectrum: Tensor, x0: Tensor, level: Level, noise: Tensor, condition: Condition = ()
 ) -> Loss:
-    """|F − T|², mean per pixel, T of unit second moment in every mode. Arguments as `loss.loss`."""
+    """The training loss |F − T|², mean per pixel; T has unit second moment in every mode. Arguments as `heads.loss`."""
     c = scales(spectrum, level)
     out = evaluate(network, corrupt(x0, level, noise), level, c, condition)
     with exact_float32():

@@ -1,4 +1,4 @@
-"""The records that travel between the parts of the system."""
+"""The forward process: levels, sampling paths, blur plus noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct
 
 
 class Level(NamedTuple):
-    """A place in the (alpha, sigma) plane, one per image.
+    """Noise and blur level of each image.
 
     sigma: (B,) noise standard deviation, data units. alpha: (B,) standard deviation of the Gaussian blur, pixels.
     """
@@ -24,7 +24,7 @@ class Level(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One place of a sampling path: noise std σ (data units) and blur std α (pixels)."""
+    """One point of a sampling path: noise std σ (data units) and blur std α (pixels)."""
 
     sigma: float
     alpha: float
@@ -34,32 +34,32 @@ ORIGIN = Point(0.0, 0.0)
 
 
 def points(path: Path, sigmas: Sequence[float]) -> list[Point]:
-    """The path at each σ, and the clean image's (0, 0) after them."""
+    """The path's points at each σ, followed by the clean image's (0, 0)."""
     alphas = path.alpha(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     return [*(Point(sigma, alpha) for sigma, alpha in zip(sigmas, alphas, strict=True)), ORIGIN]
 
 
 def cold_points(cold: Cold, alphas: Sequence[float]) -> list[Point]:
-    """The cold path: σ at its floor while α falls, then (0, 0)."""
+    """The cold path's points: σ at its floor while α falls, then (0, 0)."""
     return [*(Point(cold.sigma, alpha) for alpha in alphas), ORIGIN]
 
 
 def raised(path: Path | Cold, point: Point, factor: float) -> Point:
-    """A noisier, blurrier place on the path, for churn: σ·factor; on the cold path α·factor."""
+    """A noisier, blurrier point of the path for churn: at σ·factor; on the cold path at α·factor."""
     if isinstance(path, Cold):
         return Point(point.sigma, point.alpha * factor)
     return points(path, [point.sigma * factor])[0]
 
 
 def level_at(point: Point, device: torch.device | None = None) -> Level:
-    """The level of one point, (1,) float64 each: broadcasts over a batch."""
+    """The level of one point, (1,) float64 each, to broadcast over a batch."""
     return Level(*(torch.full((1,), value, dtype=torch.float64, device=device) for value in point))
 
 
 def training_level(process: ProcessConfig, normal: Tensor, uniform: Tensor, width: int) -> Level:
-    """Each image's level: ln σ = P_mean + P_std·n and α by the config's BNR; cold: σ at its floor, ln α uniform.
+    """Each image's training level: ln σ = P_mean + P_std·n, α by the config's BNR; cold: σ at its floor, ln α uniform.
 
-    normal, uniform: (B,), standard normal and in [0, 1). width: of the images, pixels. Returns (B,) float64 each.
+    normal, uniform: (B,), standard normal and in [0, 1). width: image width, pixels. Returns (B,) float64 each.
     Source: σ, EDM, table 1; random BNR derived, docs/mathematics.md, section 1.
     """
     bnr, uniform = process.bnr, uniform.double()
@@ -88,10 +88,10 @@ def corrupt(x0: Tensor, level: Level, noise: Tensor) -> Tensor:
 
 
 def transition(x: Tensor, now: Level, later: Level, noise: Tensor) -> Tensor:
-    """The forward Markov step from `now` to a blurrier, noisier level, which keeps the marginal exactly.
+    """The forward Markov step from `now` to a blurrier, noisier level; it keeps the marginal exactly.
 
     Per mode û = k u + sqrt(σ̂² − k² σ²) ε, k = exp(−λ(α̂² − α²)/2). x, noise: (B, C, H, W).
-    Raises ValueError when σ or α falls. Source: derived (the family of arXiv 2209.05557).
+    Raises ValueError if σ or α falls. Source: derived (the family of arXiv 2209.05557).
     """
     if bool((later.sigma < now.sigma).any()) or bool((later.alpha < now.alpha).any()):
         raise ValueError("a forward transition needs later.sigma >= now.sigma and later.alpha >= now.alpha")

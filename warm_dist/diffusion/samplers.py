@@ -1,8 +1,8 @@
-"""Samplers: plain functions that carry x along a path from its first point to its last. Source: docs/mathematics.md, section 3.
+"""Samplers: plain functions that integrate x along a path from its first point to its last.
 
-Every function takes `denoise(x, level) -> Heads`, float64 state x (B, C, H, W) and falling points that may end in (0, 0),
-where the step is first order (A(0) = I). Calls of `denoise` are the NFE. Random ones also take `noise`, which gives the
-standard normals (B, C, H, W) of step k.
+Each takes `denoise(x, level) -> Heads`, the float64 state x (B, C, H, W) and decreasing points. They may end in (0, 0),
+to which the step is first order (A(0) = I). The NFE counts calls of `denoise`. Stochastic samplers also take `noise`,
+which returns the standard normals (B, C, H, W) of step k. Source: docs/mathematics.md, section 3.
 """
 
 from __future__ import annotations
@@ -28,22 +28,19 @@ Noise = Callable[[int], Tensor]
 Sampler = Callable[[Denoise, Tensor, Sequence[Point], Noise], Tensor]
 
 
-# -- grids ------------------------------------------------------------------------------------------------------------
-
-
 def edm_grid(num_steps: int, low: float, high: float, rho: float) -> list[float]:
-    """σ_i = (σ_max^{1/ρ} + i/(N−1) (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, i = 0 … N−1, without the final 0. Source: EDM, eq. 5."""
+    """σ_i = (σ_max^{1/ρ} + i/(N−1) (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, i < N, without the final 0. Source: EDM, eq. 5."""
     first, last = high ** (1 / rho), low ** (1 / rho)
     return [(first + i / (num_steps - 1) * (last - first)) ** rho for i in range(num_steps)]
 
 
 def log_linear_grid(num_steps: int, low: float, high: float) -> list[float]:
-    """N levels from high to low in equal ratios, without the final 0."""
+    """N levels from high to low with a constant ratio, without the final 0."""
     return [high * (low / high) ** (i / (num_steps - 1)) for i in range(num_steps)]
 
 
 def schedule(config: Config, options: SamplerConfig) -> tuple[Path | Cold, list[Point]]:
-    """The path that `options` follow with a network trained by `config`, and its points from the noisiest to (0, 0)."""
+    """The path to sample a network of `config` along, and its points from the noisiest to (0, 0)."""
     trained = config.process.bnr
     cold = trained if isinstance(trained, Cold) else None
     low, high = options.sigma_min, options.sigma_max
@@ -61,21 +58,15 @@ def schedule(config: Config, options: SamplerConfig) -> tuple[Path | Cold, list[
     return path, points(path, grid)
 
 
-# -- steps ------------------------------------------------------------------------------------------------------------
-
-
 def sharpen(x: Tensor, alpha_now: float, alpha_next: float) -> Tensor:
-    """(A(α_next) − A(α_now)) x for α_next <= α_now, without cancellation and without ever dividing by A."""
+    """(A(α_next) − A(α_now)) x for α_next <= α_now, without cancellation or division by A; shape and dtype of x."""
     drop = max(alpha_now**2 - alpha_next**2, 0.0) ** 0.5
-
-    def one(value: float) -> Tensor:
-        return torch.full((1,), value, dtype=torch.float64, device=x.device)
-
-    return blur(unblurred(x, one(drop)), one(alpha_next))
+    removed, after = (torch.full((1,), a, dtype=torch.float64, device=x.device) for a in (drop, alpha_next))
+    return blur(unblurred(x, removed), after)
 
 
 def first_order(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise | None = None) -> Tensor:
-    """x_s = x + (s − t)(x − b̂)/t + (A_s − A_t)(b̂ + R̂): an EDM Euler step and Cold Diffusion's Algorithm 2 in one."""
+    """x_s = x + (s − t)(x − b̂)/t + (A_s − A_t)(b̂ + R̂): an EDM Euler step plus Cold Diffusion's Algorithm 2."""
     for t, s in pairwise(path):
         now = denoise(x, level_at(t, x.device))
         x = x + (s.sigma - t.sigma) * (x - now.blurry) / t.sigma + sharpen(now.clean, t.alpha, s.alpha)
@@ -83,7 +74,7 @@ def first_order(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise
 
 
 def heun_step(denoise: Denoise, x: Tensor, t: Point, s: Point) -> Tensor:
-    """The first-order step, then the mean of both ends' slopes in σ and in A; first order to σ = 0."""
+    """One Heun step: first order, then with the mean of both ends' slopes in σ and in A; first order to σ = 0."""
     now = denoise(x, level_at(t, x.device))
     slope = (x - now.blurry) / t.sigma
     euler = x + (s.sigma - t.sigma) * slope + sharpen(now.clean, t.alpha, s.alpha)
@@ -95,7 +86,7 @@ def heun_step(denoise: Denoise, x: Tensor, t: Point, s: Point) -> Tensor:
 
 
 def heun(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise | None = None) -> Tensor:
-    """Second order, two evaluations a step, one in the step to σ = 0. At BNR 0 this is EDM's Algorithm 1."""
+    """Heun's method: second order, two evaluations a step, one in the step to σ = 0. At BNR 0, EDM's Algorithm 1."""
     for t, s in pairwise(path):
         x = heun_step(denoise, x, t, s)
     return x
@@ -112,10 +103,10 @@ def churn(
     s_max: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Heun after a random step up to t̂ = t (1 + γ), γ = min(S_churn/N, √2 − 1) where S_min <= σ <= S_max.
+    """Heun with churn: before each step, noise up to t̂ = t (1 + γ), γ = min(S_churn/N, √2 − 1) if S_min <= σ <= S_max.
 
-    The step up is the process's own transition (blur and noise), so the marginal stays exact. raise_to: the path's place
-    at a level so many times higher. At BNR 0 this is EDM's Algorithm 2.
+    The step up is the forward transition (blur and noise), which keeps the marginal exactly. raise_to: (point, factor)
+    → the path's point at the level times factor. At BNR 0 this is EDM's Algorithm 2.
     """
     gamma = min(s_churn / (len(path) - 1), math.sqrt(2) - 1)
     for step, (t, s) in enumerate(pairwise(path)):
@@ -128,10 +119,10 @@ def churn(
 
 
 def multistep(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise | None = None) -> Tensor:
-    """2M: the semilinear form d(u/σ) = x̂0 d(a/σ) with x̂0 extrapolated from the step before; second order, one evaluation.
+    """2M: the semilinear form d(u/σ) = x̂0 d(a/σ), x̂0 extrapolated from the last step: second order, NFE 1 a step.
 
-    u_s = (s/t) u + (a_s − (s/t) a_t) D, D = (1 + 1/(2ρ)) x̂0 − x̂0_prev/(2ρ), ρ = h_prev/h, h = ln(t/s), on the cold path
-    ln(α_t/α_s); the first step and the step to 0 take D = x̂0. Source: the form of DPM-Solver++(2M), arXiv 2211.01095.
+    u_s = (s/t) u + (a_s − (s/t) a_t) D, D = (1 + 1/(2ρ)) x̂0 − x̂0_prev/(2ρ), ρ = h_prev/h, h = ln(t/s), on the cold
+    path ln(α_t/α_s); D = x̂0 in the first step and in the step to 0. Source: as DPM-Solver++(2M), arXiv 2211.01095.
     """
     before, h_before = None, 0.0
     for t, s in pairwise(path):
@@ -141,7 +132,7 @@ def multistep(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise |
             half = h / (2 * h_before)
             estimate = (1 + half) * clean - half * before
         ratio = s.sigma / t.sigma
-        # (a_s − r a_t) D = (a_s − a_t) D + (1 − r) a_t D: the first part without cancellation, the second 0 when cold
+        # (a_s − r a_t) D = (a_s − a_t) D + (1 − r) a_t D: the first part without cancellation, the second 0 if cold
         blurry = blur(estimate, level_at(t, x.device).alpha)
         x = ratio * x + sharpen(estimate, t.alpha, s.alpha) + (1 - ratio) * blurry
         before, h_before = clean, h
@@ -154,9 +145,10 @@ def _log_ratio(t: Point, s: Point) -> float:
 
 
 def ancestral(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise, eta: float) -> Tensor:
-    """u_s = a_s x̂0 + sqrt(s² − ς²)(u − a_t x̂0)/t + ς ε per mode, ς² = η² s² (t² − k² s²)/t², k = exp(−λ(α_t² − α_s²)/2).
+    """The η family, per mode u_s = a_s x̂0 + sqrt(s² − ς²)(u − a_t x̂0)/t + ς ε.
 
-    η = 0 is DDIM, η = 1 the posterior of Blurring Diffusion (arXiv 2209.05557). s² − ς² is written without cancellation.
+    ς² = η² s² (t² − k² s²)/t², k = exp(−λ(α_t² − α_s²)/2). η = 0 is DDIM, η = 1 the posterior of Blurring Diffusion
+    (arXiv 2209.05557). s² − ς² is written without cancellation.
     """
     lam = eigenvalues(x.shape[-2], x.shape[-1], x.device)
     for step, (t, s) in enumerate(pairwise(path)):
@@ -171,14 +163,14 @@ def ancestral(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise, 
 
 
 def cold(denoise: Denoise, x: Tensor, path: Sequence[Point], noise: Noise | None = None) -> Tensor:
-    """x_s = x − A_t x̂0 + A_s x̂0: deblurs only, the noise floor stays. Source: Cold Diffusion (arXiv 2208.09392), Algorithm 2."""
+    """x_s = x − A_t x̂0 + A_s x̂0: only deblurs. Source: Cold Diffusion (arXiv 2208.09392), Algorithm 2."""
     for t, s in pairwise(path):
         x = x + sharpen(denoise(x, level_at(t, x.device)).clean, t.alpha, s.alpha)
     return x
 
 
 def sampler_of(options: SamplerConfig, path: Path | Cold) -> Sampler:
-    """The function that `options.method` names, its parameters bound."""
+    """The sampler named by `options.method`, its parameters bound."""
     plain: dict[str, Sampler] = {"heun": heun, "first_order": first_order, "multistep": multistep, "cold": cold}
     if options.method == "churn":
         return partial(churn, raise_to=partial(raised, path), s_churn=options.s_churn, s_min=options.s_min,
@@ -187,24 +179,21 @@ def sampler_of(options: SamplerConfig, path: Path | Cold) -> Sampler:
 
 
 def nfe(method: str, num_steps: int) -> int:
-    """Calls of `denoise` in `num_steps` steps down to (0, 0). With guidance each call runs two networks."""
+    """Number of calls of `denoise` in `num_steps` steps down to (0, 0). With guidance each call runs two networks."""
     return 2 * num_steps - 1 if method in ("heun", "churn") else num_steps
 
 
 def num_steps_for(method: str, evaluations: int) -> int | None:
-    """The number of steps that costs exactly so many evaluations, or None (Heun's NFE is odd)."""
+    """The number of steps with exactly this NFE, or None (Heun's NFE is odd)."""
     num_steps = (evaluations + 1) // 2 if method in ("heun", "churn") else evaluations
     return num_steps if nfe(method, num_steps) == evaluations and num_steps >= 2 else None
 
 
-# -- start ------------------------------------------------------------------------------------------------------------
-
-
 def start(noise: Tensor, point: Point, info: DataInfo | None) -> Tensor:
-    """The state at the first point from standard normals (B, C, H, W) float64.
+    """The state at the first point, (B, C, H, W) float64, from standard normals of that shape.
 
-    info None: the plain σ·noise [paper, EDM]. Otherwise per mode u ~ N(a m_k, a² Var_k + σ²) with the measured mean
-    and spectrum of the data, channel means subtracted. Source: derived.
+    info None: σ·noise, as in the paper and EDM. Otherwise u ~ N(a m_k, a² Var_k + σ²) per mode, with the data's
+    measured mean and spectrum, channel means subtracted. Source: derived.
     """
     if info is None:
         return point.sigma * noise
@@ -217,10 +206,10 @@ def start(noise: Tensor, point: Point, info: DataInfo | None) -> Tensor:
 
 
 def cold_start(noise: Tensor, normals: Tensor, point: Point, info: DataInfo) -> Tensor:
-    """The blurriest state: A(α) of a Gaussian image over the 4 x 4 lowest DCT modes of all channels, plus σ·noise.
+    """The cold path's start: A(α) of a Gaussian over the lowest 4 x 4 DCT modes of all channels, plus σ·noise.
 
-    noise: (B, C, H, W); normals: (B, K) standard normals, K = the length of info.low_mean; float64. Raises DataError
-    when the data's header lacks these modes' mean and covariance. Source: Cold Diffusion, section 5; modes derived.
+    noise: (B, C, H, W); normals: (B, K), K = len(info.low_mean): standard normals, float64. Raises DataError if the
+    manifest lacks these modes' mean and covariance. Source: Cold Diffusion, section 5; modes derived.
     """
     rows, columns = (min(LOW_MODES, size) for size in noise.shape[-2:])
     if len(info.low_mean) != noise.shape[1] * rows * columns:
@@ -235,10 +224,10 @@ def cold_start(noise: Tensor, normals: Tensor, point: Point, info: DataInfo) -> 
 
 
 def guided(denoise: Denoise, guide: Denoise, weight: float) -> Denoise:
-    """Both heads extrapolated: b̂ = b̂_guide + w (b̂ − b̂_guide), R̂ alike; two network evaluations a call.
+    """Guidance: extrapolate both heads, b̂ = b̂_guide + w (b̂ − b̂_guide) and R̂ alike; two network evaluations a call.
 
-    guide: the same network without class (classifier-free guidance), or a weaker network (autoguidance). w = 1 is
-    `denoise` alone, w = 0 the guide alone. Linear in the heads, so x̂0 = b̂ + R̂ and the score are guided alike.
+    guide: the same network without class labels (classifier-free guidance) or a weaker one (autoguidance). w = 1 is
+    `denoise` alone, w = 0 the guide alone. Linear in the heads, so x̂0 and the score are guided in the same way.
     """
 
     def combined(x: Tensor, level: Level) -> Heads:

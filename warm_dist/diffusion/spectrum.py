@@ -1,4 +1,7 @@
-"""The orthonormal DCT-II, the Gaussian blur that is diagonal in it, and power spectra. Source: docs/mathematics.md, 1 and 4."""
+"""The orthonormal DCT-II, the Gaussian blur that it diagonalizes, and power spectra.
+
+Source: docs/mathematics.md, sections 1 and 4.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Leave autocast and TF32: at sigma = 0.002 the residual is 1e-6 of the image, and TF32 would drown it."""
+    """Disable autocast and TF32 inside: at σ = 0.002 the residual is 1e-6 of the image, below TF32's rounding."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = False
@@ -27,17 +29,12 @@ def exact_float32() -> Iterator[None]:
 
 
 @cache
-def _dct_matrix(n: int) -> NDArray[np.float64]:
+def dct_matrix(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """The orthonormal DCT-II matrix C, (n, n): row k is frequency k; C Cᵀ = I."""
     k, j = np.arange(n)[:, None], np.arange(n)[None, :]
     matrix = math.sqrt(2 / n) * np.cos(math.pi * k * (2 * j + 1) / (2 * n))
     matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-@cache
-def dct_matrix(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
-    """Orthonormal DCT-II matrix C, (n, n): row k is frequency k; C Cᵀ = I."""
-    return torch.from_numpy(_dct_matrix(n)).to(device=device, dtype=dtype)
+    return torch.from_numpy(matrix).to(device=device, dtype=dtype)
 
 
 @cache
@@ -66,51 +63,42 @@ def idct(u: Tensor) -> Tensor:
         return c_h.mT @ u @ dct_matrix(u.shape[-1], u.dtype, u.device)
 
 
-def _heat(alpha: Tensor, n: int, dtype: torch.dtype, complement: bool) -> Tensor:
-    """M_n = Cᵀ diag(exp(-(πk/n)² α²/2)) C, or N_n = I - M_n from -expm1 without cancellation; (B, 1, n, n)."""
+def _heat(x: Tensor, alpha: Tensor, axis: int, complement: bool = False) -> Tensor:
+    """M_n = Cᵀ diag(exp(-(πk/n)² α²/2)) C for an axis of x, or N_n = I - M_n without cancellation; (B, 1, n, n)."""
+    if alpha.shape not in ((len(x),), (1,)):
+        raise ValueError(f"alpha has shape {tuple(alpha.shape)}, x needs ({len(x)},) or (1,): a blur level per image")
+    n = x.shape[axis]
     exponent = -frequencies(n, alpha.device) * alpha.double()[:, None].square() / 2
     gain = -torch.expm1(exponent) if complement else torch.exp(exponent)
     c = dct_matrix(n, torch.float64, alpha.device)
-    return (c.mT @ (gain[:, :, None] * c)).to(dtype)[:, None]
+    return (c.mT @ (gain[:, :, None] * c)).to(x.dtype)[:, None]
 
 
 def blur(x: Tensor, alpha: Tensor) -> Tensor:
-    """A(α) x = M_H x M_Wᵀ: the heat kernel of standard deviation α with half-sample reflection at the border.
+    """A(α) x = M_H x M_Wᵀ: Gaussian blur with half-sample reflection at the border.
 
-    x: (B, C, H, W) float32 or float64. alpha: (B,) or (1,) pixels, >= 0. Returns the shape and dtype of x.
+    x: (B, C, H, W) float32 or float64. alpha: (B,) or (1,) standard deviation, pixels, >= 0. Keeps shape and dtype.
     Raises ValueError if the batch sizes differ. Source: arXiv 2209.05557; derived for α in pixels.
     """
-    _check_batch(x, alpha)
     with exact_float32():
-        m_h = _heat(alpha, x.shape[-2], x.dtype, complement=False)
-        m_w = _heat(alpha, x.shape[-1], x.dtype, complement=False)
+        m_h, m_w = _heat(x, alpha, -2), _heat(x, alpha, -1)
         return m_h @ x @ m_w.mT
 
 
 def unblurred(x: Tensor, alpha: Tensor) -> Tensor:
-    """(I - A(α)) x = N_H x + M_H x N_Wᵀ: what the blur removed, exact also where it is a millionth of x.
+    """(I - A(α)) x = N_H x + M_H x N_Wᵀ: what the blur removes, accurate even where it is a millionth of x.
 
-    Shapes, errors as `blur`. Source: derived; x - A x errs by 7 % in float32 at σ = 0.002, BNR 0.5.
+    Shapes and errors as `blur`. Source: derived; x - A x errs by 7 % in float32 at σ = 0.002, BNR 0.5.
     """
-    _check_batch(x, alpha)
     with exact_float32():
-        m_h = _heat(alpha, x.shape[-2], x.dtype, complement=False)
-        n_h = _heat(alpha, x.shape[-2], x.dtype, complement=True)
-        n_w = _heat(alpha, x.shape[-1], x.dtype, complement=True)
+        m_h, n_h, n_w = _heat(x, alpha, -2), _heat(x, alpha, -2, complement=True), _heat(x, alpha, -1, complement=True)
         return n_h @ x + m_h @ x @ n_w.mT
 
 
-def _check_batch(x: Tensor, alpha: Tensor) -> None:
-    if alpha.shape not in ((x.shape[0],), (1,)):
-        raise ValueError(
-            f"alpha has shape {tuple(alpha.shape)}, x needs ({x.shape[0]},) or (1,): a blur level per image"
-        )
-
-
 def fallback_spectrum(height: int, width: int, sigma_data: float = 0.5) -> Tensor:
-    """S = C/λ with AC variance 0.19·σ_data²/0.25 and the rest in DC, (H, W) float64: natural images, not measured.
+    """The spectrum of natural images, assumed where none is measured: S = C/λ, (H, W) float64, mean_k S_k = σ_data².
 
-    mean_k S_k = σ_data². Source: derived (1/f² statistics of natural images).
+    The AC variance is 0.19·σ_data²/0.25, the rest is in DC. Source: derived (1/f² statistics of natural images).
     """
     lam = eigenvalues(height, width)
     inverse = torch.where(lam > 0, 1 / lam.clamp_min(1e-300), 0.0)

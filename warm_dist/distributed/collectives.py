@@ -1,4 +1,4 @@
-"""Collectives that fail with a clear message when a rank is lost."""
+"""Collectives that fail with a clear message when a rank is lost. All raise PeerLost in that case."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from warm_dist.errors import UnreachableError
 
 
 class PeerLost(UnreachableError):
-    """A wait for other ranks that broke or ran out of time."""
+    """A collective that failed or timed out."""
 
 
 @contextmanager
 def _waiting(world: World, what: str) -> Iterator[None]:
-    """Turn the end of a peer, or its silence, into a PeerLost that says who waited, where and how long."""
+    """Turn torch's error into a PeerLost that says which rank waited, in which collective and how long."""
     began = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        waited = f"rank {world.rank} waited in vain at '{what}' for {time.monotonic() - began:.0f} s"
-        raise PeerLost(f"{waited}: {str(error).splitlines()[0]}") from error
+        failed = f"rank {world.rank} failed in '{what}' after {time.monotonic() - began:.0f} s"
+        raise PeerLost(f"{failed}: {str(error).splitlines()[0]}") from error
 
 
 def any_rank(world: World, flag: bool, what: str = "vote") -> bool:
-    """True on every rank if it is True on one. A collective; raises PeerLost, and so do all below."""
+    """Whether `flag` is true on any rank."""
     if world.control is None:
         return flag
     votes = torch.tensor([int(flag)])
@@ -42,8 +42,11 @@ def any_rank(world: World, flag: bool, what: str = "vote") -> bool:
     return bool(votes.item())
 
 
-def on_main(world: World, action: Callable[[], Any], what: str = "rank 0's word") -> Any:
-    """Run `action` on rank 0 and hand its (picklable) result, or its exception, to every rank. A collective."""
+def on_main(world: World, action: Callable[[], Any], what: str = "rank 0's result") -> Any:
+    """Run `action` on rank 0 and return its (picklable) result on every rank.
+
+    Raises on every rank what `action` raises.
+    """
     outcome: list[Any] = [None, None]
     if world.is_main:
         try:
@@ -59,7 +62,7 @@ def on_main(world: World, action: Callable[[], Any], what: str = "rank 0's word"
 
 
 def gather(world: World, value: Any, what: str = "gather") -> list[Any]:
-    """Every rank's (picklable) value in rank order, on every rank. A collective."""
+    """All ranks' (picklable) values in rank order, on every rank."""
     if world.control is None:
         return [value]
     out: list[Any] = [None] * world.size
@@ -69,7 +72,7 @@ def gather(world: World, value: Any, what: str = "gather") -> list[Any]:
 
 
 def collect(world: World, value: Any, what: str = "collect") -> list[Any]:
-    """Every rank's (picklable) value in rank order on rank 0, nothing on the others. A collective."""
+    """All ranks' (picklable) values in rank order on rank 0, an empty list on the others."""
     if world.control is None:
         return [value]
     out: list[Any] | None = [None] * world.size if world.is_main else None
@@ -79,7 +82,7 @@ def collect(world: World, value: Any, what: str = "collect") -> list[Any]:
 
 
 def add_up(world: World, values: NDArray[np.float64], what: str = "sum") -> NDArray[np.float64]:
-    """The sum over ranks, in float64, on every rank. A collective."""
+    """The sum over ranks in float64, on every rank."""
     if world.control is None:
         return values
     total = torch.from_numpy(np.array(values))
@@ -89,16 +92,16 @@ def add_up(world: World, values: NDArray[np.float64], what: str = "sum") -> NDAr
 
 
 def barrier(world: World, what: str) -> None:
-    """Wait for all ranks. A collective."""
+    """Wait for all ranks."""
     if world.control is not None:
         with _waiting(world, what):
             dist.barrier(group=world.control)
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether a collective broke because another rank is gone, and not this rank's own code.
+    """Whether an error comes from a lost peer and not from this rank's code.
 
-    torch raises plain RuntimeErrors for gloo; only their words tell them from any other.
+    torch raises plain RuntimeErrors for gloo, which only their text tells from others.
     """
     if isinstance(error, UnreachableError | dist.DistError):
         return True
@@ -107,9 +110,9 @@ def is_peer_loss(error: BaseException) -> bool:
 
 
 class Flags:
-    """Facts that one rank knows and all must adopt, sent without stopping the step and read one step later.
+    """Booleans shared with all ranks without stopping the step: posted in one step, read in the next.
 
-    `post` starts an all-reduce (MAX) of a few booleans on the gloo group; `read` waits for it.
+    `post` starts an all-reduce (MAX) on the gloo group; `read` waits for it.
     """
 
     def __init__(self, world: World, count: int) -> None:
@@ -117,14 +120,14 @@ class Flags:
         self._pending: tuple[Tensor, Any] | None = None
 
     def post(self, *flags: bool) -> None:
-        """`count` flags. Follows a `read`."""
+        """Send `count` flags. Call `read` before the next `post`."""
         work, values = None, torch.tensor(flags, dtype=torch.int32)
         if self.world.control is not None:
             work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
         self._pending = (values, work)
 
     def read(self) -> list[bool]:
-        """The last posted flags after the reduction; all False if none was posted since."""
+        """The flags of the last `post`, each true if any rank set it; all false if none were posted since."""
         if self._pending is None:
             return [False] * self.count
         values, work = self._pending

@@ -1,4 +1,4 @@
-"""Each rank's sign of life, for people (a file) and for the other ranks; and who is at fault when a collective breaks."""
+"""Heartbeats: each rank reports its phase; when a collective fails, they tell which rank to blame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from warm_dist import supervisor
@@ -22,15 +21,14 @@ from warm_dist.distributed.world import World, beat_key, connect, master_address
 from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 
 PHASES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
-"""Where a rank can be at one nimg, in order (the update, which ends a step, raises nimg): the earlier one is behind."""
-NEWS_RANKS = 64
-"""All ranks' beats are some 200 bytes each: with more ranks than this each asks for them less often, to spare rank 0."""
+"""Phases of a rank at one nimg, in order (the update ends a step and raises nimg): an earlier phase is behind."""
+NEWS_RANKS = 64  # with more ranks each reads the beats, some 200 bytes a rank, less often, to spare rank 0
 _PLURAL = {"is": "are", "has been": "have been"}
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last told, and when this rank heard it (monotonic seconds: no two machines' clocks are compared)."""
+    """A rank's last heartbeat, and when this rank received it (monotonic seconds: clocks are never compared)."""
 
     raw: bytes = b""
     heard: float = field(default_factory=time.monotonic)
@@ -42,7 +40,7 @@ class Beat:
 
     @property
     def held_s(self) -> float:
-        """How long the rank has been where it is."""
+        """Seconds since the rank entered its phase."""
         return float(self.told.get("held_s", 0.0)) + self.age_s
 
     @property
@@ -62,10 +60,9 @@ class Beat:
 class Heartbeat:
     """`with Heartbeat(…) as heartbeat:` around a run, `heartbeat.at(phase, nimg)` in it.
 
-    Every `interval_s` one thread writes RUN/heartbeat/rank_K.json and looks for what should stop the run: the
-    preemption file, or the end of the `deepspeed` command. Another exchanges beats with the other ranks over a
-    connection of its own to the rendezvous store, so that a rank is known by its silence whatever its main thread does.
-    facts: numbers for the file; set its items at will.
+    Every `interval_s` one thread writes RUN/heartbeat/rank_K.json and checks what should stop the run: the preemption
+    file, or the end of the `deepspeed` command. Another exchanges beats with the other ranks over its own connection to
+    the rendezvous store, whatever the main thread does. facts: numbers for the file, to be set freely.
     """
 
     def __init__(
@@ -84,13 +81,12 @@ class Heartbeat:
         self._blames_a_peer = self._curious = False
         self._closing, self._wake = threading.Event(), threading.Event()
         self._runner = deepspeed_runner()
-        bodies = [self._watch, self._talk] if world.size > 1 else [self._watch]
-        self._threads = [
-            threading.Thread(target=body, name=f"heartbeat{body.__name__}", daemon=True) for body in bodies
-        ]
+        self._threads = [threading.Thread(target=self._watch, name="heartbeat_watch", daemon=True)]
+        if world.size > 1:
+            self._threads.append(threading.Thread(target=self._talk, name="heartbeat_talk", daemon=True))
 
     def at(self, phase: str, nimg: int) -> None:
-        """Note where this rank is now. One store: it may be called in the hottest loop."""
+        """Set this rank's phase. A single assignment, cheap enough for the inner loop."""
         self._now = (phase, nimg, time.monotonic())
 
     def __enter__(self) -> Heartbeat:
@@ -98,10 +94,8 @@ class Heartbeat:
             thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """A last beat, with the reason, so that nobody waits for this rank or calls it silent."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Send a last beat with the reason, so that no rank waits for this one or calls it silent."""
         self._end = {
             "reason": "finished" if error is None else f"{type(error).__name__}: {error}",
             "code": error.exit_code if isinstance(error, WarmDistError) else EXIT_UNEXPECTED if error else 0,
@@ -111,23 +105,21 @@ class Heartbeat:
         self._closing.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(self.interval_s)  # it is a daemon: one that hangs on a dead store or disk is left behind
+            thread.join(self.interval_s)  # a daemon that hangs on a dead store or disk is left behind
 
     def silence_s(self) -> float:
-        """How long the most silent of the other ranks, those that have ended aside, has not been heard."""
+        """Longest time without a beat, seconds, among the other ranks that have not ended."""
         return max((self.beats[rank].age_s for rank in self._others() if not self._ended(rank)), default=0.0)
-
-    # -- the file, and reasons to stop ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         with suppress(OSError):
-            if self.world.is_main:  # of an earlier attempt with more ranks
+            if self.world.is_main:  # remove files of an earlier attempt with more ranks
                 for old in self.path.parent.glob("rank_*.json"):
                     if int(old.stem.partition("_")[2]) >= self.world.size:
                         old.unlink(missing_ok=True)
         while True:
             last = self._closing.is_set()
-            with suppress(OSError):  # a full disk may hide a run but not end it
+            with suppress(OSError):  # a full disk must not end the run
                 self._write("ended" if last else self._now[0])
             if self.stop.name is None and not last:
                 self.stop.name = self._reason_to_stop()
@@ -149,7 +141,7 @@ class Heartbeat:
             "facts": dict(self.facts),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}")  # this rank's alone, and no litter after a kill
+        temporary = self.path.with_name(f".{self.path.name}")  # only this rank writes it
         temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
         temporary.replace(self.path)
 
@@ -159,8 +151,6 @@ class Heartbeat:
         if self._runner and not supervisor.alive(self._runner):
             return f"the end of the deepspeed command (pid {self._runner.partition(':')[0]})"
         return None
-
-    # -- the other ranks --------------------------------------------------------------------------------------------
 
     def _talk(self) -> None:
         every, count = max(1, self.world.size // NEWS_RANKS), 0
@@ -172,26 +162,23 @@ class Heartbeat:
                 if store is None:
                     store = connect(timedelta(seconds=self.silent_s))
                 phase, nimg, entered = self._now
-                word = {"host": self.host, "place": phase, "nimg": nimg, "held_s": time.monotonic() - entered}
-                store.set(
-                    keys[self.world.rank], json.dumps({**word, "count": count, "end": self._end if last else None})
-                )
+                beat = {"host": self.host, "place": phase, "nimg": nimg, "held_s": time.monotonic() - entered}
+                beat |= {"count": count, "end": self._end if last else None}
+                store.set(keys[self.world.rank], json.dumps(beat))
                 if self._curious or count % every == 0:
-                    self._hear(store.multi_get(keys))
+                    values = store.multi_get(keys)
+                    self._answered = now = time.monotonic()
+                    for rank, raw in enumerate(values):
+                        if raw != self.beats[rank].raw:
+                            self.beats[rank] = Beat(raw, now, json.loads(raw))
             except RuntimeError:
-                pass  # torch's word for a store that is gone or does not answer; `_answered` grows old
+                pass  # the store is gone or does not answer, which `_answered` shows
             if last:
                 return
             count += 1
             self._wake.wait(self.interval_s)
             if self._curious:
                 self._closing.wait(self.interval_s / 8)
-
-    def _hear(self, values: list[bytes]) -> None:
-        self._answered = now = time.monotonic()
-        for rank, raw in enumerate(values):
-            if raw != self.beats[rank].raw:
-                self.beats[rank] = Beat(raw, now, json.loads(raw))
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world.size) if rank != self.world.rank]
@@ -200,14 +187,14 @@ class Heartbeat:
         return self.beats[rank].told.get("end") is not None
 
     def _silent(self, rank: int) -> bool:
-        """Whether it was silent while the store still had news: rank 0, at its own end, takes the store along."""
+        """Whether the rank was silent while the store still answered: the store ends with rank 0."""
         return not self._ended(rank) and self._answered - self.beats[rank].heard > self.silent_s
 
     def _store_is_lost(self) -> bool:
         return time.monotonic() - self._answered > self.silent_s
 
     def peers_end(self) -> PeerError | None:
-        """Another rank's own end, as its last beat told it; None while none has told one that blames no other."""
+        """Another rank's failure from its last beat, as an error; None if none failed by its own fault so far."""
         for rank in self._others():
             end = self.beats[rank].told.get("end")
             if end and end["code"] and not end["blames_a_peer"]:
@@ -215,17 +202,17 @@ class Heartbeat:
         return None
 
     def speaks(self) -> bool:
-        """Whether this rank is the one to tell people: the lowest that is left; of its host, when the store is lost."""
+        """Whether this rank prints messages: the lowest one left, on its host if the store is lost."""
         near = [rank for rank in self._others() if not self._silent(rank)]
         if self._store_is_lost():
             near = [rank for rank in near if rank and self.beats[rank].host == self.host]
         return self.world.rank < min(near, default=self.world.size)
 
     def diagnose(self, error: BaseException, told: Callable[[], bool] = lambda: False) -> str:
-        """Who is at fault that a collective broke or ran out of time, and where this rank waited: one sentence.
+        """Say which rank is to blame for a failed collective, and where this rank waited.
 
-        Listens for three more intervals (7 s at most), so that also a rank killed just now is known by its silence;
-        less if told() becomes true (somebody has said why), or if this rank waited so long that it is known already.
+        Listens for three more intervals (7 s at most), so that even a rank killed just now is found silent; less if
+        told() becomes true (another rank has said why), or if this rank waited so long that the answer is clear.
         """
         phase, nimg, entered = self._now
         waited = time.monotonic() - entered
@@ -265,7 +252,7 @@ class Heartbeat:
         return self._list(late, "is", lambda beat: f"at {beat.where} for {beat.held_s:.0f} s, and alive")
 
     def _list(self, ranks: Iterable[int], verb: str, describe: Callable[[Beat], str]) -> str:
-        """`ranks 2, 3 (host node3) VERB …`: neighbours on one host and at one place together."""
+        """`ranks 2, 3 (host node3) VERB …`: consecutive ranks on one host and in one phase together."""
         parts = []
         for (host, _), group in groupby(ranks, lambda rank: (self.beats[rank].host, self.beats[rank].where)):
             members = list(group)
@@ -276,9 +263,9 @@ class Heartbeat:
 
 
 def deepspeed_runner() -> str:
-    """The identity of the `deepspeed` command two generations up, empty unless it is there.
+    """The identity of the `deepspeed` command that started this rank's launch.py, empty if there is none.
 
-    Killed, it leaves its launch.py alive, and the kernel tells a process of its parent's end only.
+    Killed, it leaves launch.py alive, and the kernel reports only the end of a process's direct parent.
     """
     import psutil
 

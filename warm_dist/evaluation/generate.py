@@ -1,4 +1,4 @@
-"""Images from a network: the same noise for image k at any world size and batch size."""
+"""Images from a network; image k has the same noise at any world size and batch size."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from warm_dist.errors import NumericsError
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
-    """A uniformly drawn class for each image, -1 without classes."""
+    """A uniformly drawn class for each image, (len(indices),); -1 without classes."""
     if not num_classes:
         return np.full(len(indices), -1, np.int64)
-    return np.array(
-        [int(rng.generator(seed, "sample label", index).integers(num_classes)) for index in indices], np.int64
-    )
+    drawn = [rng.generator(seed, "sample label", index).integers(num_classes) for index in indices]
+    return np.array(drawn, np.int64)
 
 
 Watch = Callable[[Tensor, Level, Heads], None]
-"""Sees every evaluation of the sampler: the state x, its level, and both heads."""
+"""Called at every evaluation of the sampler with the state x, its level, and both heads."""
 
 
 def denoiser(model: Model, labels: Tensor | None, device: torch.device) -> Denoise:
-    """The network as the samplers want it: (x, level) → heads. labels: (B,) int64, None or -1 for no class."""
+    """The network as samplers call it: (x, level) → heads. labels: (B,) int64; None or -1 for no class."""
     process = model.config.process
     spectrum = data_spectrum(model.info, process.sigma_data).to(device)
     estimate = per_frequency.heads if process.preconditioning == "per_frequency" else heads
@@ -56,11 +55,11 @@ def generate(
     watch: Watch | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> NDArray[np.uint8]:
-    """Images number `indices` of the stream `seed`, (len(indices), C, H, W) uint8.
+    """Generate the images `indices` of the stream `seed`, (len(indices), C, H, W) uint8.
 
-    labels: (len(indices),), -1 for none. sampler: instead of the config's. guide: what sampler.guide names, see
-    `load_guide`; without it the model guides itself, told no class. Raises ConfigError if this network cannot be
-    sampled so, NumericsError for a non-finite image.
+    labels: (len(indices),), -1 for none. sampler: replaces the config's. guide: the network of sampler.guide, see
+    `load_guide`; without one the model without labels guides. progress: called with the size of each batch.
+    Raises ConfigError if this network cannot be sampled so, NumericsError for a non-finite image.
     """
     _, config, info = model
     options = sampler or config.sampler
@@ -94,9 +93,8 @@ def generate(
 
         x = solve(_watched(denoise, watch), x, points, fresh)
         if not bool(torch.isfinite(x).all()):
-            raise NumericsError(
-                f"sampling gave a non-finite image among numbers {part_indices[0]} to {part_indices[-1]}"
-            )
+            first, last = part_indices[0], part_indices[-1]
+            raise NumericsError(f"sampling gave a non-finite image among numbers {first} to {last}")
         out[low : low + len(part_indices)] = to_uint8(x, channel_mean).cpu().numpy()
         progress(len(part_indices))
     return out

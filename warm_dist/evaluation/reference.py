@@ -1,4 +1,4 @@
-"""The real images' side of a Fréchet distance: measured once, kept beside the manifest, with the floor."""
+"""Statistics of the real images, with the Fréchet distance's floor: measured once and kept beside the manifest."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Reference:
-    """moments: of all real images compared. rows: (K, D), features of K random ones, for KID, precision and recall.
+    """Statistics of the real images compared with.
 
-    floor: the Fréchet distance between floor_n random real images and all the others: about what a perfect model would
-    get (fid.floor_parts).
+    moments: of all of them. rows: (K, D), features of K random ones, for KID, precision and recall. floor: the Fréchet
+    distance between floor_n random ones and all the others, about that of a perfect model (`frechet.floor_parts`).
     """
 
     moments: Moments
@@ -41,7 +41,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """All that decides a Reference. num_images: of the generated ones, which the floor's smaller part matches if it can."""
+    """Everything that determines a Reference. num_images: of generated images, the size of the floor's smaller part."""
 
     extractor: str
     extractor_sha256: str
@@ -53,7 +53,7 @@ class ReferenceSpec:
 
     @property
     def path(self) -> str:
-        """Of the file: reference/HASH.safetensors."""
+        """The file's path in a store, reference/HASH.safetensors."""
         text = json.dumps([FORMAT, vars(self)], sort_keys=True)
         return f"reference/{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
@@ -67,9 +67,9 @@ def measure(
     batch_size: int,
     after: Callable[[int], None],
 ) -> Reference:
-    """Measure the reference on all ranks; whole on rank 0 alone. A collective.
+    """Measure the reference on all ranks; complete only on rank 0. A collective.
 
-    total: images of the data set, of which spec.num_real are taken at random. read: their rows → (n, C, H, W) uint8.
+    total: number of images in the data set, of which spec.num_real are drawn. read: rows → (n, C, H, W) uint8.
     after, and errors of one rank: see `each_batch`.
     """
     chosen = np.arange(total)
@@ -77,11 +77,12 @@ def measure(
         chosen = np.sort(rng.generator(0, "reference").permutation(total)[: spec.num_real])
     parts = frechet.floor_parts(spec.num_real, spec.num_images, seed=0)
     kept = rng.generator(0, "reference rows").permutation(spec.num_real)[: spec.num_rows]
-    masks = [_mask(spec.num_real, part) for part in (np.arange(spec.num_real), *parts)]
-    stream = FeatureStream(world, extractor, masks, _mask(spec.num_real, kept))
+    numbers = np.arange(spec.num_real)
+    *masks, rows_kept = [np.isin(numbers, part) for part in (numbers, *parts, kept)]
+    stream = FeatureStream(world, extractor, masks, rows_kept)
 
-    def work(numbers: range) -> None:
-        stream.add(numbers, read(chosen[numbers.start : numbers.stop]))
+    def work(batch: range) -> None:
+        stream.add(batch, read(chosen[batch.start : batch.stop]))
 
     each_batch(world, spec.num_real, batch_size, work, after)
     (moments, *two), rows = stream.result()
@@ -90,19 +91,17 @@ def measure(
 
 
 def load(stores: Sequence[Store], spec: ReferenceSpec) -> Reference | None:
-    """From the first store that has it whole."""
+    """The reference from the first store that has it intact, or None."""
     from safetensors import SafetensorError
 
     for store in stores:
-        try:
+        with contextlib.suppress(WarmDistError, SafetensorError, KeyError, ValueError):  # absent, unreachable, damaged
             return _parse(store.read(spec.path), spec)
-        except (WarmDistError, SafetensorError, KeyError, ValueError):
-            continue  # absent, out of reach, or damaged: measured anew
     return None
 
 
 def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> str | None:
-    """Write it to the first store that takes it; returns where, or None."""
+    """Write the reference to the first store that accepts it; returns its URL, or None."""
     from safetensors.numpy import save
 
     tensors: dict[str, NDArray[Any]] = {
@@ -112,19 +111,17 @@ def keep(stores: Sequence[Store], spec: ReferenceSpec, reference: Reference) -> 
     }
     data = save(tensors | {"sha256": _digest(tensors)}, {"spec": json.dumps(vars(spec))})
     for store in stores:
-        try:
+        with contextlib.suppress(WarmDistError):  # such as a read-only data set
             store.write(spec.path, data)
-        except WarmDistError:
-            continue  # a data set that may only be read, for instance
-        return f"{store.url}/{spec.path}"
+            return f"{store.url}/{spec.path}"
     return None
 
 
 @contextlib.contextmanager
 def turn(folder: Path | None, spec: ReferenceSpec, patience_s: float) -> Iterator[None]:
-    """Wait for another run of this machine that measures the same, at most patience_s; the folder's lock is ours inside.
+    """Hold a lock so that only one run of this machine measures a reference; waits at most `patience_s`, seconds.
 
-    Without it, or where the folder cannot be written, both measure: a waste, not a fault. kill -9 drops the lock too.
+    Without the lock (timeout, or a folder that cannot be written) both runs measure: a waste, not an error.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -136,7 +133,7 @@ def turn(folder: Path | None, spec: ReferenceSpec, patience_s: float) -> Iterato
 
 
 def _parse(data: bytes, spec: ReferenceSpec) -> Reference:
-    """What `keep` wrote. Raises SafetensorError, KeyError or ValueError for anything else."""
+    """Parse what `keep` wrote. Raises SafetensorError, KeyError or ValueError for anything else."""
     from safetensors.numpy import load as parse
 
     tensors = parse(data)
@@ -150,14 +147,8 @@ def _parse(data: bytes, spec: ReferenceSpec) -> Reference:
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """(32,): the sha256 of names, types, shapes and bytes; safetensors itself notices no flipped bit."""
+    """The sha256 of names, types, shapes and bytes, (32,); safetensors itself detects no flipped bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _mask(size: int, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
-    mask = np.zeros(size, bool)
-    mask[chosen] = True
-    return mask

@@ -1,10 +1,10 @@
-"""How a network is to be sampled: the config's sampler with changes, checked, and described for fingerprints."""
+"""The choice of a sampler: the config's with changes, checked, and described for fingerprints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from warm_dist.config.bnr import Cold, describe
+from warm_dist.config.bnr import Cold, LogUniformBNR, UniformBNR, describe
 from warm_dist.config.load import dump, override
 from warm_dist.config.run import Config, SamplerConfig, check_sampling, validate
 from warm_dist.config.values import exact
@@ -14,14 +14,12 @@ from warm_dist.files import file_sha256
 
 
 def describe_sampling(config: Config, options: SamplerConfig) -> str:
-    """Everything that decides what `options` draw from a network of `config`, for fingerprints and logs."""
-    cold = isinstance(config.process.bnr, Cold)
+    """Everything that determines which images `options` draw from a network of `config`, as text."""
     bnr = describe(config.process.bnr if options.bnr is None else options.bnr)
-    grid = (
-        f"{options.grid}" if cold else f"{options.grid}, sigma {exact(options.sigma_min)}..{exact(options.sigma_max)}"
-    )
-    parts = [f"{options.method} {options.num_steps} steps", f"grid {grid}", f"rho {exact(options.rho)}", f"bnr {bnr}"]
-    parts.append(f"start {options.start}")
+    parts = [f"{options.method} {options.num_steps} steps", f"grid {options.grid}"]
+    if not isinstance(config.process.bnr, Cold):
+        parts.append(f"sigma {exact(options.sigma_min)}..{exact(options.sigma_max)}")
+    parts += [f"rho {exact(options.rho)}", f"bnr {bnr}", f"start {options.start}"]
     if options.method == "ancestral":
         parts.append(f"eta {exact(options.eta)}")
     if options.method == "churn":
@@ -33,12 +31,12 @@ def describe_sampling(config: Config, options: SamplerConfig) -> str:
 
 
 def _describe_guide(guide: str | None) -> str:
-    """A file is what is in it, too."""
+    """A guide's path and the hash of its content."""
     if guide is None:
         return "the network without class"
     try:
         return f"{guide} (sha256 {file_sha256(Path(guide))[:12]})"
-    except OSError:  # load_guide tells of it
+    except OSError:  # load_guide reports it
         return guide
 
 
@@ -50,9 +48,10 @@ def sampler_for(
     bnr: float | None = None,
     spend_less: bool = False,
 ) -> SamplerConfig:
-    """The config's sampler with changes. Raises ConfigError for what this network cannot be sampled with.
+    """The config's sampler with changes. Raises ConfigError if this network cannot be sampled so.
 
-    spend_less: a method that cannot spend exactly `nfe` evaluations (Heun's are odd) spends one less.
+    overrides: `sampler.key=VALUE`. spend_less: if a method cannot have exactly `nfe` evaluations (Heun's are odd), use
+    one less.
     """
     tree = dump(config)
     foreign = [text for text in overrides if not text.startswith("sampler.")]
@@ -80,9 +79,7 @@ def _num_steps(method: str, nfe: int, spend_less: bool) -> int:
 
 
 def training_note(config: Config, sampler: SamplerConfig) -> str | None:
-    """A warning when a network that was trained along one path is sampled along another."""
-    from warm_dist.config.bnr import LogUniformBNR, UniformBNR, describe
-
+    """A warning if a network is sampled along another path than it was trained on, or None."""
     trained = config.process.bnr
     if sampler.bnr is None or sampler.bnr == trained:
         return None
@@ -94,14 +91,14 @@ def training_note(config: Config, sampler: SamplerConfig) -> str | None:
 
 
 def with_data(config: Config, manifest: str | None, endpoint_url: str | None) -> Config:
-    """The config with its images elsewhere."""
+    """The config with another manifest or endpoint, where given."""
     changes = {"manifest": manifest, "endpoint_url": endpoint_url}
     data = config.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
     return config.model_copy(update={"data": data})
 
 
 def check_data(trained: DataInfo, found: DataInfo, weights: Path) -> None:
-    """Raises ConfigError when the manifest is not of the data that the network was trained on."""
+    """Raise ConfigError unless the manifest is of the data that the network was trained on."""
     if found.fingerprint != trained.fingerprint:
         raise ConfigError(
             f"{weights}: made from data {trained.fingerprint[:12]}, this manifest is {found.fingerprint[:12]}; "

@@ -1,9 +1,11 @@
-"""The cells of an NFE × BNR surface: measured for one network, block by block, and kept as soon as they are there."""
+"""The cells of an NFE x BNR surface: evaluated block by block and saved after each, then as table, CSV and metrics."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +19,20 @@ from warm_dist.distributed.collectives import on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import DataError, NumericsError
+from warm_dist.evaluation import surface_figure
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
-from warm_dist.files import file_sha256, make_folder, read_json, write_json
+from warm_dist.files import file_sha256, make_folder, read_json, replace_file, write_json
 
 RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class SurfaceOptions:
-    """What to measure, and where the results go; None leaves the choice to the network's config.
+    """What to evaluate, and where the results go; None means the value in the network's config.
 
-    method, bnr, nfe: every combination is a cell. overrides: `sampler.key=VALUE`. blocks: of seeds, for mean and spread.
-    manifest, endpoint_url: of the real images.
+    method, bnr, nfe: every combination is a cell. overrides: `sampler.key=VALUE`. blocks: number of blocks of seeds,
+    for mean and spread. manifest, endpoint_url: of the real images.
     """
 
     out: Path
@@ -45,24 +48,24 @@ class SurfaceOptions:
 
 
 def open_results(out: Path) -> dict[str, Any]:
-    """The cells that OUT/results.json holds, by key; those of an older version are left out, to be measured again.
+    """The cells in OUT/results.json by key, without those of an older version. Creates the folder.
 
-    Creates the folder. Raises DataError for a results.json of something else, OutputError.
+    Raises DataError if results.json is not of this command, OutputError if the folder cannot be created.
     """
     make_folder(out)
     kept = read_json(out / RESULTS)
     if not isinstance(kept, dict) and (out / RESULTS).exists():
-        raise DataError(f"{out / RESULTS}: is no results of this command; name another --out")
+        raise DataError(f"{out / RESULTS}: not written by this command; choose another --out")
     return {key: cell for key, cell in (kept or {}).items() if "per_block" in cell}
 
 
 class NetworkCells:
-    """The cells of one weights file. Raises CheckpointError, and ConfigError for a sampler it cannot be sampled with."""
+    """The cells of one weights file. Raises CheckpointError, and ConfigError for samplers that do not suit it."""
 
     def __init__(self, weights: Path, options: SurfaceOptions, world: World) -> None:
         self.weights, self.options, self.world = weights, options, world
         self.path: Path = on_main(world, lambda: weights_path(weights))
-        model = load_weights(self.path)  # not kept: there may be many
+        model = load_weights(self.path)  # loaded again by `measure`: there may be many networks
         self.recipe, self.digest = recipe(model.config, model.info.fingerprint), file_sha256(self.path)
         config = with_data(model.config, options.manifest, options.endpoint_url)
         base = config.eval or EvalConfig(eval_nimg=config.train.batch_size, num_images=2048)
@@ -85,16 +88,16 @@ class NetworkCells:
     def measure(
         self, stop: StopSignal, results: dict[str, Any], open_reader: Callable[[Config, int, int], Reader]
     ) -> list[dict[str, Any]]:
-        """The cells of all samplers, in their order: first one block of each, then the next.
+        """Evaluate the cells of all samplers, one block of each at a time; returns them in the samplers' order.
 
-        results: what is there already; filled, and kept by rank 0 after each block. A collective.
+        results: the cells there are; filled, and saved by rank 0 after each block. A collective.
         """
         world, options, model = self.world, self.options, load_weights(self.path)
-        with contextlib.closing(open_reader(self.config, 0, 1)) as reader:  # only looked up in
+        with contextlib.closing(open_reader(self.config, 0, 1)) as reader:  # used for `read` alone
             check_data(model.info, reader.info, self.path)
             evaluator = Evaluator(self.config, world, model.info, reader.read, options.out, self.say)
             evaluator.network.load_state_dict(model.network.state_dict())
-            keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # equal ones once
+            keys = {f"{self.digest[:16]}-{evaluator.spec(s).hash}": s for s in self.samplers}  # without duplicates
             for block, (key, sampler) in itertools.product(range(options.blocks), keys.items()):
                 cell = results.setdefault(key, {"per_block": []})
                 if len(cell["per_block"]) == block and "problem" not in cell:
@@ -114,9 +117,78 @@ class NetworkCells:
         except NumericsError as error:
             self.say(f"{self.weights}: {error}")
             for name in cell.keys() - {"weights", "sha256", "sampler", "per_block"}:
-                del cell[name]  # the means of blocks before
+                del cell[name]  # the means over earlier blocks
             cell |= evaluator.identity(sampler) | {"problem": str(error), "frechet": None}
             return
         cell["per_block"].append(values)
         cell |= evaluator.summary(sampler, cell["per_block"], str(self.weights))
         cell["grid"] = str(picture.relative_to(self.options.out))
+
+
+Line = dict[str, Any]
+COLUMNS = ("weights", "bnr", "method", "nfe", "frechet", "spread", "blocks", "floor", "floor_n", "num_images", "kid",
+           "precision", "recall", "name", "measure", "spec", "sha256")  # fmt: skip
+MEASURES = ("frechet", "spread", "kid", "precision", "recall", "floor")
+
+
+def write_cells(lines: list[Line], out: Path) -> None:
+    """Write OUT/table.csv and, with two or more cells, OUT/surface.png. Raises OutputError."""
+
+    def fill(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    replace_file(out / "table.csv", fill)
+    if len(lines) > 1:
+        surface_figure.draw(surface_figure.panels(lines), out / "surface.png")
+
+
+def mlflow_points(lines: list[Line]) -> dict[tuple[str, int], float]:
+    """MLflow metrics by (key, step), such as frechet/heun/bnr_0.5, with NFE as the step."""
+    return {
+        (f"{measure}/{line['method']}/bnr_{_metric_name(line['bnr'])}", line["nfe"]): float(line[measure])
+        for line in lines
+        for measure in MEASURES
+        if line.get(measure) is not None
+    }
+
+
+def _metric_name(text: str) -> str:
+    """Replace what MLflow does not allow in a metric's key."""
+    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in text)
+
+
+def cells_text(lines: list[Line]) -> str:
+    """A text table: one row per cell, then one for each set of networks that differ only in their seed."""
+    rows = [
+        f"{'weights':<34} {'BNR':>12} {'method':>12} {'NFE':>4} {'Fréchet':>9} {'spread':>7} {'floor':>7}"
+        f" {'KID':>8} {'precision':>9} {'recall':>6}"
+    ]
+    for line in lines:
+        number = "not finite" if line["frechet"] is None else f"{line['frechet']:.2f}"
+        spread = "" if line.get("spread") is None else f"± {line['spread']:.2f}"
+        rest = f"{line['floor']:>7.2f}" if "floor" in line else ""
+        if "kid" in line:
+            rest += f" {line['kid']:>8.4f} {line['precision']:>9.3f} {line['recall']:>6.3f}"
+        rows.append(f"{line['weights'][-34:]:<34} {_how(line)} {number:>9} {spread:>7} {rest}".rstrip())
+    return "\n".join([*rows, *_seeds(lines)])
+
+
+def _seeds(lines: list[Line]) -> list[str]:
+    groups: dict[tuple[str, str], dict[int, Line]] = {}
+    for line in lines:
+        if line["frechet"] is not None:
+            groups.setdefault((line["recipe"], line["spec"]), {})[line["seed"]] = line
+    rows = []
+    for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
+        values = [line["frechet"] for line in group]
+        name = f"{len(group)} seeds as {group[0]['weights'][-22:]}"
+        spread = f"± {statistics.stdev(values):.2f}   {min(values):.2f} … {max(values):.2f}"
+        rows.append(f"{name:<34} {_how(group[0])} {statistics.mean(values):>9.2f} {spread}")
+    return rows
+
+
+def _how(line: Line) -> str:
+    return f"{line['bnr']:>12} {line['method']:>12} {line['nfe']:>4}"

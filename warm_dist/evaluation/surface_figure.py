@@ -1,4 +1,4 @@
-"""Fréchet distance over NFE and BNR: the cells of an evaluation as a heat map and as curves (the paper's Figure 5)."""
+"""Fréchet distance over NFE and BNR as a heat map and as curves (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from warm_dist.files import replace_file
 
-_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of each decade
+_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each decade
 Line = dict[str, Any]
-"""A cell: weights, bnr (text), method, nfe, measure, name, frechet, spread and floor, as launch/evaluate.py keeps it."""
+"""A cell of results.json: weights, bnr (text), method, nfe, measure, name, frechet, spread and floor among others."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What may stand in one picture: cells of one measure and one method. nfe and bnr: its columns and rows, rising."""
+    """Comparable cells for one row of the figure: one measure, one method. nfe, bnr: columns and rows, increasing."""
 
     title: str
     nfe: tuple[int, ...]
@@ -26,7 +26,7 @@ class Panel:
 
 
 def panels(lines: Sequence[Line]) -> list[Panel]:
-    """Networks share a panel where no two of them have the same cell (each trained at its own BNR, say)."""
+    """Group cells into panels. Networks share one unless two of them have the same (bnr, nfe)."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line["measure"], line["method"]), []).append(line)
@@ -36,21 +36,15 @@ def panels(lines: Sequence[Line]) -> list[Panel]:
         shared = len({(line["bnr"], line["nfe"]) for line in group}) == len(group)
         for part in [group] if shared else [[x for x in group if x["weights"] == name] for name in sorted(networks)]:
             names = f"{len(networks)} networks" if shared and len(networks) > 1 else part[0]["weights"]
-            out.append(_panel(f"{part[0]['name']}, {method}, {names}", part))
+            cells = {(line["bnr"], line["nfe"]): line for line in part}
+            nfe, bnr = {line["nfe"] for line in part}, {line["bnr"] for line in part}
+            title = f"{part[0]['name']}, {method}, {names}"
+            out.append(Panel(title, tuple(sorted(nfe)), tuple(sorted(bnr, key=_rank)), cells))
     return out
 
 
-def _panel(title: str, lines: list[Line]) -> Panel:
-    return Panel(
-        title,
-        tuple(sorted({line["nfe"] for line in lines})),
-        tuple(sorted({line["bnr"] for line in lines}, key=_rank)),
-        {(line["bnr"], line["nfe"]): line for line in lines},
-    )
-
-
 def _rank(bnr: str) -> tuple[float, str]:
-    """Numbers by size, paths of other kinds after them."""
+    """Sort key: numbers by value, then other paths by name."""
     try:
         return float(bnr), ""
     except ValueError:
@@ -58,13 +52,11 @@ def _rank(bnr: str) -> tuple[float, str]:
 
 
 def draw(parts: Sequence[Panel], path: Path) -> None:
-    """One row a panel: heat map, distance against NFE, distance against BNR. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a PNG with one row per panel: heat map, distance against NFE, against BNR. Raises OutputError."""
     from matplotlib.figure import Figure
 
     heights = [1.6 + max(2.2, 0.42 * len(panel.bnr)) for panel in parts]
     figure = Figure(figsize=(16, sum(heights)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, panel in zip(rows, parts, strict=True):
         row.suptitle(panel.title, fontsize=11)
@@ -79,7 +71,8 @@ def _heat_map(axes: Any, panel: Panel) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator
 
-    values = [[_value(panel, bnr, nfe) for nfe in panel.nfe] for bnr in panel.bnr]
+    cells = [[panel.cells.get((bnr, nfe), {}).get("frechet") for nfe in panel.nfe] for bnr in panel.bnr]
+    values = [[math.nan if value is None else float(value) for value in row] for row in cells]
     finite = [value for row in values for value in row if 0 < value < math.inf]
     low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
     image = axes.imshow(values, cmap="viridis_r", norm=LogNorm(low, max(high, low * 1.001)), aspect="auto")
@@ -90,7 +83,7 @@ def _heat_map(axes: Any, panel: Panel) -> None:
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             line = panel.cells.get((panel.bnr[y], panel.nfe[x]))
-            dark = value > math.sqrt(low * high)  # viridis_r: large values are dark
+            dark = value > math.sqrt(low * high)  # large values are dark in viridis_r
             axes.text(
                 x, y, _label(line), ha="center", va="center", fontsize=8, color="white" if dark else "black",
                 fontweight="bold" if value == best else "normal",
@@ -108,7 +101,7 @@ def _label(line: Line | None) -> str:
 
 
 def _curves(axes: Any, panel: Panel, along: str) -> None:
-    """along: "nfe" or "bnr", the horizontal axis; the other one names the curves."""
+    """Draw distance along "nfe" or "bnr", with one curve for each value of the other."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -131,15 +124,10 @@ def _curves(axes: Any, panel: Panel, along: str) -> None:
         axes.set_xscale("log")
         axes.set_xticks(panel.nfe, [str(n) for n in panel.nfe], minor=False)
         axes.minorticks_off()
-    else:  # evenly spaced: there is 0, and there may be paths that are no number
+    else:  # evenly spaced: 0 has no place on a log axis, and some paths are not numbers
         axes.set_xticks(range(len(panel.bnr)), panel.bnr, rotation=20 if max(map(len, panel.bnr)) > 5 else 0)
     axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)
-
-
-def _value(panel: Panel, bnr: str, nfe: int) -> float:
-    value = panel.cells.get((bnr, nfe), {}).get("frechet")
-    return math.nan if value is None else float(value)

@@ -1,35 +1,36 @@
-"""Pictures of the process: real images on their way up, samples on theirs down."""
+"""Pictures of the process: real images along the forward path, samples along the sampler's steps."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-    from warm_dist.checkpoints.weights import Model
-    from warm_dist.config.run import SamplerConfig
-    from warm_dist.diffusion.process import Point
+from warm_dist import rng
+from warm_dist.checkpoints.weights import Model, load_guide
+from warm_dist.config.run import SamplerConfig
+from warm_dist.data import centre, to_uint8
+from warm_dist.diffusion.process import ORIGIN, Point, corrupt, level_at
+from warm_dist.diffusion.samplers import schedule
+from warm_dist.diffusion.spectrum import blur
+from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.figures import save_table
 
 
 def draw_forward(
     model: Model, sampler: SamplerConfig, real: NDArray[Any], args: argparse.Namespace, title: str, path: Path
 ) -> None:
-    """A x0 and x = A x0 + σ ε of real images along the path, one noise an image."""
-    import numpy as np
-    import torch
+    """Write a table of A x0 and x = A x0 + σ ε along the path, with one ε per image. Raises OutputError.
 
-    from warm_dist import rng
-    from warm_dist.data import centre, to_uint8
-    from warm_dist.diffusion.process import corrupt, level_at
-    from warm_dist.diffusion.samplers import schedule
-    from warm_dist.diffusion.spectrum import blur
-    from warm_dist.figures import save_table
-
+    real: (N, C, H, W) uint8.
+    """
     _, points = schedule(model.config, sampler)
     chosen = _chosen([*reversed(points)], args.columns)
     mean = torch.tensor(model.info.channel_mean)
@@ -37,29 +38,15 @@ def draw_forward(
     noise = torch.from_numpy(rng.normals(args.seed, "forward picture", range(len(real)), real.shape[1:])).double()
     blurry = [to_uint8(blur(x0, level_at(point).alpha), mean).numpy() for point in chosen]
     states = [_shown(corrupt(x0, level_at(point), noise), point.sigma, model) for point in chosen]
-    rows = [
-        (name, np.stack([state[k] for state in part]))
-        for k in range(len(real))
-        for name, part in (("A x0", blurry), ("x", states))
-    ]
-    save_table(rows, [_heading(point) for point in chosen], title, path, groups=len(real))
+    _save({"A x0": blurry, "x": states}, chosen, title, path)
 
 
 def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace, title: str, path: Path) -> None:
-    """x, b̂ and x̂0 of samples at the sampler's own steps."""
-    import numpy as np
-    import torch
-
-    from warm_dist.checkpoints.weights import load_guide
-    from warm_dist.data import to_uint8
-    from warm_dist.diffusion.process import ORIGIN, Point
-    from warm_dist.evaluation.generate import generate, sample_labels
-    from warm_dist.figures import save_table
-
+    """Write a table of x, b̂ and x̂0 of samples at the sampler's steps. Raises OutputError."""
     seen: dict[Point, tuple[Tensor, Tensor, Tensor]] = {}
 
     def watch(x: Tensor, level: Any, heads: Any) -> None:
-        # Heun's second evaluation of a level is followed by the first of the next step there, which replaces it
+        # Heun evaluates a level twice; the first evaluation of the next step replaces the second of this one
         seen[Point(float(level.sigma), float(level.alpha))] = (x, heads.blurry, heads.clean)
 
     labels = sample_labels(args.seed, range(args.n), model.config.data.num_classes)
@@ -71,14 +58,9 @@ def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace
                       guide=guide, watch=watch)  # fmt: skip
     chosen = _chosen([*seen], args.columns - 1)
     mean = torch.tensor(model.info.channel_mean)
-    columns: list[list[NDArray[Any]]] = [[_shown(seen[p][0], p.sigma, model) for p in chosen] + [images]]
-    columns += [[to_uint8(seen[p][k], mean).numpy() for p in chosen] + [images] for k in (1, 2)]
-    rows = [
-        (name, np.stack([states[k] for states in part]))
-        for k in range(args.n)
-        for name, part in zip(("x", "b̂", "x̂0"), columns, strict=True)
-    ]
-    save_table(rows, [_heading(point) for point in [*chosen, ORIGIN]], title, path, groups=args.n)
+    states = [_shown(seen[p][0], p.sigma, model) for p in chosen]
+    blurry, clean = ([to_uint8(seen[p][k], mean).numpy() for p in chosen] for k in (1, 2))
+    _save({"x": [*states, images], "b̂": [*blurry, images], "x̂0": [*clean, images]}, [*chosen, ORIGIN], title, path)
 
 
 def _chosen(points: list[Any], count: int) -> list[Any]:
@@ -88,13 +70,16 @@ def _chosen(points: list[Any], count: int) -> list[Any]:
 
 
 def _shown(x: Tensor, sigma: float, model: Model) -> NDArray[Any]:
-    """Noise of σ 80 is scaled down to the data's own contrast; images keep theirs."""
-    import torch
-
-    from warm_dist.data import to_uint8
-
+    """x as uint8 images, scaled to the data's contrast: large σ is scaled down, clean images are unchanged."""
     scale = model.info.sigma_data / math.hypot(model.info.sigma_data, sigma)
     return to_uint8(x * scale, torch.tensor(model.info.channel_mean)).numpy()
+
+
+def _save(rows: dict[str, list[NDArray[np.uint8]]], points: Sequence[Point], title: str, path: Path) -> None:
+    """Write for each image its rows by name, with a column for each point; rows: (N, C, H, W) at each point."""
+    count = len(rows["x"][0])
+    table = [(name, np.stack([images[k] for images in row])) for k in range(count) for name, row in rows.items()]
+    save_table(table, [_heading(point) for point in points], title, path, groups=count)
 
 
 def _heading(point: Point) -> str:

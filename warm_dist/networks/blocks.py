@@ -1,6 +1,6 @@
-"""Building blocks of the U-Nets: level embedding, resampling convolution, residual block with attention.
+"""Building blocks of the U-Nets: level embeddings, resampling, residual blocks, attention.
 
-The layout (layers, parameter shapes, order of operations) is EDM's, so that published weights can be mapped onto it.
+Layers, parameter shapes and the order of operations are EDM's, so that its published weights can be loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Init = Callable[[nn.Module], None]
 
 
 def xavier_init(gain: float = 1.0) -> Init:
-    """Uniform with EDM's 'xavier_uniform' bounds, bias too, scaled by `gain`. Source: EDM, DDPM++ rows of table 7."""
+    """Uniform weights in ±gain·sqrt(6/(fan_in + fan_out)), zero bias. Source: EDM, DDPM++ rows of table 7."""
     return lambda layer: _uniform(layer, lambda fan_in, fan_out: gain * math.sqrt(6 / (fan_in + fan_out)), bias=0.0)
 
 
 def kaiming_init(gain: float = 1.0) -> Init:
-    """Uniform with bounds gain·sqrt(3/fan_in), for weight and bias. Source: EDM, ADM rows of table 7."""
+    """Uniform weights and bias in ±gain·sqrt(3/fan_in). Source: EDM, ADM rows of table 7."""
     return lambda layer: _uniform(layer, lambda fan_in, fan_out: gain * math.sqrt(3 / fan_in), bias=1.0)
 
 
@@ -37,19 +37,19 @@ def _uniform(layer: nn.Module, bound: Callable[[int, int], float], bias: float) 
 
 
 def initialised(layer: nn.Module, init: Init) -> nn.Module:
-    """The layer, its parameters drawn by `init`."""
+    """Initialise a layer's parameters with `init` and return it."""
     init(layer)
     return layer
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """EDM's min(32, C/4) groups, or the next smaller number that divides C."""
+    """Group normalization with EDM's min(32, C/4) groups, or the next smaller number that divides C."""
     groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
-    """Sines and cosines of (B,) values at channels/2 frequencies from 1 down to 1e-4, (B, channels)."""
+    """Cosines and sines of (B,) values at channels/2 frequencies from 1 down to 1e-4, (B, channels)."""
     exponents = torch.arange(channels // 2, dtype=torch.float32, device=values.device)
     frequencies = 1e-4 ** (exponents / (channels // 2 - (1 if endpoint else 0)))
     angles = values.float()[:, None] * frequencies
@@ -57,25 +57,29 @@ def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
 
 
 def fourier(values: Tensor, frequencies: Tensor) -> Tensor:
-    """Cosines and sines of (B,) values at (channels/2,) random frequencies, (B, channels). Source: NCSN++ (arXiv 2011.13456)."""
+    """Cosines and sines of (B,) values at the given (channels/2,) frequencies, (B, channels).
+
+    Source: NCSN++ (arXiv 2011.13456).
+    """
     angles = values.float()[:, None] * (2 * math.pi * frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def filter_kernel(taps: tuple[int, ...]) -> Tensor:
-    """The separable low-pass filter of the taps, (1, 1, n, n), of sum 1."""
+    """The separable low-pass filter with these taps, (1, 1, n, n), normalized to sum 1."""
     row = torch.tensor(taps, dtype=torch.float32)
     return (torch.outer(row, row) / row.sum() ** 2)[None, None]
 
 
 def resample(x: Tensor, mode: str | None, kernel: Tensor | None = None) -> Tensor:
-    """ "up" doubles, "down" halves, None keeps; kernel: a low-pass filter of even size n, or None for a box (n = 2)."""
+    """(B, C, H, W) → (B, C, 2H, 2W) for mode "up", (B, C, H/2, W/2) for "down", unchanged for None.
+
+    kernel: a low-pass filter (1, 1, n, n) of even size n, or None for a box (n = 2).
+    """
     if mode is None:
         return x
     if kernel is None:
-        return (
-            functional.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else functional.avg_pool2d(x, 2)
-        )
+        return functional.interpolate(x, scale_factor=2) if mode == "up" else functional.avg_pool2d(x, 2)
     padding, per_channel = (kernel.shape[-1] - 1) // 2, kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     if mode == "up":
         return functional.conv_transpose2d(x, 4 * per_channel, stride=2, padding=padding, groups=x.shape[1])
@@ -83,7 +87,7 @@ def resample(x: Tensor, mode: str | None, kernel: Tensor | None = None) -> Tenso
 
 
 class AuxiliaryDown(nn.Module):
-    """NCSN++'s image pyramid: a 3x3 convolution, then the low-pass filter at half the resolution."""
+    """A level of NCSN++'s image pyramid: a 3x3 convolution, then the low-pass filter with stride 2."""
 
     kernel: Tensor
 
@@ -93,12 +97,13 @@ class AuxiliaryDown(nn.Module):
         self.register_buffer("kernel", filter_kernel(o.filter), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) → (B, C_out, H/2, W/2)."""
         x = self.conv(x)
         return functional.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
 
 
 class Attention(nn.Module):
-    """Self-attention over the H·W pixels; the residual sum is the caller's."""
+    """Self-attention over the H·W pixels, without the residual sum."""
 
     def __init__(self, channels: int, num_heads: int, eps: float, init: Init, init_zero: Init) -> None:
         super().__init__()
@@ -108,6 +113,7 @@ class Attention(nn.Module):
         self.proj = initialised(nn.Conv2d(channels, channels, 1), init_zero)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
         q, k, v = qkv.transpose(-1, 2).unbind(3)  # (B, heads, H·W, C/heads) each
@@ -116,12 +122,12 @@ class Attention(nn.Module):
 
 
 class BlockOptions:
-    """What all blocks of one network share; the presets are EDM's DDPM++, NCSN++ and ADM."""
+    """Options shared by all blocks of a network; the presets are EDM's DDPM++, NCSN++ and ADM."""
 
     def __init__(self, arch: str, emb_channels: int, dropout: float) -> None:
         adm = arch == "adm"
         self.emb_channels, self.dropout = emb_channels, dropout
-        self.adaptive_scale = adm  # the embedding scales and shifts (ADM), or only shifts
+        self.adaptive_scale = adm  # the embedding scales and shifts, or only shifts
         self.channels_per_head = 64 if adm else None  # None: one head
         self.project_resampled = not adm  # a 1x1 convolution on every resampling skip
         self.filter = (1, 3, 3, 1) if arch == "ncsnpp" else (1, 1)
@@ -133,7 +139,10 @@ class BlockOptions:
 
 
 class Block(nn.Module):
-    """Residual block: norm, SiLU, (resampling) convolution, embedding, norm, SiLU, dropout, convolution; attention."""
+    """Residual block: norm, SiLU, resampling, convolution, embedding, norm, SiLU, dropout, convolution; then attention.
+
+    mode: "up" or "down" to resample, or None.
+    """
 
     kernel: Tensor | None
 
@@ -159,6 +168,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (B, C_in, H, W), emb: (B, emb_channels) → (B, C_out, H', W'), H' = H, 2H or H/2 by the mode."""
         o = self.options
         h = self.conv0(resample(functional.silu(self.norm0(x)), self.mode, self.kernel))
         params = self.affine(emb)[:, :, None, None]

@@ -1,7 +1,7 @@
-"""EDM's published weights in our network: which of their names is which of ours.
+"""EDM's published weights in our network: the map between parameter names.
 
-Their SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM) have one head and one level; the second head and the map of the
-blur level keep what they were initialised with. Source: the state dicts of EDM's release (arXiv 2206.00364).
+EDM's SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM) have one head and one level; the second head and the blur level's
+map keep their initial values. Source: the state dicts of EDM's release (arXiv 2206.00364).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 
 def edm_names(network: UNet) -> dict[str, str]:
-    """Our parameter's name → EDM's, for every parameter that EDM has. The network may be on the meta device."""
+    """Our name → EDM's, for every parameter that EDM has. The network may be on the meta device."""
     out = {}
     for ours, theirs in _modules(network):
         for name, _ in network.get_submodule(ours).named_parameters():
@@ -36,29 +36,21 @@ def _modules(network: UNet) -> Iterator[tuple[str, str]]:
             yield name, name
     resolution = network.resolution
     yield "stem", f"enc.{resolution}x{resolution}_conv"
-    count, halved = 0, 0
-    for k, block in enumerate(network.encoder):
-        assert isinstance(block, Block)
-        if block.mode == "down":
-            resolution, count = resolution // 2, 0
-            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_down"
-            if len(network.pyramid):
-                yield f"pyramid.{halved}.conv", f"enc.{resolution}x{resolution}_aux_residual"
-            halved += 1
-        else:
-            yield f"encoder.{k}", f"enc.{resolution}x{resolution}_block{count}"
-            count += 1
-    for k in range(2):
-        yield f"middle.{k}", f"dec.{resolution}x{resolution}_in{k}"
-    count = 0
-    for k, block in enumerate(network.decoder):
-        assert isinstance(block, Block)
-        if block.mode == "up":
-            resolution, count = resolution * 2, 0
-            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_up"
-        else:
-            yield f"decoder.{k}", f"dec.{resolution}x{resolution}_block{count}"
-            count += 1
+    for k in range(len(network.pyramid)):
+        halved = resolution >> (k + 1)
+        yield f"pyramid.{k}.conv", f"enc.{halved}x{halved}_aux_residual"
+    for part, blocks in (("encoder", network.encoder), ("decoder", network.decoder)):
+        if part == "decoder":
+            for k in range(2):
+                yield f"middle.{k}", f"dec.{resolution}x{resolution}_in{k}"
+        count = 0
+        for k, block in enumerate(blocks):
+            assert isinstance(block, Block)
+            if block.mode:
+                resolution, count = resolution // 2 if block.mode == "down" else resolution * 2, 0
+            role = block.mode or f"block{count}"
+            count += not block.mode
+            yield f"{part}.{k}", f"{part[:3]}.{resolution}x{resolution}_{role}"
     ends = (
         ("out_norm", "out_conv")
         if network.adm
@@ -69,30 +61,27 @@ def _modules(network: UNet) -> Iterator[tuple[str, str]]:
 
 @torch.no_grad()
 def load_edm(network: UNet, state: Mapping[str, Tensor]) -> None:
-    """Copy a published state dict into the network; its output convolution becomes the denoiser head.
+    """Copy a published state dict into the network; the output convolution becomes the denoiser head.
 
-    Keys may carry the prefix "model."; filter buffers are ignored. Raises CheckpointError, with nothing changed, for
-    missing or unknown keys and for wrong shapes.
+    Keys may have the prefix "model."; filter buffers are ignored. Raises CheckpointError for missing or unknown keys or
+    wrong shapes, and then changes nothing.
     """
     given = {key.removeprefix("model."): value for key, value in state.items() if not key.endswith("resample_filter")}
-    frequencies = given.pop(_FOURIER, None)
-    names, parameters = edm_names(network), dict(network.named_parameters())
-    missing, unknown = sorted(set(names.values()) - set(given)), sorted(set(given) - set(names.values()))
-    missing += [_FOURIER] if network.fourier is not None and frequencies is None else []
-    unknown += [_FOURIER] if network.fourier is None and frequencies is not None else []
+    parameters = dict(network.named_parameters())
+    targets: dict[str, Tensor] = {
+        theirs: parameters[ours][: network.channels] if ours.startswith("conv_out.") else parameters[ours]
+        for ours, theirs in edm_names(network).items()
+    }
+    if network.fourier is not None:
+        targets[_FOURIER] = network.fourier
+    missing, unknown = sorted(targets.keys() - given.keys()), sorted(given.keys() - targets.keys())
     if missing or unknown:
         raise CheckpointError(
             f"these are not EDM's weights for this network: {len(missing)} keys missing ({', '.join(missing[:3])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
         )
-    pairs: list[tuple[Tensor, Tensor]] = [(parameters[ours], given[theirs]) for ours, theirs in names.items()]
-    if network.fourier is not None and frequencies is not None:
-        pairs.append((network.fourier, frequencies))
-    for ours, theirs in names.items():
-        head = parameters[ours][: len(given[theirs])] if ours.startswith("conv_out.") else parameters[ours]
-        if head.shape != given[theirs].shape or (ours.startswith("conv_out.") and len(head) != network.channels):
-            raise CheckpointError(f"{theirs} is {tuple(given[theirs].shape)}, this network needs {tuple(head.shape)}")
-    if frequencies is not None and network.fourier is not None and frequencies.shape != network.fourier.shape:
-        raise CheckpointError(f"{_FOURIER} has {frequencies.numel()} values, needs {network.fourier.numel()}")
-    for target, value in pairs:
-        target[: len(value)].copy_(value)
+    for name, target in targets.items():
+        if target.shape != given[name].shape:
+            raise CheckpointError(f"{name} is {tuple(given[name].shape)}, this network needs {tuple(target.shape)}")
+    for name, target in targets.items():
+        target.copy_(given[name])

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the network itself, and what a device can do at most."""
+"""Floating-point operations of a training step, counted on the network itself, and the peak of known devices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from warm_dist.config.run import Config
 from warm_dist.networks.blocks import Block
 from warm_dist.networks.unet import NUM_AUGMENT, build, num_parameters
 
-# (part of the device's name, dense bf16, dense TF32), operations a second without sparsity; the first match counts.
-# Source: NVIDIA's data sheets of each product, which print the double, with sparsity, for the tensor cores.
+# (part of the device's name, dense bf16, dense TF32), operations per second; the first match counts.
+# Source: NVIDIA's data sheet of each product, whose tensor-core figures with sparsity are twice these.
 PEAKS = (
     ("H200 NVL", 835.5e12, 417.5e12),
     ("H200", 989.4e12, 494.7e12),
@@ -27,7 +27,7 @@ PEAKS = (
 
 
 class NetworkSize(NamedTuple):
-    """Of a config's network: trainable numbers, residual blocks, operations of one image's forward and backward."""
+    """A network's trainable numbers, residual blocks, and operations per image, forward and backward."""
 
     parameters: int
     blocks: int
@@ -35,7 +35,7 @@ class NetworkSize(NamedTuple):
 
 
 def size_of(config: Config) -> NetworkSize:
-    """Counted on the meta device. See `flops_per_image` for what counts as an operation."""
+    """The size of a config's network, counted on the meta device as in `flops_per_image`."""
     with torch.device("meta"):
         network = build(config)
     blocks = sum(isinstance(module, Block) for module in network.modules())
@@ -43,29 +43,24 @@ def size_of(config: Config) -> NetworkSize:
 
 
 def flops_per_image(config: Config) -> int:
-    """Operations of one image's forward and backward: 2 a multiply-add, the backward twice the forward.
+    """Operations per image, forward and backward: 2 per multiply-add, and the backward twice the forward.
 
-    Matrix products and convolutions of the network, attention included; no element-wise work, no loss, and nothing
-    that activation checkpointing does again. Counted on the meta device: no memory, tenths of a second.
+    Counts the network's matrix products, convolutions and attention; not element-wise work, the loss, or recomputation
+    by activation checkpointing. Runs on the meta device: no memory, tenths of a second.
     """
     data = config.data
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = build(config).eval().to("meta")  # a fixed buffer that numpy drew is not on it yet
-        # attention has no fused kernel there: it falls into the two products that are counted
-        network(
-            torch.empty(1, data.channels, data.resolution, data.resolution),
-            torch.empty(1),
-            torch.empty(1),
-            None,
-            torch.empty(1, NUM_AUGMENT),
-        )
+        network = build(config).eval().to("meta")  # moves the buffer that numpy drew
+        # attention has no fused kernel on this device, so its two matrix products are counted
+        x = torch.empty(1, data.channels, data.resolution, data.resolution)
+        network(x, torch.empty(1), torch.empty(1), None, torch.empty(1, NUM_AUGMENT))
     return 3 * int(counter.get_total_flops())
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:
-    """Operations a second of one device: parallel.peak_flops, else the data sheet's, else None.
+    """Peak operations per second of one device: parallel.peak_flops, else the data sheet's, else None.
 
-    fp32 is held against TF32, in which torch lets cuDNN compute float32 convolutions.
+    fp32 is compared with TF32, in which cuDNN computes float32 convolutions by default.
     """
     if config.parallel.peak_flops is not None:
         return config.parallel.peak_flops
@@ -75,9 +70,9 @@ def peak_flops(config: Config, device: torch.device) -> float | None:
 
 
 def known_peak(name: str, precision: str) -> float | None:
-    """The data sheet's figure for a device's name, such as "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
+    """The data sheet's peak for a device's name, such as "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
     for part, bf16, tf32 in PEAKS:
-        # whole words: an "A10" is in every "A100", an "L4" in every "L40S"
+        # whole words: "A10" is part of "A100", "L4" of "L40S"
         if f" {part} " in f" {name.replace('-', ' ')} ":
             return bf16 if precision == "bf16" else tf32
     return None

@@ -27,15 +27,15 @@ from warm_dist.networks.blocks import (
 )
 
 NUM_AUGMENT = 9
-"""Labels of EDM's augmentation pipe, see `augment`."""
+"""Number of augmentation labels per image, see `training.augment`."""
 
 
 class UNet(nn.Module):
-    """(B, C, H, W), (B,) c_noise, (B,) c_blur, (B,) int64 labels (-1: none), (B, 9) augmentation labels → (B, 2C, H, W).
+    """A U-Net whose first C output channels are the denoiser head and whose last C are the deblurrer head.
 
-    The first C output channels are the denoiser head, the last C the deblurrer head. c_blur enters through a
-    zero-initialised map, so that an untrained network ignores it and BNR 0 is EDM. num_augment 0: trained without
-    augmentation. checkpointing: recompute every block in the backward pass instead of keeping its activations.
+    c_blur enters through a zero-initialised map, so that an untrained network ignores it and BNR 0 is EDM.
+    num_augment: 0 for training without augmentation. checkpointing: recompute every block in the backward pass instead
+    of keeping its activations.
     """
 
     fourier: Tensor | None
@@ -57,7 +57,7 @@ class UNet(nn.Module):
         emb_channels = 4 * config.channels
         options = BlockOptions(config.arch, emb_channels, config.dropout)
         init = options.init
-        # fixed random frequencies, from a seed of their own: checkpoints hold parameters only
+        # fixed random frequencies from a constant seed: checkpoints hold parameters only
         frequencies = torch.from_numpy(16 * rng.normals(0, "fourier", [0], (self.noise_channels // 2,))[0])
         self.register_buffer("fourier", frequencies if ncsnpp else None, persistent=False)
 
@@ -112,7 +112,7 @@ class UNet(nn.Module):
         )
 
     def embed(self, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """(B, 4·channels) embedding of both levels, the class and the augmentation."""
+        """The (B, 4·channels) embedding of both levels, the class and the augmentation; arguments as `forward`."""
         dtype = self.map_blur.weight.dtype
         if self.fourier is not None:
             emb = fourier(c_noise, self.fourier)
@@ -135,16 +135,12 @@ class UNet(nn.Module):
         if labels is None:
             return torch.zeros(batch, self.num_classes, device=device)
         one_hot = functional.one_hot(labels.clamp_min(0), self.num_classes).float()
-        return one_hot * (labels >= 0)[:, None]  # a label of -1 is "no class"
+        return one_hot * (labels >= 0)[:, None]  # -1 is "no class"
 
     def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        c_blur: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
+        self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
+        """x: (B, C, H, W), c_noise, c_blur: (B,), labels: (B,) int64, -1 for none, augment: (B, 9) → (B, 2C, H, W)."""
         emb = self.embed(c_noise, c_blur, labels, augment)
         image = x.to(emb.dtype)
         h = self.stem(image)
@@ -167,7 +163,7 @@ class UNet(nn.Module):
 
 
 def build(config: Config) -> UNet:
-    """The network that a config describes, its weights drawn from torch's generator."""
+    """The network of a config, its weights drawn from torch's generator."""
     network = UNet(
         config.network,
         config.data.resolution,
@@ -181,11 +177,11 @@ def build(config: Config) -> UNet:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Trainable numbers; also right on the meta device."""
+    """Number of trainable parameters; works on the meta device."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def build_network(config: Config) -> UNet:
-    """The config's network, weights drawn from train.seed: equal on every rank and device."""
+    """The network of a config, its weights drawn from train.seed: equal on every rank and device."""
     rng.seed_torch(config.train.seed, 0, 0)
     return build(config)

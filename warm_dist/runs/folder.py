@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, the lock of the one process that trains in it, and exit.json at its end."""
+"""A run's folder: the names of its files, the lock of the process that trains in it, and exit.json at its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 from warm_dist.errors import OutputError, WarmDistError, redact
-from warm_dist.files import locked, read_json, write_json
+from warm_dist.files import claimed, read_json, write_json
 
 CONFIG = "config.json"  # every key, defaults included
 RUN = "run.json"  # the attempt and facts about it
@@ -23,24 +23,18 @@ MIRROR = "mirror.json"  # what MLflow has received
 
 
 def claim_run(run: Path) -> tuple[int, IO[str]]:
-    """Create the folder, take its lock, count the attempt, and remove the last exit.json. Rank 0 only.
+    """Create and lock the folder, count the attempt, and remove the last exit.json. Rank 0 only.
 
-    Returns the attempt (1 the first time) and the open lock, which the process holds until it ends.
+    Returns the attempt (from 1) and the open lock, which the process holds until it ends.
     Raises OutputError if the folder cannot be written or another process trains in it.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = locked(run / LOCK)
-    except BlockingIOError:
-        raise OutputError(f"{run}: another process is training in it; wait for it, or set output elsewhere") from None
-    except OSError as error:
-        raise OutputError(f"{run}: cannot be written ({error.strerror}); set output to a folder of yours") from None
+    lock = claimed(run, "training process", LOCK)
     (run / EXIT).unlink(missing_ok=True)
     return attempt_of(run) + 1, lock
 
 
 def attempt_of(run: Path) -> int:
-    """The last attempt that run.json tells of, 0 if there is none."""
+    """The attempt in run.json, 0 if there is none."""
     last = read_json(run / RUN)
     return int(last.get("attempt", 0)) if isinstance(last, dict) else 0
 
@@ -53,13 +47,12 @@ def describe_run(run: Path, config: Config, attempt: int, facts: dict[str, Any])
 
 def git_commit() -> str:
     """The checked-out commit, with "+" appended if files differ from it; "unknown" outside a git checkout."""
-    source = Path(__file__).resolve().parent
+    here = ["git", "-C", str(Path(__file__).resolve().parent)]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-        return done.stdout.strip()
+        return subprocess.run(
+            [*here, *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -68,21 +61,21 @@ def git_commit() -> str:
 
 
 def read_end(run: Path, *, attempt: int = 0, since: float = 0.0) -> dict[str, Any] | None:
-    """exit.json, if it is of this attempt or a later one and was written after `since` (seconds of the epoch), else None.
+    """Read exit.json if it is from `attempt` or later and was written after `since` (Unix time), else None.
 
-    Without these conditions an earlier attempt's end could be taken for this one's.
+    Without these conditions an earlier attempt's end could be mistaken for this one's.
     """
     end = read_json(run / EXIT)
     if not isinstance(end, dict) or end.get("attempt", 0) < attempt:
         return None
-    try:  # file systems' clocks are coarse
-        return end if (run / EXIT).stat().st_mtime >= since - 1 else None
-    except FileNotFoundError:  # a new attempt has just begun
+    try:
+        return end if (run / EXIT).stat().st_mtime >= since - 1 else None  # file systems' clocks are coarse
+    except FileNotFoundError:  # a new attempt has just started
         return None
 
 
 def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -> None:
-    """Write exit.json. The first to write keeps it: the rank that failed, not those that then lost their peer."""
+    """Write exit.json unless it exists: the rank that failed is first, ranks that then lose a peer add nothing."""
     code = 0 if error is None else error.exit_code if isinstance(error, WarmDistError) else 1
     tree = {
         "code": code,
@@ -94,7 +87,7 @@ def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -
     temporary = run / f".exit.{socket.gethostname()}.{os.getpid()}"  # two containers may share a pid
     try:
         write_json(temporary, tree)
-        os.link(temporary, run / EXIT)  # fails if it exists, unlike a rename
+        os.link(temporary, run / EXIT)  # unlike a rename, fails if it exists
     except (FileExistsError, OutputError):
         pass
     finally:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run: append-only lines, each with nimg, attempt and a timestamp; atomic JSON files."""
+"""metrics.jsonl, the truth about a run: an append-only file with one JSON record per line."""
 
 from __future__ import annotations
 
@@ -7,61 +7,130 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
-from warm_dist.errors import OutputError
+from warm_dist.errors import writing
+
+
+class Record(TypedDict):
+    """What every record has."""
+
+    time: float  # Unix time, seconds
+    attempt: int  # counts the starts of the run, from 1
+    nimg: int
+    kind: str  # a key of RECORDS
+
+
+class Start(Record):  # the first line of a run
+    id: str  # random, identifies the run
+
+
+class Train(Record, total=False):  # training since the last such record, over all ranks
+    loss: float | None  # mean over images of the weighted squared error per pixel, network units; null: none finite
+    loss_blurry: float | None  # the same of the denoiser head alone
+    loss_residual: float | None  # the same of the deblurrer head alone, unweighted
+    head_inconsistency: float | None  # |b̂ - A x̂0| / |b̂|
+    images_per_s: float  # of all ranks
+    grad_norm: float | None  # of the last step, before clipping; null: not finite
+    step_s: float  # seconds a step, mean over ranks, as the next five, which are its parts
+    data_s: float
+    forward_s: float
+    backward_s: float
+    update_s: float
+    ema_s: float
+    memory_bytes: int  # peak so far, largest of all ranks
+    flops_per_s: float  # of one rank
+    mfu: float  # flops_per_s over the device's peak, if that is known
+    slowest_rank: int  # by data_s + forward_s (ZeRO 3: data_s); absent with one rank, as the next
+    slowest_s: float  # its excess over the median rank, seconds a step
+    lr: float  # of the last step
+    skipped_steps: int  # non-finite ones in this attempt
+
+
+class System(Record):
+    """Load of the machines, under MLflow's names with their units; `node_K/NAME` with several. See machine_load."""
+
+
+class Checkpoint(Record):  # a checkpoint was written
+    write_s: float  # seconds
+    bytes: int  # of all ranks' files
+
+
+class Upload(Record):  # an upload of a checkpoint (kind upload) or snapshot (snapshot_upload) ended
+    seconds: float
+    failed: float  # 0 or 1
+
+
+class Event(Record):  # something worth reporting, such as a non-finite step
+    text: str
+
+
+class Eval(Record, total=False):  # an evaluation; distances compare only where `measure` is equal
+    frechet: float  # mean over blocks, as the next three
+    kid: float  # absent with few or no eval.kid_images, as the next two
+    precision: float
+    recall: float
+    spread: float | None  # standard deviation over blocks; null with one
+    blocks: int
+    floor: float  # distance of floor_n real images from the other real ones
+    floor_n: int
+    num_images: int  # generated, per block
+    nfe: int  # network evaluations per image
+    bnr: str
+    method: str
+    name: str  # what the distance may be called
+    spec: str  # hash of all that defines the number
+    measure: str  # hash of how it is measured
+    grid: str  # path of the picture in the run's folder
+    seconds: float
+
+
+RECORDS = {"start": Start, "train": Train, "system": System, "checkpoint": Checkpoint, "upload": Upload,
+           "snapshot_upload": Upload, "event": Event, "eval": Eval}  # fmt: skip
 
 
 class Listener(Protocol):
-    """Is shown what MetricsLog writes, and what is too much for the file."""
+    """Receives what MetricsLog writes, and what is too much for the file."""
 
     def show(self, kind: str, values: dict[str, Any]) -> None:
         """One record, without time and attempt."""
 
     def show_ranks(self, ranks: list[dict[str, float]]) -> None:
-        """Every rank's own figures, in the order of ranks."""
+        """Figures of each rank, in rank order."""
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl; used by rank 0 alone. listener: is shown every record."""
+    """Appends records to metrics.jsonl and passes them to `listener`. Rank 0 only."""
 
     def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
         self.path, self.attempt, self.listener = path, attempt, listener
-        _mend_last_line(path)
+        if path.exists() and path.stat().st_size:
+            with path.open("rb+") as file:  # end a line that a killed process left unfinished; readers skip it
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def begin(self) -> None:
-        """Give a run without a line its first, which no other run has: by it mirrors know the run again."""
+        """Write the first line of a new run, whose random id lets mirrors recognise the run."""
         if not self.path.exists() or not self.path.stat().st_size:
             self.write(0, "start", id=secrets.token_hex(8))
 
     def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
-        """Append one line. Raises OutputError if the disk refuses."""
+        """Append one record. Raises OutputError."""
         line = {"time": round(time.time(), 3), "attempt": self.attempt, "nimg": nimg, "kind": kind, **values}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if self.listener is not None:
             self.listener.show(kind, {"nimg": nimg, **values})
 
     def show_ranks(self, ranks: list[dict[str, float]]) -> None:
-        """Every rank's own figures: for the listener only, since there may be a thousand of them."""
+        """Pass figures of each rank to the listener only: there may be a thousand ranks."""
         if self.listener is not None:
             self.listener.show_ranks(ranks)
 
 
-def _mend_last_line(path: Path) -> None:
-    """End a line that a killed process left half-written, so that the next one stands alone (readers skip it)."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-
-
 def parse_line(line: str) -> dict[str, Any] | None:
-    """One line's record, or None for a half-written one."""
+    """Parse one line; None if it is unfinished."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
@@ -70,22 +139,20 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records by rising nimg, of each (kind, nimg) that of the highest attempt; none if there is no file."""
+    """All records by nimg; for each (kind, nimg) only that of the highest attempt. Empty if there is no file."""
     return parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def parse_records(text: str) -> list[dict[str, Any]]:
-    """The same of a file's text."""
+    """As `read_metrics`, from a file's text."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in text.splitlines():
-        record = parse_line(line)
-        if record is not None:
-            key = (record["kind"], record["nimg"])
-            if key not in best or record["attempt"] >= best[key]["attempt"]:
-                best[key] = record
+    for record in filter(None, map(parse_line, text.splitlines())):
+        key = (record["kind"], record["nimg"])
+        if key not in best or record["attempt"] >= best[key]["attempt"]:
+            best[key] = record
     return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
 
 
 def last_attempt(path: Path) -> int:
-    """The highest attempt that a metrics.jsonl tells of, 0 for none."""
+    """The highest attempt in a metrics.jsonl, 0 if there is none."""
     return max((record["attempt"] for record in read_metrics(path)), default=0)

@@ -1,8 +1,8 @@
-"""Pages of objects on a local disk, shared by all processes of a node: the second epoch asks the base store for nothing.
+"""A cache of objects' pages on a local disk, shared by all processes of a node: from the second epoch on it serves all.
 
-Plain files, one a page, below a folder for each version of an object. Readers take no lock: a page appears whole, by
-rename, and its bytes never change. Writers hold one lock, so the account of the bytes is exact, and a file that is not
-yet a page belongs to a killed writer as soon as another holds the lock. Source of the policy: derived, see `_make_room`.
+Each page is a file, in one folder per version of an object. Readers take no lock: a page appears complete, by rename,
+and never changes. Writers hold one lock, so the count of bytes is exact, and a partial file found under the lock
+belongs to a killed writer. Source of the policy: derived, see `_make_room`.
 """
 
 from __future__ import annotations
@@ -17,37 +17,33 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from warm_dist.errors import OutputError
+from warm_dist.errors import writing
 from warm_dist.files import locked
 from warm_dist.store.base import PARTIAL, Stat, Store
 
-PAGE_BYTES = 256 << 10  # a request costs about as much as 60 KiB of transfer, so the ends of a GET are no burden
-_PAGES, _ACCOUNT = ".pages", "warm-dist.account"  # names of ours in a folder that may hold anything else
+PAGE_BYTES = 256 << 10  # a request costs as much as 60 KiB of transfer: reading whole pages is cheap
+_PAGES, _ACCOUNT = ".pages", "warm-dist.account"  # our names, in a folder that may hold anything else
 
 
 class CachedStore(Store):
-    """`base`, with the ranged reads of known versions (etag given) kept below `folder`, at most `limit_bytes` of them.
+    """`base`, with ranged reads of known versions (etag given) cached below `folder`, up to `limit_bytes`.
 
-    A page that is here is read without asking whether the object was replaced since. Data sets that are read at the same
-    time need folders of their own, or they drop each other's pages when it is full. Raises OutputError at once if the
-    folder cannot be written; a disk that fails later only ends the keeping, with one warning.
+    Cached pages are read without checking whether the object was replaced. Data sets in use at the same time need
+    separate folders, or they drop each other's pages when it is full. Raises OutputError at once if the folder cannot
+    be written; a disk that fails later only ends the caching, with one warning.
     """
 
     def __init__(self, base: Store, folder: Path, limit_bytes: int) -> None:
         self.base, self.url, self.folder, self.limit_bytes = base, base.url, folder, limit_bytes
         self._sizes: dict[tuple[str, str], int] = {}  # (path, etag) → bytes of the object
         self._keeping = True
-        try:
+        with writing(folder, "; set data.cache_dir to another folder, or to null"):
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".{os.getpid()}{PARTIAL}"
             try:
                 probe.write_bytes(bytes(min(PAGE_BYTES, limit_bytes)))
             finally:
                 probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: cannot be written ({error.strerror}); set data.cache_dir to another folder, or to null"
-            ) from None
 
     def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         if etag is None or not length:
@@ -55,11 +51,11 @@ class CachedStore(Store):
         if (path, etag) not in self._sizes:
             self._know({path: self.base.stat(path)})
         size = self._sizes.get((path, etag), 0)
-        if start + length > size:  # another version by now, or too short: the base knows the words for it
+        if start + length > size:  # replaced or too short: the base raises the right error
             return self.base.read(path, start, length, etag)
         home, out = self._home(path, etag), io.BytesIO()
         first, end = start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)
-        missing = first  # pages from here on are to be fetched with one GET
+        missing = first  # start of the run of missing pages, fetched with one GET
         for page in range(first, end + 1):
             data = self._load(home, page, size) if page < end else None
             if data is None and page < end:
@@ -113,7 +109,7 @@ class CachedStore(Store):
 
     @staticmethod
     def _load(home: Path, page: int, size: int) -> bytes | None:
-        """A page, if it is here and as long as it must be (a power cut may leave a name without content)."""
+        """A page, if it exists and has its full length (a power cut can leave an empty file)."""
         try:
             data = (home / str(page)).read_bytes()
         except OSError:
@@ -121,14 +117,14 @@ class CachedStore(Store):
         return data if len(data) == min(PAGE_BYTES, size - page * PAGE_BYTES) else None
 
     def _keep(self, home: Path, first: int, data: memoryview) -> None:
-        """Store neighbouring pages, as far as the limit allows."""
+        """Cache consecutive pages from number `first` on, as far as the limit allows."""
         if not self._keeping:
             return
         partial = home / PARTIAL
         try:
-            with locked(self.folder / _ACCOUNT, math.inf) as account:  # how many bytes are kept
+            with locked(self.folder / _ACCOUNT, math.inf) as account:  # the number of cached bytes
                 text = account.read().strip()
-                used = int(text) if text.isdigit() else self._make_room(0)  # lost in a power cut, or by hand
+                used = int(text) if text.isdigit() else self._make_room(0)  # the file was lost or damaged
                 for page, low in enumerate(range(0, len(data), PAGE_BYTES), first):
                     piece = data[low : low + PAGE_BYTES]
                     if _size(home / str(page)) == len(piece):  # another reader was faster
@@ -138,7 +134,7 @@ class CachedStore(Store):
                         self._keeping = used + len(piece) <= self.limit_bytes
                         if not self._keeping:
                             return
-                    used += len(piece)  # before the page is there: a kill -9 in between makes the account too high
+                    used += len(piece)  # before the page exists: kill -9 in between makes the count too high, not low
                     account.seek(0)
                     account.write(f"{used:<20}")
                     account.flush()
@@ -152,11 +148,11 @@ class CachedStore(Store):
             warnings.warn(f"{self.folder}: nothing more is cached ({error.strerror})", RuntimeWarning, stacklevel=2)
 
     def _make_room(self, needed: int) -> int:
-        """Drop versions of objects that this data set does not have, the oldest first; returns the bytes left.
+        """Drop objects' versions that are not in this data set, oldest first; returns the bytes left.
 
-        Pages of its own stay (unless the limit was lowered): each is wanted once an epoch, so a cache of the share f of
-        the data that keeps what it has is hit f of the time, while least-recently-used drops most pages just before they
-        are wanted (f + (1 - f) ln(1 - f): 15 % at f = 1/2).
+        The data set's own pages stay unless the limit was lowered. Each is read once per epoch: a cache that holds a
+        share f of the data and keeps it has hit rate f, while least-recently-used drops most pages just before they are
+        read (hit rate f + (1 - f) ln(1 - f): 15 % at f = 1/2).
         """
         own = {self._home(*version) for version in self._sizes}
         sizes: dict[Path, int] = {}

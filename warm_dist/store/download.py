@@ -1,4 +1,4 @@
-"""Files that lie elsewhere: fetched once, kept by their sha256, and never used before it was checked."""
+"""Downloads of files: fetched once, kept under their sha256, and checked before every use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from warm_dist.errors import ConfigError, DataError, OutputError, UnreachableError
+from warm_dist.errors import ConfigError, DataError, UnreachableError, writing
 from warm_dist.files import file_sha256
 from warm_dist.store.open import open_store
 
 _BLOCK_BYTES = 1 << 20
-_SILENCE_S = 60  # after which a web server is given up
+_SILENCE_S = 60  # timeout of a silent web server
 
 
 def fetch(
@@ -26,12 +26,12 @@ def fetch(
     endpoint_url: str | None = None,
     key: str = "eval.extractor_url",
 ) -> Path:
-    """A local file with this sha256: `source` itself when it is a path, else its download (http, https, s3).
+    """A local file with this sha256: `source` itself if it is a path, else its download (http, https, s3).
 
-    cache: where downloads are kept, under their hash; else $XDG_CACHE_HOME/warm-dist, or ~/.cache/warm-dist.
-    endpoint_url: of an s3:// URL, if other than AWS's own. key: the config key to correct, for messages.
-    Raises DataError on another hash (nothing is kept), UnreachableError when the server does not deliver, ConfigError
-    when there is no such file, OutputError when the cache cannot be written; what else a store raises is its own.
+    cache: where downloads are kept, under their hash; None: $XDG_CACHE_HOME/warm-dist, or ~/.cache/warm-dist.
+    endpoint_url: S3 endpoint of an s3:// URL; None: AWS. key: the config key to correct, for messages.
+    Raises DataError for another hash (nothing is kept), UnreachableError if the server does not deliver, ConfigError
+    if there is no such file, OutputError if the cache cannot be written, and what a store raises.
     """
     url = urllib.parse.urlsplit(source)
     if url.scheme not in ("http", "https", "s3"):
@@ -43,9 +43,9 @@ def fetch(
     path = cache / sha256 / (Path(urllib.parse.unquote(url.path)).name or "download")
     if path.is_file() and file_sha256(path) == sha256:
         return path
-    try:
+    with writing(path, "; set XDG_CACHE_HOME to another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may be fetching the same
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may fetch it too
             partial = Path(folder) / path.name
             if url.scheme == "s3":
                 _from_store(source, partial, endpoint_url, key)
@@ -54,18 +54,14 @@ def fetch(
                     file.writelines(_from_web(source, key))
             _check(partial, sha256, source, key)
             os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); XDG_CACHE_HOME names another place") from None
     return path
 
 
 def _check(path: Path, sha256: str, source: str, key: str) -> None:
     found = file_sha256(path)
     if found != sha256:
-        raise DataError(
-            f"{source}: sha256 {found}, {key.removesuffix('_url')}_sha256 says {sha256}; nothing of it was loaded: "
-            "correct the one that is wrong"
-        )
+        wanted = f"{key.removesuffix('_url')}_sha256 says {sha256}"
+        raise DataError(f"{source}: sha256 {found}, {wanted}; nothing of it was loaded: correct the wrong one")
 
 
 def _from_web(source: str, key: str) -> Iterator[bytes]:
@@ -73,9 +69,9 @@ def _from_web(source: str, key: str) -> Iterator[bytes]:
         with urllib.request.urlopen(source, timeout=_SILENCE_S) as response:
             while block := response.read(_BLOCK_BYTES):
                 yield block
-            if response.length:  # what of Content-Length has not come
-                raise UnreachableError(f"{key} {source}: the body ended {response.length} bytes early; start it again")
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no possible host
+            if response.length:  # bytes of Content-Length that are missing
+                raise UnreachableError(f"{key} {source}: the body ended {response.length} bytes early; try again")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an impossible host
         wrong = isinstance(error, ValueError) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
         raise (ConfigError if wrong else UnreachableError)(f"{key} {source}: {error}") from None
 
@@ -83,11 +79,11 @@ def _from_web(source: str, key: str) -> Iterator[bytes]:
 def _from_store(source: str, target: Path, endpoint_url: str | None, key: str) -> None:
     folder, _, name = source.rpartition("/")
     if not name or folder == "s3:/":
-        raise ConfigError(f"{key} {source}: needs s3://bucket/key; else give a local path")
+        raise ConfigError(f"{key} {source}: needs s3://bucket/key or a local path")
     store = open_store(folder, endpoint_url)
     try:
         store.download(name, target)
     except DataError as error:
-        if name in store.list(name):  # it is there, and was replaced or cut short meanwhile
+        if name in store.list(name):  # it exists, and was replaced or cut short meanwhile
             raise
         raise ConfigError(f"{key} {source}: no such object") from error

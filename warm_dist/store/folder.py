@@ -1,4 +1,4 @@
-"""A folder as a store."""
+"""A local or mounted folder as a store."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from warm_dist.errors import AccessError, DataError
-from warm_dist.store.base import PARTIAL, Stat, Store, output, too_short
+from warm_dist.errors import AccessError, DataError, writing
+from warm_dist.store.base import PARTIAL, Stat, Store, too_short
 
 _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 
 
 class FolderStore(Store):
-    """A folder."""
+    """Objects are files below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser()
@@ -26,7 +26,7 @@ class FolderStore(Store):
         target = self.root / path
         with self._input(target), target.open("rb") as file:
             if etag is not None and self._tag(os.fstat(file.fileno())) != etag:
-                raise DataError(f"{target}: was replaced since it was first looked at")
+                raise DataError(f"{target}: was replaced since it was first read")
             file.seek(start)
             data = file.read(-1 if length is None else length)
         if length is not None and len(data) < length:
@@ -58,9 +58,9 @@ class FolderStore(Store):
 
     def delete(self, path: str) -> None:
         target = self.root / path
-        with output(target):
+        with writing(target):
             target.unlink(missing_ok=True)
-        for folder in target.parents:  # S3 knows no empty folders, so none are left here
+        for folder in target.parents:  # like S3, leave no empty folders
             if folder == self.root or self.root not in folder.parents:
                 break
             try:
@@ -73,7 +73,7 @@ class FolderStore(Store):
             for partial in filter(None, map(_OWN_PARTIAL.fullmatch, names)):
                 target = Path(folder) / partial[1]
                 if ours.fullmatch(target.relative_to(self.root).as_posix()):
-                    with output(target):
+                    with writing(target):
                         target.with_name(partial[0]).unlink(missing_ok=True)
 
     @staticmethod
@@ -84,12 +84,12 @@ class FolderStore(Store):
     def _replacing(self, path: str) -> Iterator[Path]:
         target = self.root / path
         partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
-        with output(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial
                 with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+                    os.fsync(file.fileno())  # or a power cut could leave an empty file
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -102,6 +102,6 @@ class FolderStore(Store):
         except FileNotFoundError:
             raise DataError(f"{target}: does not exist") from None
         except PermissionError:
-            raise AccessError(f"{target}: may not be read by this user") from None
+            raise AccessError(f"{target}: this user may not read it") from None
         except OSError as error:
             raise DataError(f"{target}: cannot be read ({error.strerror})") from None

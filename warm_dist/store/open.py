@@ -1,4 +1,4 @@
-"""A URL or a folder's path to its store."""
+"""Opens the store at a URL or a folder's path."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from warm_dist.store.folder import FolderStore
 
 
 def open_store(url: str, endpoint_url: str | None = None) -> Store:
-    """A store for `s3://bucket/prefix`, `file:///folder` or a folder's path; touches neither network nor disk.
+    """Open `s3://bucket/prefix`, `file:///folder` or a folder's path, without access to network or disk.
 
-    endpoint_url: an S3 endpoint other than AWS's own. boto3's own chain finds the credentials.
+    endpoint_url: S3 endpoint; None: AWS. Credentials come from boto3's own chain.
     Raises ConfigError for a placeholder bucket or an unknown scheme.
     """
     scheme, separator, rest = url.partition("://")
@@ -23,7 +23,7 @@ def open_store(url: str, endpoint_url: str | None = None) -> Store:
         return FolderStore(Path(urlsplit(url).path))
     if scheme != "s3":
         raise ConfigError(f"{url}: unknown scheme {scheme!r}; use s3://bucket/prefix or a local path")
-    from warm_dist.store.s3 import S3Store  # it builds on this module
+    from warm_dist.store.s3 import S3Store
 
     bucket, _, prefix = rest.partition("/")
     return S3Store(bucket, prefix, endpoint_url)

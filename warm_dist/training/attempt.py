@@ -1,4 +1,4 @@
-"""One attempt at a run: joins the ranks, wires the data to the trainer, and ends in exit.json."""
+"""One attempt at a run: joins the ranks, connects the data to the trainer, and ends with exit.json."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.prometheus import Exporter
 from warm_dist.training.trainer import Trainer
 
-STOP_UPLOAD_S = 15.0  # what an ending run spends on sending its last checkpoint: launchers kill after 30 s
+STOP_UPLOAD_S = 15.0  # how long a stopping run waits for its last upload: launchers kill after 30 s
 
 OpenReader = Callable[[Config, int, int], Reader]
-"""(config, rank, world size) → the reader of this rank's data."""
+"""(config, rank, world size) → this rank's reader."""
 
 
 class Attempt:
-    """One attempt at a run. Every end but kill -9 leaves exit.json.
+    """One attempt at a run. However it ends, except by kill -9, it leaves exit.json.
 
-    Raises, on every rank, what ended the run: Stopped after a save, PeerError or UnreachableError for a lost rank, and
-    what the reader, the trainer and its parts raise.
+    Raises on every rank what ended the run: Stopped after a save, PeerError or UnreachableError for a lost rank, and
+    whatever the reader, the trainer and its parts raise.
     """
 
     def __init__(self, config: Config, open_reader: OpenReader) -> None:
@@ -48,7 +48,7 @@ class Attempt:
             self.world = join(parallel.timeout_s)
         except errors.UnreachableError as error:
             if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
-                errors.print_error(error)  # rank 0 speaks for its own machine only
+                errors.print_error(error)  # rank 0 only prints for its own machine
             raise
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
@@ -57,7 +57,7 @@ class Attempt:
     def say(self, text: str) -> None:
         """Print a line, on rank 0 only."""
         if self.world.is_main:
-            with contextlib.suppress(OSError):  # nobody reads our output any more; the run goes on
+            with contextlib.suppress(OSError):  # a closed stdout must not end the run
                 print(text, flush=True)
 
     def run(self) -> None:
@@ -70,10 +70,12 @@ class Attempt:
                     self._train()
                 except errors.Stopped:  # on every rank, after the save
                     reason = self.stop.reason(self.world)
-                    raise errors.Stopped(f"{reason} at nimg {self.nimg}; run the same command again to go on") from None
+                    raise errors.Stopped(
+                        f"{reason} at nimg {self.nimg}; run the same command again to resume"
+                    ) from None
                 except (RuntimeError, PeerLost) as error:
                     if self.world.size == 1 or not is_peer_loss(error):
-                        raise  # our own fault (a bug, no memory left) keeps its traceback and is not resumable
+                        raise  # an error of this rank (a bug, out of memory) keeps its traceback and is not resumable
                     raise self._peer_error(error) from error
         except BaseException as error:
             failure = error
@@ -89,18 +91,18 @@ class Attempt:
         return number
 
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
-        """The reason for a broken collective: a peer has written why it ended, or its silence tells which one it was."""
+        """Why a collective failed: the error that a peer has reported, or a diagnosis from the heartbeats."""
 
-        def told() -> errors.PeerError | None:
+        def reported() -> errors.PeerError | None:
             end = read_end(self.path, attempt=self.number)
             if end:
                 return errors.PeerError(end["reason"], end["code"], end["resumable"])
             return self.heartbeat.peers_end()
 
-        message = self.heartbeat.diagnose(error, lambda: told() is not None)
-        found = told() or errors.UnreachableError(message)
+        message = self.heartbeat.diagnose(error, lambda: reported() is not None)
+        found = reported() or errors.UnreachableError(message)
         if self.world.rank and self.heartbeat.speaks():
-            errors.print_error(found)  # rank 0, which prints everything else, is gone
+            errors.print_error(found)  # rank 0, which prints everything else, is lost
         return found
 
     def _train(self) -> None:
@@ -109,7 +111,7 @@ class Attempt:
             for line in reader.describe():
                 self.say(line)
             checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say)
-            self.number = max(self.number, checkpoints.attempts() + 1)  # on a new machine it is not the first
+            self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
             trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
             try:
@@ -120,29 +122,27 @@ class Attempt:
             finally:
                 self.nimg = trainer.nimg
                 late = self._close(trainer, checkpoints, patience_s)
-            self.say(f"reader: at most {reader.peak_bytes / 1e6:.1f} MB were held")
+            self.say(f"reader: peak memory {reader.peak_bytes / 1e6:.1f} MB")
             self._finish(checkpoints, late)
 
     def _fit(self, trainer: Trainer, reader: Reader) -> None:
         config, world = self.config, self.world
+        log = None
         if world.is_main:
-            self._describe_run(trainer, reader.info.fingerprint)
-        log = self._open_log(trainer) if world.is_main else None
-        self._start_mirror()
+            facts = {
+                "fingerprint": reader.info.fingerprint,
+                "world_size": world.size,
+                "zero_stage": config.parallel.zero_stage if config.engine == "deepspeed" else 0,
+                "num_parameters": num_parameters(trainer.engine.module),
+                "device": str(world.device),
+            }
+            describe_run(self.path, config, self.number, facts)
+            log = self._open_log(trainer)
+            self._start_mirror()
         evaluator = Evaluator(config, world, reader.info, reader.read, self.path, self.say) if config.eval else None
         done = {record["nimg"] for record in read_metrics(self.path / METRICS) if record["kind"] == "eval"}
         done = on_main(world, lambda: done)
         trainer.fit(reader.batches(trainer.nimg), log, self.stop, evaluator, done)
-
-    def _describe_run(self, trainer: Trainer, fingerprint: str) -> None:
-        facts = {
-            "fingerprint": fingerprint,
-            "world_size": self.world.size,
-            "zero_stage": self.config.parallel.zero_stage if self.config.engine == "deepspeed" else 0,
-            "num_parameters": num_parameters(trainer.engine.module),
-            "device": str(self.world.device),
-        }
-        describe_run(self.path, self.config, self.number, facts)
 
     def _open_log(self, trainer: Trainer) -> MetricsLog:
         exporter, tracking = None, self.config.tracking
@@ -155,14 +155,14 @@ class Attempt:
         return log
 
     def _start_mirror(self) -> None:
-        if self.world.is_main and self.config.tracking.mlflow_url:
+        if self.config.tracking.mlflow_url:
             try:
                 self._mirror = start_mirror(self.path)
             except OSError as error:
                 self.say(f"no MLflow mirror ({error.strerror}); later: python launch/mirror.py {self.path}")
 
     def _close(self, trainer: Trainer, checkpoints: CheckpointManager, patience_s: float) -> list[Upload]:
-        """Wait for uploads; returns those that have not arrived."""
+        """Wait for uploads; returns those that failed or have not finished."""
         if self._mirror is not None and self._mirror.poll() is not None:
             self.say(f"the MLflow mirror has ended, see mirror.log; python launch/mirror.py {self.path} catches up")
         late = checkpoints.close(patience_s)

@@ -1,6 +1,6 @@
-"""EDM's non-leaking augmentation: geometric changes that the network is told of, so that it samples unchanged images.
+"""EDM's non-leaking augmentation: random geometric transforms of x0, before the blur, with labels for the network.
 
-Source: EDM (arXiv 2206.00364), appendix F.2, after StyleGAN2-ADA (arXiv 2006.06676). Applied to x0 before the blur.
+Source: EDM (arXiv 2206.00364), appendix F.2, after StyleGAN2-ADA (arXiv 2006.06676).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from warm_dist.diffusion.spectrum import exact_float32
 SCALE_STD = 0.2  # of log2, isotropic and anisotropic alike
 TRANSLATE_STD = 0.125  # of the image's size
 ANISO_ROTATE_P = 0.5
-_TAPS = 12  # of the low-pass filter between the picture and its double
+_TAPS = 12  # of the low-pass filter between single and double resolution
 
 
 class Draw(NamedTuple):
-    """What happens to each image.
+    """The transform of each image.
 
     labels: (B, 9) float32, all 0 for an unchanged image: x flip, y flip, log2 scale / 0.2, cos(rotation) − 1,
     sin(rotation), log2 stretch / 0.2 times cos and sin of its axis, translation / 0.125 of the width and of the height.
-    matrix: (B, 3, 3) float64, from an output pixel's (x, y, 1), from the centre, to where its value stands in the input.
+    matrix: (B, 3, 3) float64, from (x, y, 1) in the output, pixels from the centre, to the position in the input.
     """
 
     labels: NDArray[np.float32]
@@ -38,10 +38,10 @@ class Draw(NamedTuple):
 
 
 def draw(seed: int, positions: Sequence[int], p: float, height: int, width: int) -> Draw:
-    """Draw the changes of the images at these global positions, each kind with probability p; x flips always with 1/2.
+    """Draw the transforms of the images at these global positions, each kind with probability p; x flips with 1/2.
 
-    A positive scale enlarges, a positive rotation turns counter-clockwise as displayed, a positive translation moves
-    the picture right and down.
+    A positive scale enlarges, a positive rotation is counter-clockwise as displayed, a positive translation is to the
+    right and down. height, width: pixels.
     """
     rows = [_one(rng.generator(seed, "augmentation", int(position)), p, height, width) for position in positions]
     return Draw(np.array([row[0] for row in rows], np.float32), np.stack([row[1] for row in rows]))
@@ -53,11 +53,11 @@ def _one(generator: np.random.Generator, p: float, height: int, width: int) -> t
     scale = normal[0] * (gate[1] < p)
     angle = (2 * uniform[2] - 1) * math.pi * (gate[2] < p)
     stretch = normal[1] * (gate[3] < p)
-    # an axis is an angle modulo π; EDM draws from ±π, where (−w, axis + π) has the label of (w, axis) and undoes it
+    # an axis is an angle modulo π: in EDM's ±π, (−w, axis + π) has the label of (w, axis) but the inverse effect
     axis = (uniform[3] - 0.5) * math.pi * (uniform[4] < ANISO_ROTATE_P)
     shift = normal[2:] * (gate[4] < p)
     size, ratio = 2 ** (SCALE_STD * scale), 2 ** (SCALE_STD * stretch)
-    # the picture is flipped first, then scaled, turned, stretched and moved; the inverse runs backwards
+    # the image is flipped, scaled, rotated, stretched, then translated; the inverse in reverse order
     inverse = (
         np.diag([1 - 2 * x_flip, 1 - 2 * y_flip, 1.0])
         @ np.diag([1 / size, 1 / size, 1.0])
@@ -65,28 +65,24 @@ def _one(generator: np.random.Generator, p: float, height: int, width: int) -> t
         @ _rotation(-axis)
         @ np.diag([1 / ratio, ratio, 1.0])
         @ _rotation(axis)
-        @ _translation(-shift[0] * TRANSLATE_STD * width, -shift[1] * TRANSLATE_STD * height)
+        @ np.array([[1, 0, -shift[0] * TRANSLATE_STD * width], [0, 1, -shift[1] * TRANSLATE_STD * height], [0, 0, 1.0]])
     )
     labels = [x_flip, y_flip, scale, math.cos(angle) - 1, math.sin(angle)]
     return [*labels, stretch * math.cos(axis), stretch * math.sin(axis), *shift], inverse
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
-    """Input coordinates of an output turned counter-clockwise as displayed (y points down)."""
+    """From output to input coordinates (y points down) of a counter-clockwise rotation as displayed."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 
 
-def _translation(x: float, y: float) -> NDArray[np.float64]:
-    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
-
-
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """The images as `matrix` says, (B, C, H, W) float32; outside the picture its mirror image continues.
+    """Transform images by `matrix`, with reflection at the border; (B, C, H, W) float32. No host sync.
 
     images: (B, C, H, W) float32, at least 3 pixels high and wide. matrix: (B, 3, 3) float64 of `draw`, on their device.
-    Unchanged and only flipped images come out bit-equal. Bilinear at twice the resolution between two low-pass filters
-    of linear phase, where EDM has a wavelet's. No host sync.
+    Unchanged and flipped images are bit-exact. Others are sampled bilinearly at twice the resolution, between two
+    linear-phase low-pass filters (in EDM those of a wavelet).
     """
     with exact_float32():
         warped = _halve(_sample(_double(images), matrix, *images.shape[2:]))
@@ -99,14 +95,14 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 @cache
 def low_pass(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A half-band sinc under a Kaiser window, (12,), symmetric, sum 1."""
+    """A half-band sinc with a Kaiser window, (12,), symmetric, sum 1."""
     n = np.arange(_TAPS) - (_TAPS - 1) / 2
     taps = np.sinc(n / 2) * np.kaiser(_TAPS, 5.0)
     return torch.tensor(taps / taps.sum(), dtype=dtype, device=device)
 
 
 def _double(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, C, 2H, 2W): pixel k becomes 2k and 2k + 1, mirrored at half a sample beyond the border."""
+    """(B, C, H, W) → (B, C, 2H, 2W): pixel k becomes 2k and 2k + 1, with half-sample reflection at the border."""
     x = torch.cat([x[..., :3].flip(3), x, x[..., -3:].flip(3)], dim=3)
     x = torch.cat([x[..., :3, :].flip(2), x, x[..., -3:, :].flip(2)], dim=2)
     b, c, h, w = x.shape
@@ -117,10 +113,10 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _sample(fine: Tensor, matrix: Tensor, height: int, width: int) -> Tensor:
-    """Where every pixel of the doubled output, and of the margin that `_halve` reaches, stands in the input."""
+    """Sample the doubled input at the pixels of the doubled output, with the margin that `_halve` needs."""
     margin = _TAPS // 2 - 1
 
-    def centres(n: int) -> Tensor:  # in pixels of the picture, from its centre
+    def centres(n: int) -> Tensor:  # in pixels from the image's centre
         return (torch.arange(-margin, 2 * n + margin, device=fine.device, dtype=matrix.dtype) + 0.5) / 2 - n / 2
 
     y, x = torch.meshgrid(centres(height), centres(width), indexing="ij")
@@ -130,6 +126,7 @@ def _sample(fine: Tensor, matrix: Tensor, height: int, width: int) -> Tensor:
 
 
 def _halve(x: Tensor) -> Tensor:
+    """Low-pass filter and subsample: (B, C, 2H + 10, 2W + 10) → (B, C, H, W)."""
     b, c, h, w = x.shape
     taps, x = low_pass(x.dtype, x.device), x.reshape(b * c, 1, h, w)
     x = functional.conv2d(x, taps.view(1, 1, -1, 1), stride=(2, 1))

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 0 to 3 behind the engine protocol: the only place with deepspeed."""
+"""DeepSpeed's ZeRO stages 0 to 3 as an engine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,11 @@ from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
 from warm_dist.networks.blocks import Block
-from warm_dist.training.engine import (
-    BaseEngine,
-    Engine,
-    Fragment,
-    LocalEngine,
-    clip_and_guard,
-    ensure_state,
-    make_adam,
-    set_steps,
-    share_of,
-)
+from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
 
-class DeepSpeedEngine(BaseEngine):
-    """ZeRO stages 0-3 with torch's Adam; the one adapter to DeepSpeed 0.19.8's fragment attributes.
+class DeepSpeedEngine(Engine):
+    """ZeRO stages 0 to 3 of DeepSpeed 0.19.8, whose internal attributes it reads, with torch's Adam.
 
     bf16 at stage 0 is torch autocast over float32 weights: DeepSpeed's own bf16 stage 0 loses accuracy.
     """
@@ -41,7 +31,7 @@ class DeepSpeedEngine(BaseEngine):
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         optimizer = make_adam(module.parameters(), config)
         if self.stage == 3:
-            # a residual block is gathered as a whole, not layer by layer: a quarter of the processor's time less with accumulation
+            # gather a whole residual block, not layer by layer: a quarter less processor time with accumulation
             deepspeed.utils.set_z3_leaf_modules(module, [Block])
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=module.to(world.device),
@@ -50,20 +40,20 @@ class DeepSpeedEngine(BaseEngine):
             dist_init_required=False,
         )
         if config.parallel.compile:
-            module.compile()  # after DeepSpeed's hooks, which then stay outside of the graph
+            module.compile()  # after DeepSpeed's hooks, which then stay outside the graph
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
         self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
         self._micro_step = 0
 
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
-        with self._precision():
+        with self.precision():
             return self.engine(x.to(self._dtype), c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         self._micro_step += 1
         self.engine.backward(loss)
         if self._micro_step < self.num_accumulation:
-            self.engine.step()  # counts the micro-step; the update is ours to time
+            self.engine.step()  # only counts the micro-step
 
     def step(self, lr: float) -> Tensor:
         self._micro_step = 0
@@ -73,18 +63,17 @@ class DeepSpeedEngine(BaseEngine):
             norm = clip_and_guard(self.optimizer, list(self.module.parameters()), self.config.train.clip)
             self.engine.step()
             return norm
-        self.engine.step()  # a non-finite gradient is left out by ZeRO's overflow check
-        # a number after an overflow, and on the host with offload_optimizer
+        self.engine.step()  # ZeRO's overflow check skips a non-finite update
+        # the norm is a float after an overflow, and on the host with offload_optimizer
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32).detach()
         return norm.to(self.world.device, non_blocking=True)
 
     def fragments(self) -> list[Fragment]:
         if self.stage == 0:
-            return self._whole(self.optimizer)
+            return super().fragments()
         flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         ensure_state(self.optimizer, flats)
-        parts = (self._fragment(name, p) for name, p in self.module.named_parameters())
-        return [part for part in parts if part is not None]
+        return [part for name, p in self.module.named_parameters() if (part := self._fragment(name, p))]
 
     def _fragment(self, name: str, p: Any) -> Fragment | None:
         if self.stage == 3:
@@ -101,16 +90,11 @@ class DeepSpeedEngine(BaseEngine):
         if not count:
             return None
         state = self.optimizer.state[flat]
-        views = (
-            tensor.data.view(-1)[offset : offset + count] for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])
-        )
-        return Fragment(name, start, *views)
+        tensors = flat, state["exp_avg"], state["exp_avg_sq"]
+        return Fragment(name, start, *(tensor.data.view(-1)[offset : offset + count] for tensor in tensors))
 
     def shard(self) -> list[Fragment]:
-        if self.stage:
-            return self.fragments()
-        parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
-        return [part for part in parts if part is not None]
+        return self.fragments() if self.stage else super().shard()
 
     def after_load(self, num_steps: int) -> None:
         set_steps(self.optimizer, num_steps)
@@ -123,29 +107,28 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict[str, Any]:
-    """The DeepSpeed dict, computed: it is never written by hand."""
+    """DeepSpeed's config, computed from ours."""
     micro, accumulation = micro_batches(config, world_size)
     stage = config.parallel.zero_stage
     out: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        # DeepSpeed takes memory for a whole bucket, 5e8 elements by default, whatever the size of the network
+        # DeepSpeed allocates a whole bucket, 5e8 elements by default, whatever the network's size
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(num_parameters, 500_000_000)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
     if stage in (1, 2):
-        # its "reduce_scatter" all-reduces the bucket too, cut into a slice for every parameter and rank first: 6 % of a
-        # small network's step
+        # its "reduce_scatter" all-reduces the bucket too, after slicing it by parameter and rank: 6 % of a small step
         out["zero_optimization"]["reduce_scatter"] = False
     if stage == 3:
-        # no parameter stays gathered between steps: what a checkpoint writes into is then all there is
+        # no parameter stays gathered between steps, so restoring the shards restores all of it
         out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if config.parallel.offload_optimizer:
         out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        out["zero_force_ds_cpu_optimizer"] = False  # its own would be compiled at the start; torch's is there
+        out["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled at the start
     if stage and config.train.clip is not None:
         out["gradient_clipping"] = config.train.clip
     if stage and config.parallel.precision == "bf16":
@@ -156,19 +139,17 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed 0.19.8 calls collectives that torch 2.14 renamed; nothing a user of ours could change
+    # DeepSpeed 0.19.8 calls collectives that torch 2.14 renamed; users can do nothing about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
 
-    # Its shared-memory op for CPU inference would be compiled here for two minutes; training never calls it.
+    # its shared-memory op for CPU inference takes two minutes to compile, and training never calls it
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
 def build_engine(module: nn.Module, config: Config, world: World) -> Engine:
-    """The engine that `config.engine` names. The module's parameters are float32 and equal on all ranks."""
-    if config.engine == "local":
-        return LocalEngine(module, config, world)
-    return DeepSpeedEngine(module, config, world)
+    """The engine named by `config.engine`. The module's parameters must be float32 and equal on all ranks."""
+    return (LocalEngine if config.engine == "local" else DeepSpeedEngine)(module, config, world)

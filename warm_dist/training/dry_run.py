@@ -1,4 +1,4 @@
-"""What a run will need, computed before any GPU or data is touched: batch arithmetic, parameters, memory per ZeRO stage."""
+"""The needs of a run without running it: batch arithmetic, parameters, operations, memory per ZeRO stage."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import json
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-from warm_dist.networks.flops import size_of
 
 
 def forward_bytes(stage: int, precision: str) -> int:
-    """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
+    """Bytes of a forward weight or its gradient; stage 0 computes in bf16 over float32 weights (autocast)."""
     return 2 if precision == "bf16" and stage else 4
 
 
 def memory_bytes(
     parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
 ) -> int:
-    """Bytes of weights, gradients, Adam and EMAs on a rank's device, activations not counted.
+    """Bytes of weights, gradients, Adam and EMAs on a rank's device, without activations.
 
-    Stage 0 keeps float32 weights and gradients; above it a float32 master partition stands beside the forward weights.
-    offload: master, Adam and EMAs are the host's. Source: ZeRO (arXiv 1910.02054), section 5.
+    Stage 0 has float32 weights and gradients; higher stages add a float32 master partition to the forward weights.
+    offload: master weights, Adam and EMAs are on the host. Source: ZeRO (arXiv 1910.02054), section 5.
     """
     shard, each = parameters / size, forward_bytes(stage, precision)
     weights = each * (shard if stage == 3 else parameters)
@@ -34,6 +33,8 @@ def memory_bytes(
 
 def dry_run(config: Config, size: int) -> str:
     """The text of `launch/train.py --dry-run`."""
+    from warm_dist.networks.flops import size_of
+
     check_world_size(config, size)
     network, parallel = size_of(config), config.parallel
     parameters, emas = network.parameters, 1 + len(config.train.ema_lengths)

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, sharded exactly as the optimizer: 1/W of the model, no communication."""
+"""Exponential moving averages of the weights, sharded like the optimizer: 1/W of the model, no communication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from warm_dist.distributed.world import World
 from warm_dist.training.engine import Fragment
 
 Decay = Callable[[int, int], float]
-"""(nimg, num_images) → beta, the weight of the past after training on num_images more, up to nimg."""
+"""(nimg, num_images) → beta, the factor of the old average after training on num_images more, up to nimg."""
 
 
 def half_life(half_life_nimg: int, ramp: float | None, nimg: int, num_images: int) -> float:
@@ -25,7 +25,7 @@ def half_life(half_life_nimg: int, ramp: float | None, nimg: int, num_images: in
 
 
 def power(exponent: float, nimg: int, num_images: int) -> float:
-    """beta = (1 - b/nimg)^(exponent + 1): the average weighs the weights of time t by t^exponent.
+    """beta = (1 - b/nimg)^(exponent + 1): weights at time t contribute in proportion to t^exponent.
 
     Source: EDM2 (arXiv 2312.02696), section 3.1.
     """
@@ -33,7 +33,7 @@ def power(exponent: float, nimg: int, num_images: int) -> float:
 
 
 def exponent_of(sigma_rel: float) -> float:
-    """The exponent of the power function whose relative standard deviation is sigma_rel, in (0, 0.288).
+    """The exponent of the power function with relative standard deviation sigma_rel, in (0, 0.288).
 
     The largest root of (γ+1) / ((γ+2)² (γ+3)) = sigma_rel². Source: EDM2, section 3.1 and appendix C.1.
     """
@@ -42,12 +42,12 @@ def exponent_of(sigma_rel: float) -> float:
 
 
 def kind_of(sigma_rel: float) -> str:
-    """The name that a power-function EMA has in checkpoints and snapshots."""
+    """The name of a power-function EMA in checkpoints and snapshots."""
     return f"ema_{sigma_rel:g}"
 
 
 class EMA:
-    """Shadows of this rank's own master fragments, float32; `values[k]` belongs to `fragments[k]`."""
+    """Averages of this rank's shard of the master weights, float32; `values[k]` belongs to `fragments[k]`."""
 
     def __init__(self, fragments: list[Fragment], decay: Decay) -> None:
         self.fragments, self.decay = fragments, decay
@@ -56,12 +56,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, nimg: int, num_images: int) -> None:
-        """Move the shadows towards the masters, after training on `num_images` more, up to `nimg`."""
+        """Move the averages towards the weights, after training on `num_images` more, up to `nimg`."""
         if self.values:
             torch._foreach_lerp_(self.values, self._masters, 1 - self.decay(nimg, num_images))
 
     def full(self, world: World, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-        """Every parameter's average, whole, on every rank (for sampling). A collective.
+        """Every parameter's whole average by name, on every rank. A collective.
 
         Exact: each element is the sum of its owner's value and zeros.
         """
@@ -80,6 +80,6 @@ class EMA:
 
 
 def averages(fragments: list[Fragment], train: TrainConfig) -> dict[str, EMA]:
-    """The EMAs that the config asks for by their names in a checkpoint; "ema" is the one that is sampled."""
+    """The config's EMAs by their names in a checkpoint; "ema" is the one used for sampling."""
     out = {"ema": EMA(fragments, partial(half_life, train.ema_half_life_nimg, train.ema_ramp))}
     return out | {kind_of(s): EMA(fragments, partial(power, exponent_of(s))) for s in train.ema_lengths}

@@ -1,14 +1,16 @@
-"""Optimizer engines behind one protocol, and the reference in plain PyTorch.
+"""The interface of engines, and the reference engine in plain PyTorch.
 
-Engines show their state as flat float32 fragments of named parameters, which is all that EMA and checkpoints know of sharding."""
+An engine exposes its state as flat float32 fragments of named parameters; EMAs and checkpoints know no other sharding.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,10 @@ STATE = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """values[k] is element start + k of the flattened parameter `name`; the tensors are views of live float32 state."""
+    """A part of a flattened parameter and its Adam moments: views, (n,) float32 each, of the live state.
+
+    Element k of a view is element start + k of the parameter `name`.
+    """
 
     name: str
     start: int
@@ -33,40 +38,19 @@ class Fragment:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return self.master.numel()
 
 
-class Engine(Protocol):
-    """What the training loop needs. All calls but the properties are collectives: every rank makes them, always."""
-
-    module: nn.Module
-
-    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor: ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss, scaled by 1/num_accumulation."""
-
-    def step(self, lr: float) -> Tensor:
-        """Clip, apply unless non-finite, clear gradients. Returns the gradient norm, a 0-d tensor on the device."""
-
-    def fragments(self) -> list[Fragment]:
-        """State that lies in this rank's memory: all of it at stage 0, 1/W of it above."""
-
-    def shard(self) -> list[Fragment]:
-        """The part of `fragments` that this rank answers for: over all ranks, every element exactly once."""
-
-    def after_load(self, num_steps: int) -> None:
-        """After fragments were written into: set the step count and rebuild the forward weights."""
-
-
 def make_adam(parameters: Any, config: Config) -> torch.optim.Adam:
+    """Adam with the config's settings."""
     train = config.train
-    # fused: one kernel, and `found_inf` lets the device itself leave out a non-finite update
+    # fused: one kernel, and `found_inf` lets the device skip a non-finite update
     return torch.optim.Adam(parameters, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
 
 def ensure_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Any]) -> None:
-    """Adam makes its state at the first step; a checkpoint needs it before."""
+    """Create Adam's state now, which it would do at the first step, so that a checkpoint can be loaded into it."""
     for p in parameters:
         if not optimizer.state[p]:
             optimizer.state[p] = {
@@ -77,12 +61,13 @@ def ensure_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Any]) ->
 
 
 def set_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    """Set Adam's step count."""
     for state in optimizer.state.values():
         state["step"].fill_(float(num_steps))
 
 
 def clip_and_guard(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
-    """Clip by the total norm, and have the next step left out if it is not finite: on the device, without a sync."""
+    """Clip by the total norm, and have Adam skip a non-finite update; returns the norm. No host sync."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -91,7 +76,7 @@ def clip_and_guard(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramet
 
 
 def share_of(fragment: Fragment, rank: int, size: int) -> Fragment | None:
-    """This rank's share of a fragment that every rank holds."""
+    """This rank's share of a fragment that every rank holds, or None if it is empty."""
     share = math.ceil(fragment.numel / size)
     low, high = min(rank * share, fragment.numel), min((rank + 1) * share, fragment.numel)
     if low == high:
@@ -100,31 +85,48 @@ def share_of(fragment: Fragment, rank: int, size: int) -> Fragment | None:
     return Fragment(fragment.name, fragment.start + low, **views)
 
 
-class BaseEngine:
-    """Autocast around the network, and whole-parameter fragments (stage 0 and LocalEngine)."""
+class Engine(ABC):
+    """A network with its optimizer. All calls are collectives: every rank must make them."""
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, module: nn.Module, config: Config, world: World, autocast: bool) -> None:
         self.module, self.config, self.world = module, config, world
         self.num_accumulation = micro_batches(config, world.size)[1]
-        self._autocast = autocast
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        self.precision = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=autocast)
 
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
-            yield
+    @abstractmethod
+    def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
+        """The network, see `heads.Network`."""
 
-    def _whole(self, optimizer: torch.optim.Optimizer) -> list[Fragment]:
-        ensure_state(optimizer, self.module.parameters())
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss, scaled by 1/num_accumulation."""
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradient, update unless it is non-finite, clear it. Returns its norm, a 0-d tensor on the device."""
+
+    @abstractmethod
+    def after_load(self, num_steps: int) -> None:
+        """After writing into `fragments`: set the step count and rebuild the forward weights."""
+
+    def fragments(self) -> list[Fragment]:
+        """The state in this rank's memory: all of it (the default) or, at ZeRO stages 1 to 3, 1/W of it."""
+        ensure_state(self.optimizer, self.module.parameters())
         out = []
         for name, p in self.module.named_parameters():
-            state = optimizer.state[p]
+            state = self.optimizer.state[p]
             out.append(Fragment(name, 0, p.data.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)))
         return out
 
+    def shard(self) -> list[Fragment]:
+        """This rank's part of the state; over all ranks, every element occurs exactly once."""
+        return [part for f in self.fragments() if (part := share_of(f, self.world.rank, self.world.size))]
 
-class LocalEngine(BaseEngine):
-    """Plain PyTorch: what every other engine must agree with. Several ranks average their gradients."""
+
+class LocalEngine(Engine):
+    """Plain PyTorch, the reference for all engines. Several ranks average their gradients."""
 
     def __init__(self, module: nn.Module, config: Config, world: World) -> None:
         super().__init__(module.to(world.device), config, world, autocast=config.parallel.precision == "bf16")
@@ -134,7 +136,7 @@ class LocalEngine(BaseEngine):
         self.optimizer = make_adam(self.parameters, config)
 
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
-        with self._precision():
+        with self.precision():
             return self.module(x, c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
@@ -153,13 +155,6 @@ class LocalEngine(BaseEngine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def fragments(self) -> list[Fragment]:
-        return self._whole(self.optimizer)
-
-    def shard(self) -> list[Fragment]:
-        parts = (share_of(f, self.world.rank, self.world.size) for f in self.fragments())
-        return [part for part in parts if part is not None]
 
     def after_load(self, num_steps: int) -> None:
         set_steps(self.optimizer, num_steps)

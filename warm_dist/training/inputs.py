@@ -1,4 +1,4 @@
-"""One rank's step, made ready: images augmented and centred, every random number drawn, all of it on the device."""
+"""Inputs of a training step: images augmented and centred, all random numbers drawn, everything on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from warm_dist.training import augment
 
 
 class Prepared(NamedTuple):
-    """One rank's step, drawn and on its device: x0 (B, C, H, W) centred, level (B,), noise, condition, the samples."""
+    """One rank's inputs of a step, on its device.
+
+    x0: (B, C, H, W) float32, centred. level: (B,) float64 each. noise: shaped as x0. batch: what it was made from.
+    """
 
     x0: Tensor
     level: Level
@@ -30,7 +33,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(batch: Batch, config: Config, info: DataInfo, device: torch.device) -> Prepared:
-    """Augment, centre, and draw every random number of the batch from its images' global positions."""
+    """Augment and centre a batch; every random number depends only on train.seed and the image's global position."""
     train, positions = config.train, [int(p) for p in batch.positions]
     uniform = rng.uniforms(train.seed, "augment", positions, 2)
     images = batch.images
@@ -62,12 +65,11 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """`with Prefetch(make, device) as ahead:` each `start` has the thread call `make` once, each `take` gives a result.
+    """Runs `make` in a thread ahead of use: each `start` calls it once, each `take` returns the next result, in order.
 
-    make: returns a Tensor or nested tuples with Tensors among their items; on CUDA it runs in a stream of its own, so
-    that pinned, non-blocking copies overlap with the computation, and it must not use what another stream just made.
-    Results come in the order of the starts, and what `make` raised is raised by the `take` that is due for it. The host
-    never waits for the device.
+    A context manager. make: returns a Tensor or nested tuples with Tensors among their items. On CUDA it runs in its
+    own stream, so that pinned, non-blocking copies overlap with computation; it must not use tensors just made in
+    another stream. What `make` raises, the corresponding `take` raises. The host never waits for the device.
     """
 
     def __init__(self, make: Callable[[], T], device: torch.device) -> None:
@@ -83,20 +85,20 @@ class Prefetch(Generic[T]):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __len__(self) -> int:
-        """How many were started and not taken."""
+        """Number of calls started and not yet taken."""
         return len(self._ahead)
 
     def start(self) -> None:
-        """Begin with one more."""
+        """Start one more call."""
         self._ahead.append(self._pool.submit(self._run))
 
     def take(self) -> T:
-        """The oldest one started; its tensors are ready for the stream that is current here."""
+        """The result of the oldest call; its tensors are ready for the current stream."""
         result, copied = self._ahead.popleft().result()
         if copied is not None:
             current = torch.cuda.current_stream()
             current.wait_event(copied)
-            for tensor in _tensors(result):  # or their memory would be given to the next copy while a kernel reads it
+            for tensor in _tensors(result):  # keeps their memory from the next copy while a kernel reads it
                 if tensor.is_cuda:
                     tensor.record_stream(current)
         return result

@@ -1,4 +1,4 @@
-"""Non-finite steps: noticed by every rank two steps later without stopping the device, reported with their samples."""
+"""Non-finite steps: every rank learns of one two steps later, without a host sync, and its samples are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from warm_dist.errors import NumericsError
 
 
 class Trace(NamedTuple):
-    """What to name if a step turns out to be non-finite: the samples' keys, sigma (B,) and losses (B,) per micro-batch."""
+    """What to report if a step was non-finite: the samples' keys, their sigma (B,), and losses (B,) per micro-batch."""
 
     nimg: int
     keys: tuple[str, ...]
@@ -23,10 +23,10 @@ class Trace(NamedTuple):
 
 
 class NonFiniteGuard:
-    """Carries two facts of one rank to all, a step later: somebody asks to stop, and a step was non-finite.
+    """Shares two flags with all ranks, one step late: stop requested, step non-finite.
 
-    A non-finite update is left out by the engine; here it is counted and told to `report`, and `limit` of them in a row
-    are a NumericsError. `skipped` counts them.
+    The engine skips a non-finite update; the guard counts it in `skipped`, calls `report`, and raises NumericsError
+    after `limit` of them in a row.
     """
 
     def __init__(self, world: World, limit: int, report: Callable[[int, str], None]) -> None:
@@ -34,17 +34,18 @@ class NonFiniteGuard:
         self.skipped = 0
         self._in_a_row = 0
         self._flags = Flags(world, 2)
-        self._coming: Trace | None = None  # its verdict is on the way from the device to the host
-        self._posted: Trace | None = None  # its verdict is on the way to the other ranks
+        self._coming: Trace | None = None  # its flag is being copied to the host
+        self._posted: Trace | None = None  # its flag is being sent to the other ranks
         self._bad = torch.zeros(1, dtype=torch.bool)
         self._copied: torch.cuda.Event | None = None
 
     def check(self, stop: bool, trace: Trace, bad: Tensor) -> bool:
-        """After each step. Adopt what was sent a step ago (True: somebody asked to stop), send the news. A collective.
+        """Call after each step: read the flags sent a step ago, send new ones. A collective.
 
-        bad: (1,) bool on the device, whether this step was non-finite.
+        bad: (1,) bool on the device, whether this step was non-finite. Returns True if any rank was asked to stop.
+        Raises NumericsError.
         """
-        stopping = self._adopt()
+        stopping = self._receive()
         self._post(stop)
         self._coming = trace
         cuda = bad.device.type == "cuda"
@@ -56,21 +57,21 @@ class NonFiniteGuard:
         return stopping
 
     def settle(self) -> bool:
-        """Adopt everything that is under way, so that no save follows an unread flag. A collective."""
-        stopping = self._adopt()
+        """Read all flags under way, so that no save follows an unread one. A collective; see `check`."""
+        stopping = self._receive()
         self._post(False)
-        return self._adopt() or stopping
+        return self._receive() or stopping
 
     def _post(self, stop: bool) -> None:
         broken = False
         if self._coming is not None:
             if self._copied is not None:
-                self._copied.synchronize()  # it has had a whole step
+                self._copied.synchronize()  # it has had a whole step's time
             broken = bool(self._bad)
         self._flags.post(stop, broken)
         self._posted, self._coming = self._coming, None
 
-    def _adopt(self) -> bool:
+    def _receive(self) -> bool:
         stopping, broken = self._flags.read()
         trace, self._posted = self._posted, None
         if trace is None:

@@ -1,4 +1,4 @@
-"""The state of a run as named tensors: what a checkpoint is given to write, and where it loads into."""
+"""The state of a run as named tensors, to write to a checkpoint and to load from one."""
 
 from __future__ import annotations
 

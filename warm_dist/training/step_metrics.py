@@ -1,13 +1,15 @@
-"""What is measured between two lines of metrics.jsonl: losses, speed, where the time went, memory, over all ranks."""
+"""Metrics between two lines of metrics.jsonl, over all ranks: losses, speed, time per phase, memory."""
 
 from __future__ import annotations
 
 import math
 import os
 import resource
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,20 @@ from warm_dist.networks.flops import flops_per_image, peak_flops
 from warm_dist.tracking.machine_load import MachineLoad
 
 SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
-"""What a window adds up over its images; those with a non-finite loss are left out, and counted as skipped steps."""
+"""Quantities summed over images; those with a non-finite loss are left out, and count as skipped steps."""
 PHASES = ("data", "forward", "backward", "update", "ema")
-SLOW = 1.5  # a rank that takes so many times the median for its own part of the step is told of
+SLOW = 1.5  # warn about a rank slower than this multiple of the median
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most memory so far: of the device's tensors on CUDA, else of this process."""
+    """Peak memory so far: of the device's tensors on CUDA, else of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 class StepMetrics:
-    """Sums stay on the device; `flush` is the one place that waits for it."""
+    """Collects a rank's metrics; the sums stay on the device, and only `flush` waits for it."""
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None]) -> None:
         self.world, self.say = world, say
@@ -44,39 +46,37 @@ class StepMetrics:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.flops = flops_per_image(config)
         self.peak = peak_flops(config, world.device)
-        self.meter = (
-            MachineLoad(Path(config.output)) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        )  # one a machine
+        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.meter = MachineLoad(Path(config.output)) if first_here else None  # one per machine
         self.gathers_in_forward = config.engine == "deepspeed" and config.parallel.zero_stage == 3
         self.nimg = self.num_steps = 0
         self.seconds = 0.0
         self._since = time.monotonic()
 
     def begin(self, nimg: int) -> None:
-        """Training goes on at nimg, after something else."""
+        """Start measuring at nimg."""
         self.nimg = nimg
         self.resume()
 
     def pause(self) -> None:
-        """What follows is no training: a save, an evaluation."""
+        """Stop the clock for what is not training: a save, an evaluation."""
         self.watch.at("")
         self.seconds += time.monotonic() - self._since
 
     def resume(self) -> None:
-        """The end of a pause."""
+        """Start the clock again."""
         self.watch.at("")
         self._since = time.monotonic()
 
     @torch.no_grad()
     def add(self, result: Loss) -> None:
-        """The losses of a micro-batch."""
-        rows = torch.stack(
-            [result.total, result.blurry, result.residual, result.inconsistency, torch.ones_like(result.total)]
-        ).double()
+        """Add the losses of a micro-batch."""
+        counts = torch.ones_like(result.total)
+        rows = torch.stack([result.total, result.blurry, result.residual, result.inconsistency, counts]).double()
         self.sums += rows.where(torch.isfinite(result.total), 0.0).sum(1)
 
     def load(self, saved: list[list[float]]) -> None:
-        """Go on with the sums of all ranks that a checkpoint holds, of any world size."""
+        """Continue from the sums of all ranks in a checkpoint, of any world size."""
         if len(saved) == self.world.size:
             mine = saved[self.world.rank]
         else:
@@ -84,7 +84,7 @@ class StepMetrics:
         self.sums.copy_(torch.tensor(mine, dtype=torch.float64))
 
     def flush(self, nimg: int, grad_norm: Tensor) -> tuple[dict[str, float | None], list[dict[str, float]]]:
-        """The window's line, and every rank's own figures; the next window begins. A collective."""
+        """The metrics since the last flush, and every rank's own; resets them. A collective."""
         sums = self.sums.clone()
         if self.world.size > 1:
             dist.all_reduce(sums)
@@ -94,8 +94,8 @@ class StepMetrics:
             name: value / count if count else None for name, value in zip(SUMS, values, strict=False)
         }
         steps, seconds = max(1, self.num_steps), max(self.seconds, 1e-9)
-        places = self.watch.read()
-        mine = {f"{place}_s": places.get(place, 0.0) / steps for place in PHASES}
+        spent = self.watch.read()
+        mine = {f"{phase}_s": spent.get(phase, 0.0) / steps for phase in PHASES}
         mine |= {"images_per_s": (nimg - self.nimg) / self.world.size / seconds}
         mine |= {"memory_bytes": memory_bytes(self.world.device), "step_s": seconds / steps}
         ranks: list[dict[str, float]] = gather(self.world, mine)
@@ -112,81 +112,81 @@ class StepMetrics:
         return line, ranks
 
     def machines(self) -> dict[str, float]:
-        """Every machine's load, of several as `node_K/NAME` in the order of ranks (MLflow's names). A collective."""
+        """Every machine's load; of several, keys are `node_K/NAME` in the order of ranks. A collective."""
         found = [figures for figures in gather(self.world, self.meter.read() if self.meter else None) if figures]
         if len(found) == 1:
             return dict(found[0])
         return {f"node_{k}/{name}": value for k, figures in enumerate(found) for name, value in figures.items()}
 
     def _slowest(self, ranks: list[dict[str, float]]) -> dict[str, float | None]:
-        """The rank that takes longest for what it does alone, before any waiting for others."""
+        """The rank slowest in the phases before any wait for others; says so if it is far from the median."""
         if len(ranks) == 1:
             return {}
         alone = [rank["data_s"] + (0.0 if self.gathers_in_forward else rank["forward_s"]) for rank in ranks]
-        median = sorted(alone)[(len(alone) - 1) // 2]
+        median = statistics.median_low(alone)
         slowest = max(range(len(alone)), key=alone.__getitem__)
-        lost = alone[slowest] - median
-        if alone[slowest] > SLOW * median and lost > 0.05 * ranks[slowest]["step_s"]:
-            row = ranks[slowest]
+        row, lost = ranks[slowest], alone[slowest] - median
+        if alone[slowest] > SLOW * median and lost > 0.05 * row["step_s"]:
+            data_ms, forward_ms = row["data_s"] * 1e3, row["forward_s"] * 1e3
             self.say(
-                f"rank {slowest} is slow: {row['data_s'] * 1e3:.1f} ms a step for data and {row['forward_s'] * 1e3:.1f} ms "
-                f"for the forward pass, together {lost * 1e3:.1f} ms more than the median rank; all others wait for it"
+                f"rank {slowest} is slow: {data_ms:.1f} ms a step for data and {forward_ms:.1f} ms for the forward "
+                f"pass, together {lost * 1e3:.1f} ms more than the median rank; all others wait for it"
             )
         return {"slowest_rank": slowest, "slowest_s": lost}
 
 
 def eta(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """A time as H:MM:SS."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def progress(line: dict[str, Any], nimg: int, total_nimg: int) -> str:
-    """The line for people."""
+    """The metrics as a progress line."""
     if line["loss"] is None:
         return f"nimg {nimg}/{total_nimg}  no finite loss since the last line"
     return (
-        f"nimg {nimg}/{total_nimg}  loss {line['loss']:.4f} "
-        f"(blurry {line['loss_blurry']:.4f}, residual {line['loss_residual']:.4f})  {line['images_per_s']:.0f} images/s  "
+        f"nimg {nimg}/{total_nimg}  loss {line['loss']:.4f} (blurry {line['loss_blurry']:.4f}, residual "
+        f"{line['loss_residual']:.4f})  {line['images_per_s']:.0f} images/s  "
         f"ETA {eta((total_nimg - nimg) / line['images_per_s'])}"
     )
 
 
 ON_HOST = ("data",)
-"""Places whose time is the host's waiting; on CUDA all others are timed by events on the stream."""
+"""Phases timed on the host; on CUDA the others are timed by events on the stream."""
 
 
 class Stopwatch:
-    """`at(place)` begins a place and ends the one before; `read` gives the seconds of each since the last `read`.
+    """Times phases: `at` begins one and ends the one before, `read` returns the seconds of each since the last `read`.
 
-    On CUDA an event is recorded and nothing waits before `read`.
+    On CUDA, `at` records an event and only `read` waits.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event]] = []
-        self._place, self._since = "", time.perf_counter()
+        self._phase, self._since = "", time.perf_counter()
 
-    def at(self, place: str) -> None:
-        """Begin a place; "" belongs to nothing and is not reported."""
+    def at(self, phase: str) -> None:
+        """Begin a phase; "" is none and is not reported."""
         now = time.perf_counter()
-        if not self._cuda or self._place in ON_HOST:
-            self._seconds[self._place] += now - self._since
+        if not self._cuda or self._phase in ON_HOST:
+            self._seconds[self._phase] += now - self._since
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self._events.append((place, event))
-        self._place, self._since = place, now
+            self._events.append((phase, event))
+        self._phase, self._since = phase, now
 
     def read(self) -> dict[str, float]:
-        """Seconds by place, closed places only; waits for the device."""
+        """Seconds by phase, without the one that has not ended; waits for the device."""
         if self._events:
             self._events[-1][1].synchronize()
-            for (place, begun), (_, ended) in zip(self._events, self._events[1:], strict=False):
-                if place not in ON_HOST:
-                    self._seconds[place] += begun.elapsed_time(ended) / 1000
+            for (phase, begun), (_, ended) in pairwise(self._events):
+                if phase not in ON_HOST:
+                    self._seconds[phase] += begun.elapsed_time(ended) / 1000
             del self._events[:-1]
-        out = {place: seconds for place, seconds in self._seconds.items() if place}
+        out = {phase: seconds for phase, seconds in self._seconds.items() if phase}
         self._seconds.clear()
         return out

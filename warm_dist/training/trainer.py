@@ -1,4 +1,4 @@
-"""The training loop: from any nimg to the end, bit-equal whether or not it was interrupted on the way."""
+"""The training loop: from any nimg to the end, bit-equal whether or not it was interrupted."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from warm_dist.training.state import ema_tensors, load_state, state_tensors
 from warm_dist.training.step_metrics import StepMetrics, progress
 
 Evaluate = Callable[[dict[str, Tensor], int, StopSignal], dict[str, Any]]
-"""EMA weights (whole, by name), nimg and who may ask to stop → the metrics of one evaluation. A collective."""
+"""(whole EMA weights by name, nimg, stop signal) → the metrics of one evaluation. A collective."""
 
 
 def learning_rate(config: Config, nimg: int) -> float:
-    """Linear ramp over lr_ramp_nimg, linear decay to 0 over the last lr_decay_nimg; for the step that starts at nimg."""
+    """The learning rate of the step from nimg: linear ramp over lr_ramp_nimg, decay to 0 over the last lr_decay_nimg."""
     train = config.train
     ramp = min(1.0, (nimg + train.batch_size) / train.lr_ramp_nimg) if train.lr_ramp_nimg else 1.0
     decay = min(1.0, (train.total_nimg - nimg) / train.lr_decay_nimg) if train.lr_decay_nimg else 1.0
@@ -48,7 +48,7 @@ def learning_rate(config: Config, nimg: int) -> float:
 
 
 def loss_function(config: Config) -> Callable[..., Loss]:
-    """The loss that process.preconditioning and process.residual_weight name."""
+    """The loss selected by process.preconditioning and process.residual_weight."""
     if config.process.preconditioning == "per_frequency":
         return per_frequency.loss
     return partial(loss, residual_weight=config.process.residual_weight)
@@ -57,7 +57,7 @@ def loss_function(config: Config) -> Callable[..., Loss]:
 class Trainer:
     """Owns the state of a run: network, optimizer, EMAs, nimg, and the step metrics.
 
-    checkpoints: None for a trainer that saves nothing. heartbeat: is told the phase this rank is in.
+    checkpoints: None to save nothing. heartbeat: reports the phase this rank is in.
     """
 
     def __init__(
@@ -84,10 +84,8 @@ class Trainer:
         self._safe_since = time.monotonic()
         self.grad_norm = torch.zeros((), device=world.device)
 
-    # -- state ------------------------------------------------------------------------------------------------------
-
     def restore(self) -> None:
-        """Take up the newest intact checkpoint, of any world size and stage, if there is one. A collective.
+        """Load the newest intact checkpoint, of any world size and stage, if there are any. A collective.
 
         Raises CheckpointError if it is another run's, or none is intact.
         """
@@ -114,14 +112,14 @@ class Trainer:
             raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
         if new := set(self.config.train.ema_lengths) - set(meta["config"]["train"].get("ema_lengths", ())):
             raise CheckpointError(
-                f"{saved}: holds no EMA of length {min(new):g}, and one cannot begin in mid-run; take it out of "
+                f"{saved}: holds no EMA of length {min(new):g}, and one cannot begin in mid-run; remove it from "
                 "train.ema_lengths, or give the run a new output folder"
             )
         if meta["nimg"] % self.config.train.batch_size:
             raise CheckpointError(f"{saved}: nimg {meta['nimg']} is not a multiple of train.batch_size")
 
     def save(self) -> None:
-        """Write a checkpoint at nimg. Only after the guard has settled. A collective."""
+        """Write a checkpoint at nimg; the guard must have settled. A collective."""
         self.saved_nimg = self.nimg
         if self.checkpoints is None:
             return
@@ -150,10 +148,8 @@ class Trainer:
             "data": self.info.to_json(),
         }
 
-    # -- one step ---------------------------------------------------------------------------------------------------
-
     def step(self, data: Prepared) -> Trace:
-        """Forward, backward, update, EMAs: no value is read back from the device here."""
+        """One step on this rank's inputs: forward, backward, update, EMAs. No host sync."""
         train = self.config.train
         rng.seed_torch(train.seed, self.nimg, self.world.rank)
         micro, _ = micro_batches(self.config, self.world.size)
@@ -194,8 +190,6 @@ class Trainer:
         if self.log is not None:
             self.log.write(nimg, "event", text=text)
 
-    # -- the loop ---------------------------------------------------------------------------------------------------
-
     def fit(
         self,
         batches: Iterator[Batch],
@@ -204,9 +198,10 @@ class Trainer:
         evaluate: Evaluate | None,
         evaluated: set[int],
     ) -> None:
-        """Train to total_nimg. batches: this rank's, from self.nimg on. evaluated: the nimg that need no evaluation again.
+        """Train to total_nimg. A collective.
 
-        log: on rank 0. Raises Stopped after a save when a signal came, NumericsError, DataError and what else its parts raise.
+        batches: this rank's, from self.nimg on. log: on rank 0. evaluated: the nimg already evaluated.
+        Raises Stopped, after a save, if any rank was asked to stop; NumericsError, DataError, and what its parts raise.
         """
         self.log = log
         total = self.config.train.total_nimg
@@ -225,7 +220,7 @@ class Trainer:
                 stopping = self.guard.check(stop.name is not None, trace, self._non_finite(trace))
                 stopping = self._milestones(stop, evaluate, evaluated, stopping)
                 if stopping and self.nimg < total:
-                    raise Stopped(f"{stop.name or 'a peer'} at nimg {self.nimg}; run the same command again to go on")
+                    raise Stopped(f"{stop.name or 'a peer'} at nimg {self.nimg}; run the same command again to resume")
 
     def _milestones(self, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int], stopping: bool) -> bool:
         train = self.config.train
@@ -246,13 +241,13 @@ class Trainer:
             self._snapshot()
         if saving or stopping:
             self.save()
-        if not stopping or last:  # the evaluation asks for itself whether to stop
+        if not stopping or last:  # the evaluation checks for a stop by itself
             self._evaluate_if_due(stop, evaluate, evaluated)
         self.metrics.resume()
         return stopping
 
     def _flush(self) -> None:
-        """Reduce the window over ranks, write its line, show progress. A collective; the one place that syncs."""
+        """Reduce the metrics over ranks, log them, show progress. A collective; the only host sync of the loop."""
         self._at("metrics")
         line, ranks = self.metrics.flush(self.nimg, self.grad_norm)
         machines = self.metrics.machines()
@@ -268,11 +263,12 @@ class Trainer:
         self.report_uploads()
 
     def report_uploads(self) -> None:
-        """Write down which checkpoints have arrived in the store meanwhile, and say which have not. Rank 0 only."""
-        for upload in self.checkpoints.ended() if self.checkpoints and self.log else ():
+        """Log which uploads have ended since the last call, and say which failed. Rank 0 only."""
+        if self.checkpoints is None or self.log is None:
+            return
+        for upload in self.checkpoints.ended():
             if upload.error:
                 self.say(f"{upload.name} was not sent to {self.config.checkpoint.url}: {upload.error}")
-            assert self.log is not None
             kind = "upload" if upload.name.startswith(CHECKPOINTS) else "snapshot_upload"
             failed = 0.0 if upload.error is None else 1.0
             if kind == "upload" and not failed:
@@ -280,7 +276,7 @@ class Trainer:
             self.log.write(nimg_of(upload.name), kind, seconds=upload.seconds, failed=failed)
 
     def unsafe_s(self) -> float:
-        """How long ago the last checkpoint was written, or arrived where there is a store; or the start."""
+        """Seconds since the last checkpoint was written (to the store, if there is one), or since the start."""
         return time.monotonic() - self._safe_since
 
     def _evaluation_is_due(self, evaluate: Evaluate | None, evaluated: set[int]) -> bool:

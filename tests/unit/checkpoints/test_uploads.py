@@ -118,7 +118,7 @@ def test_a_store_that_stays_away_is_reported_at_the_end(slow):
     until(lambda: remote.tries > 1)  # the first has failed
     late = mine.storage.close(0.05)
     assert [upload.name for upload in late] == [name_of(CHECKPOINTS, 8)]
-    assert "not through after 0 s; the store does not answer" in late[0].error
+    assert "not finished after 0 s; the store does not answer" in late[0].error
 
 
 class Asked(FolderStore):

@@ -65,8 +65,8 @@ def test_bad_values_are_refused_with_their_path(override, words):
 
 def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
     for text, words in [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
-        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ("{", "not JSON, line 1"),
         ("[]", "needs an object"),
         ("{}", "missing key 'data'"),

@@ -90,7 +90,7 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"space": {"network.channels": {"uniform": [8, 40]}}}, "'network.channels': .*valid integer"),
         ({"space": {"process.bnr": {"grid": [0.5, 0.5]}}}, "come twice"),
         ({"space": {"process.bnr": {"grid": [{"kind": "log_uniform", "low": 0.1, "high": 1}]}}}, "sampler.bnr is needed"),
-        ({"set": {"train.seed": 5}}, "set train.seed: it is the list seeds"),
+        ({"set": {"train.seed": 5}}, "set train.seed: use the sweep's list seeds"),
         ({"space": {"data.reader_threads": {"grid": [1, 2]}}}, "the network does not depend on it"),
         ({"space": {"process.bnr.cap": {"grid": [1]}, "process.bnr": {"grid": [{"kind": "power", "bnr": 1, "exponent": 0}]}}},
          "'process.bnr.cap' is inside 'process.bnr'"),
@@ -99,7 +99,7 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"output": "s3:/bucket"}, "'output'"),
         ({"output": "ftp://host/folder"}, "'output'"),
         ({"seeds": []}, "'seeds': .*at least 1 item"),
-        ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"seeds": [1, 1]}, "seeds has a duplicate"),
         ({"seeds": [-1]}, "greater than or equal to 0"),
         ({"num_samples": 3}, "num_samples 3 needs a key of space that is drawn"),
         ({"scheduler": {"kind": "asha", "grace_nimg": 44800}}, "grace_nimg 44800 must be at least .* below train.total_nimg"),
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_clear_error(tmp_path, changes, told):
 
 
 def test_a_seed_on_the_command_line_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"set train\.seed: it is the list seeds"):
+    with pytest.raises(ConfigError, match=r"set train\.seed: use the sweep's list seeds"):
         all_trials(written(tmp_path), "train.seed=3")
 
 
@@ -147,5 +147,5 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
 def test_nan_is_no_value(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text().replace("0.5", "NaN"))
-    with pytest.raises(ConfigError, match="NaN is not a number that JSON knows"):
+    with pytest.raises(ConfigError, match="NaN is not a JSON number"):
         all_trials(path)

@@ -19,14 +19,17 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, said: list[str]) -> Make:
-    def evaluator(read: Any = lambda rows: REAL[rows], stores: Any = open_store, **changes: Any) -> Evaluator:
+def make(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Make:
+    def evaluator(
+        read: Any = lambda rows: REAL[rows], stores: Any = open_store, run: str = "run", **changes: Any
+    ) -> Evaluator:
         settings = config(
-            tmp_path / "run",
+            tmp_path / run,
             eval={**EVAL, **changes},
             sampler={"method": "heun", "num_steps": 2},
             data__manifest=f"{tmp_path}/data/manifest.parquet",
         )
-        return Evaluator(settings, ALONE, info(), read, tmp_path / "run", said.append, stores)
+        monkeypatch.setattr("warm_dist.evaluation.evaluator.open_store", stores)
+        return Evaluator(settings, ALONE, info(), read, tmp_path / run, said.append)
 
     return evaluator

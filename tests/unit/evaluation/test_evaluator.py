@@ -19,6 +19,7 @@ from warm_dist.evaluation.extractors import Pixels
 from warm_dist.evaluation.feature_stream import features
 from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.networks.unet import build_network
+from warm_dist.runs.metrics import Eval, Record
 
 
 def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tmp_path: Path, said: list[str]) -> None:
@@ -28,6 +29,7 @@ def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tm
     assert (tmp_path / "run" / first["grid"]).exists()
     assert (first["floor_n"], first["blocks"], first["spread"], first["nfe"], first["bnr"]) == (20, 1, None, 3, "0.5")
     assert 0 < first["floor"] < first["frechet"]
+    assert first.keys() == Eval.__annotations__.keys() - Record.__annotations__.keys()
     assert f"floor {first['floor']:.2f} (real against real, 20 and 44), n 20, NFE 3" in said[-1]
     again = make(read=pytest.fail)  # the real images' statistics are kept
     assert again(weights, 80, StopSignal())["frechet"] == first["frechet"]

@@ -51,7 +51,7 @@ def test_what_cannot_be_extracted_is_refused() -> None:
         with pytest.raises(ConfigError, match="extractor_sha256 None; it needs both"):
             make_extractor(name, url="weights.pt")
     for name in ("lite0", "pixels"):
-        with pytest.raises(ConfigError, match=f"eval.extractor_bf16 true: {name} knows only float32"):
+        with pytest.raises(ConfigError, match=f"eval.extractor_bf16 true: {name} has only float32"):
             make_extractor(name, bf16=True)
 
 
@@ -167,8 +167,9 @@ def test_torchscript_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, sha256 = saved(Small(), tmp_path / "small.pt")
     store = MemoryStore({"small.pt": Path(path).read_bytes()})
+    monkeypatch.setattr("warm_dist.store.download.open_store", store.open)
     for _ in range(2):
-        extractor = make_extractor("torchscript", "s3://bucket/weights/small.pt", sha256, open_store=store.open)
+        extractor = make_extractor("torchscript", "s3://bucket/weights/small.pt", sha256)
     assert extractor.num_features == 12
     assert store.downloads == 1
 

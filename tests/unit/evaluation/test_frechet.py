@@ -110,7 +110,7 @@ def test_moments_say_what_they_need() -> None:
         Moments.from_flat(np.zeros(70))
     with pytest.raises(ValueError, match="needs 2"):
         frechet_distance(out, Moments.of(rows[:1]))
-    with pytest.raises(ValueError, match="equal ones"):
+    with pytest.raises(ValueError, match="equal shapes"):
         frechet_distance(out, Moments.of(rows[:, :7]))
 
 

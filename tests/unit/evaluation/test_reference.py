@@ -60,7 +60,7 @@ def test_runs_of_a_machine_measure_the_reference_once(make: Make, tmp_path: Path
 
     def second() -> dict[str, Any]:
         assert begun.wait(30)
-        other = make(read=pytest.fail, stores=stores, cache_dir=str(tmp_path / "node"))
+        other = make(read=pytest.fail, stores=stores, run="another", cache_dir=str(tmp_path / "node"))
         other.cache = Telling(other.cache, waiting.set)
         return other(weights, 80, StopSignal())
 

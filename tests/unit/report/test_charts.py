@@ -34,7 +34,7 @@ def test_the_bnr_axis_is_logarithmic_and_has_a_place_for_zero() -> None:
 
 
 def test_every_colour_can_be_seen_on_both_grounds() -> None:
-    css = (ROOT / "warm_dist/report.html.j2").read_text()
+    css = (ROOT / "warm_dist/report/page.html.j2").read_text()
     grounds = [charts.luminance(colour) for colour in re.findall(r"--ground: (#\w{6})", css)]
     inks = [charts.luminance(colour) for colour in re.findall(r"--(?:ink|soft): (#\w{6})", css)]
 

@@ -21,7 +21,7 @@ def test_attempts_are_counted_and_the_folder_is_claimed_once(tmp_path, monkeypat
     monkeypatch.setattr(folder, "git_commit", lambda: "c0ffee")
     attempt, lock = claim_run(tmp_path / "run")
     assert attempt == 1
-    with pytest.raises(OutputError, match="another process"):
+    with pytest.raises(OutputError, match="another training process"):
         claim_run(tmp_path / "run")
     describe_run(tmp_path / "run", QUICKSTART, attempt, {"fingerprint": "x"})
     assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == "c0ffee"
@@ -38,12 +38,12 @@ def test_the_first_reason_stays(tmp_path):
 
 
 def test_an_earlier_attempt_s_end_is_not_this_one_s(tmp_path):
-    assert read_end(tmp_path, 0.0) is None
+    assert read_end(tmp_path) is None
     write_end(tmp_path, 1, 64, DataError("image x"))
     now = time.time()
-    assert read_end(tmp_path, now)["code"] == 3
+    assert read_end(tmp_path, since=now)["code"] == 3
     os.utime(tmp_path / "exit.json", (now - 60, now - 60))
-    assert read_end(tmp_path, now) is None
+    assert read_end(tmp_path, since=now) is None
 
 
 def test_a_new_claim_forgets_the_last_end(tmp_path):
@@ -51,3 +51,9 @@ def test_a_new_claim_forgets_the_last_end(tmp_path):
     _, lock = claim_run(tmp_path)
     assert not (tmp_path / "exit.json").exists()
     lock.close()
+
+
+def test_the_end_of_another_attempt_is_told_apart(tmp_path):
+    write_end(tmp_path, 2, 64, DataError("image x"))
+    assert read_end(tmp_path, attempt=2)["nimg"] == 64
+    assert read_end(tmp_path, attempt=3) is None

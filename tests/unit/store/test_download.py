@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,27 +35,40 @@ def test_a_path_is_checked_and_stays_where_it_is(tmp_path: Path) -> None:
         fetch(str(tmp_path / "gone.pt"), SHA256, key="other.url")
 
 
-def test_an_s3_object_is_fetched_once(tmp_path: Path) -> None:
-    store = MemoryStore({"weights.pt": CONTENT, "bad.pt": CONTENT[:-1]})
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[MemoryStore], MemoryStore]:
+    """Let downloads find this store in the place of every S3."""
+
+    def use(store: MemoryStore) -> MemoryStore:
+        monkeypatch.setattr("warm_dist.store.download.open_store", store.open)
+        return store
+
+    return use
+
+
+def test_an_s3_object_is_fetched_once(serve: Callable[[MemoryStore], MemoryStore], tmp_path: Path) -> None:
+    store = serve(MemoryStore({"weights.pt": CONTENT, "bad.pt": CONTENT[:-1]}))
     for _ in range(2):
-        path = fetch("s3://bucket/weights/weights.pt", SHA256, tmp_path, store.open)
+        path = fetch("s3://bucket/weights/weights.pt", SHA256, tmp_path)
     assert path == tmp_path / SHA256 / "weights.pt"
     assert path.read_bytes() == CONTENT
     assert store.opened == ["s3://bucket/weights"]
     assert store.downloads == 1
     with pytest.raises(DataError, match="nothing of it was loaded"):
-        fetch("s3://bucket/weights/bad.pt", SHA256, tmp_path, store.open)
+        fetch("s3://bucket/weights/bad.pt", SHA256, tmp_path)
     assert files(tmp_path) == [path]
 
 
-def test_what_s3_refuses_keeps_its_class_but_a_missing_object(tmp_path: Path) -> None:
+def test_what_s3_refuses_keeps_its_class_but_a_missing_object(
+    serve: Callable[[MemoryStore], MemoryStore], tmp_path: Path
+) -> None:
+    serve(MemoryStore({"gone.pt.old": b""}))
     with pytest.raises(ConfigError, match=r"eval.extractor_url s3://bucket/gone.pt: no such object"):
-        fetch("s3://bucket/gone.pt", SHA256, tmp_path, MemoryStore({"gone.pt.old": b""}).open)
+        fetch("s3://bucket/gone.pt", SHA256, tmp_path)
     for kind in (DataError, AccessError, UnreachableError):
+        serve(MemoryStore({"a.pt": b""}, kind("as it was")))
         with pytest.raises(kind, match="as it was"):
-            fetch("s3://bucket/a.pt", SHA256, tmp_path, MemoryStore({"a.pt": b""}, kind("as it was")).open)
-    with pytest.raises(ConfigError, match="a command that reads S3"):
-        fetch("s3://bucket/a.pt", SHA256, tmp_path)
+            fetch("s3://bucket/a.pt", SHA256, tmp_path)
     with pytest.raises(ConfigError, match="needs s3://bucket/key"):
-        fetch("s3://bucket", SHA256, tmp_path, MemoryStore({}).open)
+        fetch("s3://bucket", SHA256, tmp_path)
     assert files(tmp_path) == []

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow  # noqa: F401  # runs uname when it is imported
 import pytest
 
 from warm_dist.errors import UnreachableError
 from warm_dist.files import read_json, write_json
 from warm_dist.runs.metrics import MetricsLog, parse_line
-from warm_dist.tracking import client, follow
+from warm_dist.tracking import follow
 from warm_dist.tracking.client import RUN_TAG
 from warm_dist.tracking.mirror import Mirror
 
@@ -80,7 +81,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     out = Server()
-    monkeypatch.setattr(client, "client_of", lambda url: out)
+    monkeypatch.setattr("warm_dist.tracking.mirror.client_of", lambda url: out)
     return out
 
 

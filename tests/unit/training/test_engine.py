@@ -1,9 +1,7 @@
-"""One step of an engine against Adam's own formulas, and ZeRO's fragments on one rank."""
+"""One step of an engine against Adam's own formulas, and the shares of ranks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support.engine_worker import SMALL
 from tests.support.tiny_run import BATCH, config
-from warm_dist.distributed.world import World, join, shutdown
-from warm_dist.networks.unet import build
-from warm_dist.training.deepspeed_engine import build_engine
+from warm_dist.distributed.world import World
 from warm_dist.training.engine import Engine, LocalEngine
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -104,32 +99,3 @@ def test_every_element_is_one_rank_s(tmp_path, size):
     assert [f.start for f in owned] == [sum(f.numel for f in owned[:k]) for k in range(len(owned))]
     assert torch.cat([f.master for f in owned]).tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert all(f.numel == f.exp_avg.numel() == f.exp_avg_sq.numel() > 0 for f in owned)
-
-
-# -- DeepSpeed, on one rank ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    before = dict(os.environ)
-    yield join(60)
-    shutdown()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_zero_s_masters_are_float32_and_the_forward_weights_follow_them(world, tmp_path, stage, precision):
-    """What a checkpoint writes into the masters is what the next forward pass computes with."""
-    settings = config(tmp_path, **SMALL, parallel__zero_stage=stage, parallel__precision=precision)
-    engine = build_engine(build(settings), settings, world)
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    level = torch.zeros(2)
-    before = engine(x, level, level, None).detach().float()
-    assert {f.master.dtype for f in engine.fragments()} == {torch.float32}
-    for f in engine.fragments():
-        if f.name.startswith("conv_out."):  # the last layer
-            f.master.add_(1.0)
-    engine.after_load(5)
-    after = engine(x, level, level, None).detach().float()
-    assert float((after - before).abs().max()) > 0.5

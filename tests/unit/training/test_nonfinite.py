@@ -11,7 +11,7 @@ from tests.support.tiny_run import ALONE, BATCH, batches, config, info
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.errors import NumericsError
-from warm_dist.runs.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import RECORDS, MetricsLog, read_metrics
 from warm_dist.training.trainer import Trainer
 
 
@@ -46,6 +46,9 @@ def test_a_step_is_left_out_reported_and_counted(tmp_path):
     assert trainer.guard.skipped == 3
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["nimg"] // BATCH for r in records if r["kind"] == "event"] == [7, 8, 12]
+    assert all(
+        r.keys() == RECORDS[r["kind"]].__annotations__.keys() for r in records if r["kind"] in ("event", "checkpoint")
+    )
     lines = [r for r in records if r["kind"] == "train"]
     assert all(r["loss"] == r["loss"] and r["loss"] is not None for r in lines)  # the finite images' mean
     assert lines[7]["grad_norm"] is None

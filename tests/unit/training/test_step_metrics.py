@@ -13,7 +13,7 @@ from tests.support.tiny_run import ALONE, BATCH, batches, config, info
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image
-from warm_dist.runs.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import RECORDS, MetricsLog, read_metrics
 from warm_dist.training import step_metrics
 from warm_dist.training.step_metrics import PHASES, StepMetrics, Stopwatch
 from warm_dist.training.trainer import Trainer
@@ -54,6 +54,16 @@ def test_a_line_says_where_the_time_went(trained):
         assert 5e7 < line["memory_bytes"] < 2e10
         assert line["skipped_steps"] == 0
         assert line["grad_norm"] > 0
+
+
+def test_records_have_the_keys_of_their_types(trained):
+    records = read_metrics(trained[0] / "metrics.jsonl")
+    assert {record["kind"] for record in records} == {"train", "system"}
+    for record in records:
+        model = RECORDS[record["kind"]]
+        loads = {key for key in record if key.endswith(("megabytes", "percentage", "watts"))}
+        assert model.__annotations__.keys() - {"slowest_rank", "slowest_s"} == record.keys() - loads
+        assert bool(loads) == (record["kind"] == "system")
 
 
 def rows(*data_s: float) -> list[dict[str, float]]:

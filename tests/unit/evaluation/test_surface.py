@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tests.support.surfaces import GRID, line
-from warm_dist.evaluation.surface_table import points, text
+from warm_dist.evaluation.surface import cells_text, mlflow_points
 
 
 def test_mlflow_gets_a_curve_over_nfe_for_each_bnr() -> None:
-    found = points([*GRID, line("table, 3 points", 9, 7.0), line("2", 9, None)])
+    found = mlflow_points([*GRID, line("table, 3 points", 9, 7.0), line("2", 9, None)])
     assert found["frechet/heun/bnr_0.5", 35] == 61.0
     assert found["floor/heun/bnr_0", 9] == 10.0
     assert ("frechet/heun/bnr_table_ 3 points", 9) in found, "what MLflow takes in a name"
@@ -16,7 +16,7 @@ def test_mlflow_gets_a_curve_over_nfe_for_each_bnr() -> None:
 
 def test_the_table_says_what_is_not_finite_and_averages_seeds() -> None:
     two = [line("0.5", 9, 20.0, "run/a", recipe="r", seed=0), line("0.5", 9, 22.0, "run/b", recipe="r", seed=1)]
-    rows = text([*two, line("1", 9, None, "run/c")]).splitlines()
+    rows = cells_text([*two, line("1", 9, None, "run/c")]).splitlines()
     assert len(rows) == 1 + 3 + 1
     assert "20.00  ± 0.50   10.00" in rows[1]
     assert "not finite" in rows[3]
