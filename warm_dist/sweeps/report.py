@@ -55,7 +55,9 @@ class Report:
             if best is not None and self.sweep.surface:
                 self._surface(best, self.sweep.surface)
             self._track(best)
-        self._publish()
+        if self.paths.remote:
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                self.record.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)
         self.say(table)
         self.say(f"results  {self.paths.output}/results" + (f"   best  {best.name}" if best else ""))
         failed = all(outcome.state == "failed" for outcome in self.outcomes)
@@ -144,8 +146,3 @@ class Report:
         experiment = next(iter(self.trials.values())).config.tracking.experiment
         run = Path(self.paths.output).name, self.paths.sweep_id
         log_finished(url, experiment, *run, params=params, metrics=metrics, files=files)
-
-    def _publish(self) -> None:
-        if self.paths.remote:
-            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-                self.record.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)

@@ -31,7 +31,7 @@ _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
 _COPIES = 2  # MLflow stores each image and a thumbnail
-SendModel = Callable[[Any, str, Path, int], None]
+SendModel = Callable[[Any, str, Path, int], object]
 """(client, run id, weights, nimg): logs the model unless it is there."""
 
 
