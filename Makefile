@@ -71,7 +71,7 @@ debian:
 # What launch/bench.py compares with, in an environment of its own (several GB: MosaicML Streaming brings torch).
 peers:
 	test -x .venv.peers/bin/python || $(PYTHON) -m venv .venv.peers
-	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check -r launch/peers/requirements.txt
+	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check -r launch/benchmarks/peers/requirements.txt
 
 # Removes the environment and caches; runs/ (data, checkpoints, MLflow) stays.
 clean:

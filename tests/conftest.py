@@ -30,7 +30,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = (
     "test_nodes",
     "test_pods",
-    "test_ray_pods",
     "test_stopping",
     "test_train",
     "test_quickstart",

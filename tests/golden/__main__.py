@@ -15,7 +15,7 @@ from typing import Any
 from tests.golden import data, evaluation, sampling, texts, training
 from tests.golden.compare import Result, compare, dump, flatten
 from tests.golden.machine import fingerprint
-from tests.golden.workshop import ROOT, Workshop
+from tests.golden.workshop import ROOT, CommandError, Workshop
 
 VALUES = Path(__file__).with_name("values.json")
 PARTS: dict[str, Callable[[Workshop], dict[str, Any]]] = {
@@ -35,7 +35,7 @@ PARTS: dict[str, Callable[[Workshop], dict[str, Any]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: written, or equal; 1: something differs."""
+    """0: written, or equal; 1: something differs or fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("write", "record the values of this checkout"), ("check", "compare this checkout with them")):
@@ -49,27 +49,40 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "check":
         if not kept["values"]:
             parser.error(f"{args.values}: holds no values; make them by `write`")
-        result = compare({part: kept["values"].get(part, {}) for part in parts}, make(parts), here == kept["machine"])
-        print(report(result, kept, here))
-        return 1 if result.different else 0
+        found, failed = make(parts)
+        result = compare({part: kept["values"].get(part, {}) for part in found}, found, here == kept["machine"])
+        print("\n".join([*failed, report(result, kept, here)]))
+        return 1 if result.different or failed else 0
     if args.only and kept["machine"] not in (None, here):
         parser.error(f"{args.values}: was made on another machine; write all parts")
-    values = (kept["values"] if args.only else {}) | make(parts)
+    found, failed = make(parts)
+    if failed:
+        print("\n".join([*failed, "nothing written"]))
+        return 1
+    values = (kept["values"] if args.only else {}) | found
     args.values.write_text(dump({"commit": product_commit(), "machine": here, "values": values}))
     print(f"{args.values}: {len(flatten(values)):,} values written")
     return 0
 
 
-def make(parts: list[str]) -> dict[str, Any]:
-    """The values of these parts, made anew in a folder that is removed."""
-    out = {}
+def make(parts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of these parts, made anew in a folder that is removed; and a message for each part that failed."""
+    out, failed = {}, []
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         shop = Workshop(Path(folder))
         for part in parts:
             begun = time.monotonic()
-            out[part] = PARTS[part](shop)
+            try:
+                out[part] = PARTS[part](shop)
+            except (
+                CommandError,
+                LookupError,
+                OSError,
+                ValueError,
+            ) as error:  # what the product says or leaves is not as it was
+                failed.append(f"{part}: FAILED, {type(error).__name__}: {error}")
             print(f"{part}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return out
+    return out, failed
 
 
 def report(result: Result, kept: dict[str, Any], here: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.golden import __main__ as golden
 from tests.golden.compare import compare, dump, flatten
+from tests.golden.workshop import CommandError
 from tests.support.processes import ROOT
 
 
@@ -71,7 +72,7 @@ def test_the_values_are_kept_as_they_are_written(kept):
 
 
 def test_check_tells_of_a_difference_and_of_another_machine(kept, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(golden, "make", lambda parts: {part: kept["values"][part] for part in parts})
+    monkeypatch.setattr(golden, "make", lambda parts: ({part: kept["values"][part] for part in parts}, []))
     monkeypatch.setattr(golden, "fingerprint", lambda: kept["machine"])
     assert golden.main(["check"]) == 0
     assert capsys.readouterr().out.strip().endswith(f"{len(flatten(kept['values'])):,} values equal")
@@ -90,6 +91,20 @@ def test_check_tells_of_a_difference_and_of_another_machine(kept, tmp_path, monk
     assert "NOT COMPARED BIT BY BIT" in out
     assert "cpu is another, was " in out
     assert "git worktree add" in out
+
+
+def test_a_part_that_fails_is_told_beside_the_others(kept, tmp_path, monkeypatch, capsys):
+    def fails(shop):
+        raise CommandError("launch/sweep.py: exit code 1")
+
+    monkeypatch.setattr(golden, "PARTS", {"plans": lambda shop: kept["values"]["plans"], "sweeps": fails})
+    monkeypatch.setattr(golden, "fingerprint", lambda: kept["machine"])
+    assert golden.main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert "sweeps: FAILED, CommandError: launch/sweep.py: exit code 1" in out
+    assert f"{len(kept['values']['plans'])} values equal" in out
+    assert golden.main(["write", "--out", str(tmp_path / "values.json")]) == 1
+    assert not (tmp_path / "values.json").exists()
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/: targets, scripts and options exist as printed."""
+"""The commands of the README, docs/ and k8s/README.md: targets, scripts and options exist as printed."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ def help_of(*command: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_is_real(command):
+def test_a_command_of_the_documents_is_real(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
     assert words[0] in (".venv/bin/python", ".venv/bin/deepspeed", ".venv/bin/torchrun")
-    words = [word for word in words[1:] if not word.startswith("--nproc")]
+    first = next(
+        k for k, word in enumerate(words) if word == "-m" or word.endswith(".py")
+    )  # before it: the launcher's own
+    words = words[first:]
     words = words[: words.index("--")] if "--" in words else words  # another program's follow
     script = tuple(words[:2]) if words[0] == "-m" else (words[0],)
     options = [word for word in words[len(script) :] if word.startswith("--")]

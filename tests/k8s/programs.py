@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 class _Parsed(Exception):
-    """Carries a command line's namespace out of a main() that would go on to work."""
+    """Ends a main() that has read its command line, where it would load its config."""
 
 
 @functools.cache
@@ -109,18 +109,25 @@ def parse(module: str, arguments: tuple[str, ...]) -> argparse.Namespace:
     if module not in PROGRAMS:
         raise ValueError(f"is not one of {', '.join(PROGRAMS)}")
     loaded, real, said = importlib.import_module(module), argparse.ArgumentParser.parse_args, io.StringIO()
+    loads = next((name for name in ("load_config", "load_sweep") if hasattr(loaded, name)), "")
+    words = [module, *arguments] + ["--driver"] * (
+        loads == "load_sweep"
+    )  # without which it starts itself again, with it
+    seen: list[argparse.Namespace] = []
 
-    def stop(self: argparse.ArgumentParser, *args: Any) -> argparse.Namespace:
-        raise _Parsed(real(self, *args))
+    def record(self: argparse.ArgumentParser, *args: Any) -> argparse.Namespace:
+        seen.append(real(self, *args))
+        return seen[-1]
 
-    with mock.patch.object(sys, "argv", [module, *arguments]), contextlib.redirect_stderr(said):
+    parsing = mock.patch.object(argparse.ArgumentParser, "parse_args", record)
+    with mock.patch.object(sys, "argv", words), parsing, contextlib.redirect_stderr(said):
         try:
-            if hasattr(loaded, "parse"):  # which refuses more than argparse does
+            if not loads:
                 return loaded.parse()
-            with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
+            with mock.patch.object(loaded, loads, side_effect=_Parsed):
                 loaded.main()
-        except _Parsed as found:
-            return found.args[0]
+        except _Parsed:  # what comes after argparse may refuse more than it does
+            return seen[-1]
         except SystemExit:
             pass
     raise ValueError(said.getvalue().strip().splitlines()[-1])

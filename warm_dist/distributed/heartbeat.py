@@ -121,10 +121,10 @@ class Heartbeat:
             last = self._closing.is_set()
             with suppress(OSError):  # a full disk must not end the run
                 self._write("ended" if last else self._now[0])
-            if self.stop.name is None and not last:
-                self.stop.name = self._reason_to_stop()
             if last:
                 return
+            if (reason := self._reason_to_stop()) and self.stop.name is None:  # never None over a signal's name
+                self.stop.name = reason
             self._closing.wait(self.interval_s)
 
     def _write(self, phase: str) -> None:
@@ -227,7 +227,7 @@ class Heartbeat:
             time.sleep(min(0.1, self.interval_s / 10))
         mine = f"rank {self.world.rank} (host {self.host}) waited at '{phase}' of nimg {nimg} for {waited:.0f} s"
         fault = self._silence() or self._store_fault() or behind or f"every rank answers ({str(error).splitlines()[0]})"
-        return f"{fault}; {mine}; the same command goes on from the last checkpoint, with fewer nodes if need be"
+        return f"{fault}; {mine}; run the same command again to resume from the last checkpoint, with fewer nodes if need be"
 
     def _store_fault(self) -> str:
         if not self._store_is_lost():

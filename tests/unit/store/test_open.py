@@ -23,6 +23,6 @@ def test_urls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bucket", ["your-bucket", "<bucket>", "my-your-name"])
 def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(S3Store, "_session", lambda *_: pytest.fail("a client was made"))
+    monkeypatch.setattr(S3Store, "_connect", lambda *_: pytest.fail("a client was made"))
     with pytest.raises(ConfigError, match=r"placeholder; set data\.manifest"):
         open_store(f"s3://{bucket}/data")
