@@ -32,7 +32,7 @@ from data_pipelines.shards.process_pool import in_processes, shared_store
 from data_pipelines.sources.base import BadImage, Item, Sample, Source
 from data_pipelines.sources.open import open_source
 from data_pipelines.sources.transform import RESIZE
-from warm_dist.errors import ConfigError, DataError, OutputError, run
+from warm_dist.errors import ConfigError, DataError, run, writing
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
@@ -212,22 +212,21 @@ def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int |
     TarWriter = _tar_writer()
 
     count = 0
-    try:
-        with local.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for key, sample in samples:
-                height, width = sample.image.shape[:2]
-                if resolution not in (None, height):
-                    raise ConfigError(f"{sample.key}: is {height}x{width}, --resolution is {resolution}")
-                kind = payload or ("npy" if height <= RAW_UP_TO else "png")
-                members = {"__key__": key, kind: encode(sample.image, kind)}
-                if sample.label >= 0:
-                    members["cls"] = str(sample.label).encode("ascii")
-                tar.write(members)
-                count += 1
-    except OSError as error:
-        raise OutputError(
-            f"{local.parent}: cannot be written ({error.strerror}); set TMPDIR to another folder"
-        ) from None
+    with (
+        writing(local.parent, "; set TMPDIR elsewhere"),
+        local.open("wb") as file,
+        TarWriter(file, encoder=False, mtime=0) as tar,
+    ):
+        for key, sample in samples:
+            height, width = sample.image.shape[:2]
+            if resolution not in (None, height):
+                raise ConfigError(f"{sample.key}: is {height}x{width}, --resolution is {resolution}")
+            kind = payload or ("npy" if height <= RAW_UP_TO else "png")
+            members = {"__key__": key, kind: encode(sample.image, kind)}
+            if sample.label >= 0:
+                members["cls"] = str(sample.label).encode("ascii")
+            tar.write(members)
+            count += 1
     return count
 
 

@@ -80,18 +80,10 @@ def main() -> int:
     set_threads()
     world = join(PATIENCE_S)
     results = on_main(world, lambda: open_results(args.out))
-    options = SurfaceOptions(
-        out=args.out,
-        method=tuple(args.method),
-        bnr=tuple(args.bnr),
-        nfe=tuple(args.nfe),
-        overrides=tuple(args.set),
-        blocks=args.blocks,
-        num_images=args.num_images,
-        batch_size=args.batch_size,
-        manifest=args.manifest,
-        endpoint_url=args.endpoint_url,
-    )
+    same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")
+    fields: dict[str, Any] = {key: getattr(args, key) for key in same}
+    fields |= {key: tuple(getattr(args, key)) for key in ("method", "bnr", "nfe")}
+    options = SurfaceOptions(**fields, overrides=tuple(args.set))
     networks = [NetworkCells(weights, options, world) for weights in args.weights]  # checks all before sampling any
     found: list[list[dict[str, Any]]] = []
     for network in networks:

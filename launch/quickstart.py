@@ -50,15 +50,19 @@ class Quickstart:
     """Runs the phases, times each, and reports."""
 
     def __init__(self, root: Path, config: Path, overrides: list[str], num_ranks: int) -> None:
+        import torch
+
         self.root, self.config_path, self.overrides = root, config, overrides
         self.config: Config = load_config(config, overrides)
         self.output = Path(self.config.output)
-        self.gpus = _gpus()
+        self.gpus = torch.cuda.device_count()
         self.num_ranks = min(num_ranks, self.gpus) if self.gpus else num_ranks
         self.seconds: dict[str, float] = {}
 
     def run(self) -> int:
         """Run all phases and return the exit code of the training."""
+        from warm_dist.report.page import write_report
+
         begun = time.monotonic()
         with ExitStack() as stack:
             with self._timed("services"):
@@ -71,10 +75,12 @@ class Quickstart:
                 code = self._train(servers)
             self.seconds["evaluate"] = sum(r["seconds"] for r in self._metrics("eval") if r["time"] >= started)
             self.seconds["train"] -= self.seconds["evaluate"]
-            with self._timed("mirror"):
-                self._catch_up(servers)
-            with self._timed("report"):
-                self._write_report()
+            if (self.output / CONFIG).exists():
+                with self._timed("mirror"):  # send what the run's own mirror has not, before the server stops
+                    command = [sys.executable, str(LAUNCH / "mirror.py"), str(self.output)]
+                    subprocess.run([*command, "--url", servers.mlflow_url])
+                with self._timed("report"):
+                    write_report([self.output], [], self.output / "report.html")
         if code == errors.EXIT_OK:
             print(self._report(time.monotonic() - begun), flush=True)
         return code
@@ -97,7 +103,9 @@ class Quickstart:
         print(f"quickstart: {' '.join(command)}", flush=True)
         exit_file = self.output / EXIT
         before = _modified(exit_file)
-        process = supervisor.start([*PATIENT, *command], self._environment())
+        threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+        ours = {"OMP_NUM_THREADS": str(threads)} | ({} if self.gpus else {"DS_ACCELERATOR": "cpu"})
+        process = supervisor.start([*PATIENT, *command], {**os.environ, **ours})
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -121,22 +129,6 @@ class Quickstart:
         for section, key in (("data", "endpoint_url"), ("tracking", "mlflow_url")):
             tree[section][key] = ours[section][key]
         return bool(tree == ours)
-
-    def _environment(self) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
-        ours = {"OMP_NUM_THREADS": str(threads)} | ({} if self.gpus else {"DS_ACCELERATOR": "cpu"})
-        return {**os.environ, **ours}
-
-    def _catch_up(self, servers: Services) -> None:
-        """Send MLflow what the run's own mirror has not sent, before the server stops."""
-        if (self.output / CONFIG).exists():
-            subprocess.run([sys.executable, str(LAUNCH / "mirror.py"), str(self.output), "--url", servers.mlflow_url])
-
-    def _write_report(self) -> None:
-        from warm_dist.report.page import write_report
-
-        if (self.output / CONFIG).exists():
-            write_report([self.output], [], self.output / "report.html")
 
     def _metrics(self, kind: str) -> list[dict[str, Any]]:
         return [r for r in read_metrics(self.output / METRICS) if r["kind"] == kind]
@@ -170,12 +162,6 @@ class Quickstart:
 
 def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

@@ -59,14 +59,12 @@ def main() -> int:
     options = {"seed": args.seed, "device": device, "batch_size": args.batch_size, "sampler": sampler, "guide": guide}
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         images = generate(model, indices, labels, **options, progress=bar.update)
-    try:
+    with errors.writing(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.suffix == ".npy":
             np.save(args.out, images)
         else:
             save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
-    except OSError as error:
-        raise errors.OutputError(f"{args.out}: cannot be written ({error.strerror})") from None
     spent = nfe(sampler.method, sampler.num_steps)
     print(f"{args.out}: {args.n} images, NFE {spent}, seed {args.seed}, {describe_sampling(config, sampler)}")
     return errors.EXIT_OK

@@ -93,15 +93,11 @@ def _log(args: argparse.Namespace, tree: dict[str, Any], files: list[Path]) -> s
 
     values = {"suggested_bnr": tree["suggested_bnr"], "sigma_data": tree["sigma_data"]}
     values |= {f"worst_price/bnr_{row['bnr']:g}": row["worst_price"] for row in tree["bnr"]}
-    return log_finished(
-        args.mlflow_url,
-        args.experiment,
-        f"spectrum-{tree['fingerprint'][:8]}",
-        f"spectrum-{tree['fingerprint']}-{tree['num_images']}",
-        params={"manifest": args.manifest, "fingerprint": tree["fingerprint"], "num_images": tree["num_images"]},
-        metrics={(key, 0): value for key, value in values.items()},
-        files=files,
-    )
+    fingerprint, num_images = tree["fingerprint"], tree["num_images"]
+    params = {"manifest": args.manifest, "fingerprint": fingerprint, "num_images": num_images}
+    metrics = {(key, 0): value for key, value in values.items()}
+    run = f"spectrum-{fingerprint[:8]}", f"spectrum-{fingerprint}-{num_images}"
+    return log_finished(args.mlflow_url, args.experiment, *run, params=params, metrics=metrics, files=files)
 
 
 if __name__ == "__main__":

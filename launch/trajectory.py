@@ -10,14 +10,10 @@ import argparse
 import contextlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_set
 from warm_dist import errors
 from warm_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def main() -> int:
@@ -40,6 +36,8 @@ def main() -> int:
     if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
         raise ConfigError("--bnr must be finite and not negative")
 
+    import numpy as np
+
     from data_pipelines.reading.loader import open_loader
     from warm_dist.checkpoints.weights import load_weights, weights_path
     from warm_dist.config.bnr import describe
@@ -54,7 +52,9 @@ def main() -> int:
     samplers = [sampler_for(model.config, args.set, args.method, args.nfe, bnr) for bnr in args.bnr]
     with contextlib.closing(open_loader(with_data(model.config, args.manifest, args.endpoint_url), 0, 1)) as loader:
         check_data(model.info, loader.manifest.info, args.weights)
-        real = loader.read(_spread(loader.manifest.info.num_images, args.n))
+        total = loader.manifest.info.num_images
+        spread = np.unique(np.linspace(0, total - 1, args.n + 2).astype(np.int64)[1:-1])
+        real = loader.read(spread if total > args.n else np.arange(total))
     for sampler in samplers:
         note = training_note(model.config, sampler)
         if note:
@@ -67,12 +67,6 @@ def main() -> int:
         draw_sampling(model, sampler, args, f"Sampling, {name}, {sampler.method}", down)
         print(f"{forward}  {down}")
     return errors.EXIT_OK
-
-
-def _spread(total: int, n: int) -> NDArray[Any]:
-    import numpy as np
-
-    return np.unique(np.linspace(0, total - 1, n + 2).astype(np.int64)[1:-1]) if total > n else np.arange(total)
 
 
 if __name__ == "__main__":

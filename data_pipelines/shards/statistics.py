@@ -15,10 +15,6 @@ from warm_dist.data import LOW_MODES, DataInfo
 BATCH_BYTES = 16 << 20  # of float64 pixels
 
 
-def _zero() -> NDArray[np.float64]:
-    return np.zeros(())
-
-
 @dataclass
 class Statistics:
     """Sums over images in float64, in one thread, so that any number of processes gives the same bits.
@@ -28,9 +24,9 @@ class Statistics:
     """
 
     count: int = 0
-    total: NDArray[np.float64] = field(default_factory=_zero)
-    squares: NDArray[np.float64] = field(default_factory=_zero)
-    products: NDArray[np.float64] = field(default_factory=_zero)
+    total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
+    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
+    products: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
 
     def add(self, images: Sequence[NDArray[np.uint8]]) -> None:
         """Add images, each (H, W, C) of the same shape."""

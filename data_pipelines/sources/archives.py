@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,19 +26,13 @@ def _opened_zip(path: str, modified_ns: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-@dataclass(frozen=True)
-class _ZipMember:
-    path: str
-
-    def __call__(self, name: str) -> bytes:
-        try:
-            archive = _opened_zip(self.path, os.stat(self.path).st_mtime_ns)
-            check_size(name, archive.getinfo(name).file_size)
-            return archive.read(name)
-        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"{type(error).__name__}: {error}"
-            ) from None  # damaged, encrypted, or of an unknown method
+def _read_member(path: str, name: str) -> bytes:
+    try:
+        archive = _opened_zip(path, os.stat(path).st_mtime_ns)
+        check_size(name, archive.getinfo(name).file_size)
+        return archive.read(name)
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None  # damaged, encrypted, or of an unknown method
 
 
 def open_zip(path: Path, transform: Transform) -> Source:
@@ -50,7 +43,7 @@ def open_zip(path: Path, transform: Transform) -> Source:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"{path}: not a readable zip archive ({error})") from None
     sizes = [(name, size ^ crc << 64) for name, (size, crc) in files.items()]
-    return listed_tree(sizes, lambda name: name, _ZipMember(str(path)), transform, str(path))
+    return listed_tree(sizes, lambda name: name, partial(_read_member, str(path)), transform, str(path))
 
 
 def _read_place(place: tuple[str, int, int]) -> bytes:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data_pipelines.sources.base import Source, check_size, is_picture, listed_tree
 from data_pipelines.sources.transform import Transform
 
 
-@dataclass(frozen=True)
-class _FolderFile:
-    root: str
-
-    def __call__(self, name: str) -> bytes:
-        path = os.path.join(self.root, name)
-        check_size(name, os.stat(path).st_size)
-        with open(path, "rb") as file:
-            return file.read()
+def _read(root: str, name: str) -> bytes:
+    path = os.path.join(root, name)
+    check_size(name, os.stat(path).st_size)
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def open_folder(root: Path, transform: Transform) -> Source:
@@ -37,4 +33,4 @@ def open_folder(root: Path, transform: Transform) -> Source:
                     elif is_picture(name) and entry.is_file():
                         yield name, entry.stat().st_size
 
-    return listed_tree(files(), lambda name: name, _FolderFile(str(root)), transform, f"{root}")
+    return listed_tree(files(), lambda name: name, partial(_read, str(root)), transform, f"{root}")

@@ -46,15 +46,15 @@ class _Rows:
         for piece in self.slices:
             stem = Path(piece.path).stem
             for row, data, label in _cells(piece, self.columns):
-                yield self._item(f"{stem}-{piece.first + row:08d}", data, -1 if label is None else int(label))
-
-    def _item(self, key: str, data: bytes | None, label: int) -> Item:
-        if self.num_classes and not 0 <= label < self.num_classes:
-            return BadImage(key, f"label {label} is not one of the {self.num_classes} classes")
-        try:
-            return Sample(key, label, decode_image(data or b"", self.transform))
-        except ValueError as error:
-            return BadImage(key, str(error))
+                key, label = f"{stem}-{piece.first + row:08d}", -1 if label is None else int(label)
+                if self.num_classes and not 0 <= label < self.num_classes:
+                    yield BadImage(key, f"label {label} is not one of the {self.num_classes} classes")
+                    continue
+                try:
+                    item: Item = Sample(key, label, decode_image(data or b"", self.transform))
+                except ValueError as error:
+                    item = BadImage(key, str(error))
+                yield item
 
 
 def open_tables(paths: list[Path], transform: Transform) -> Source:

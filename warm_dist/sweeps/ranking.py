@@ -121,16 +121,10 @@ def _final(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def _group(outcomes: Sequence[Outcome]) -> Group:
     final = _final(outcomes)
     distances = [outcome.distance for outcome in final if outcome.distance is not None]
-    return Group(
-        values=recipe(final[0]),
-        outcomes=tuple(final),
-        seeds=tuple(outcome.seed for outcome in final),
-        mean=statistics.fmean(distances),
-        std=statistics.stdev(distances) if len(distances) > 1 else None,
-        low=min(distances),
-        high=max(distances),
-        missing=len(outcomes) - len(final),
-    )
+    seeds = tuple(outcome.seed for outcome in final)
+    mean, std = statistics.fmean(distances), statistics.stdev(distances) if len(distances) > 1 else None
+    missing = len(outcomes) - len(final)
+    return Group(recipe(final[0]), tuple(final), seeds, mean, std, min(distances), max(distances), missing)
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:

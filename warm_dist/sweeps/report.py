@@ -55,24 +55,19 @@ class Report:
             if best is not None and self.sweep.surface:
                 self._surface(best, self.sweep.surface)
             self._track(best)
-        self._publish()
+        if self.paths.remote:
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                self.record.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)
         self.say(table)
         self.say(f"results  {self.paths.output}/results" + (f"   best  {best.name}" if best else ""))
         failed = all(outcome.state == "failed" for outcome in self.outcomes)
         return errors.EXIT_UNEXPECTED if failed else self.code
 
     def _outcome(self, trial: Trial) -> Outcome:
-        end = self.record.ended(trial.name)
-        return Outcome(
-            trial.name,
-            trial.values,
-            trial.seed,
-            constant_bnr(trial.config),
-            trial.config.train.total_nimg,
-            end.state if end else "unfinished",
-            end.reason if end else "",
-            self.record.evaluations(trial.name),
-        )
+        end, evaluations = self.record.ended(trial.name), self.record.evaluations(trial.name)
+        state, reason = (end.state, end.reason) if end else ("unfinished", "")
+        bnr, total = constant_bnr(trial.config), trial.config.train.total_nimg
+        return Outcome(trial.name, trial.values, trial.seed, bnr, total, state, reason, evaluations)
 
     def _write_best(self, trial: Trial) -> None:
         """Write best.json, a config that trains the best network again in a new folder."""
@@ -146,18 +141,8 @@ class Report:
             metrics["best/frechet", 0] = float(best.evaluations[-1]["frechet"])
         names = ["table.txt", "table.csv", "trials.parquet", "best.json", *PICTURES]
         names += ["surface/surface.png", "surface/table.csv"]
-        tracking = next(iter(self.trials.values())).config.tracking
-        log_finished(
-            url,
-            tracking.experiment,
-            Path(self.paths.output).name,
-            self.paths.sweep_id,
-            params=parameters(self.sweep) | ({"best": best.name} if best else {}),
-            metrics=metrics,
-            files=[self.folder / name for name in names if (self.folder / name).exists()],
-        )
-
-    def _publish(self) -> None:
-        if self.paths.remote:
-            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-                self.record.store.upload(f"results/{path.relative_to(self.folder).as_posix()}", path)
+        files = [self.folder / name for name in names if (self.folder / name).exists()]
+        params = parameters(self.sweep) | ({"best": best.name} if best else {})
+        experiment = next(iter(self.trials.values())).config.tracking.experiment
+        run = Path(self.paths.output).name, self.paths.sweep_id
+        log_finished(url, experiment, *run, params=params, metrics=metrics, files=files)

@@ -89,7 +89,10 @@ def _draw(axis: Axis, uniform: float) -> Any:
 def _check_keys(sweep: SweepConfig) -> None:
     for key in (*sweep.space, *sweep.set):
         if key in _SECTIONS:
-            raise ConfigError(f"{key!r} is a section: name one of its keys, such as {_example(key)!r}")
+            example = next(
+                known for known in known_keys(Config) if known.startswith(f"{key}.") and known not in _SECTIONS
+            )
+            raise ConfigError(f"{key!r} is a section: name one of its keys, such as {example!r}")
     for key in sweep.space:
         if key == SEED:
             raise ConfigError(f"space: {SEED} is set by the sweep's list seeds")
@@ -102,10 +105,6 @@ def _check_keys(sweep: SweepConfig) -> None:
             raise ConfigError(f"space: {inner[0]!r} is inside {key!r}; search one of them, or whole values of {key!r}")
         if key.startswith(_MEASURE):
             raise ConfigError(f"space: {key!r} makes Fréchet distances that cannot be compared; move it to set")
-
-
-def _example(section: str) -> str:
-    return next(key for key in known_keys(Config) if key.startswith(f"{section}.") and key not in _SECTIONS)
 
 
 def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) -> Trial:

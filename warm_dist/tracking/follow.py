@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
@@ -20,6 +20,7 @@ from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, attempt_of, read_
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror, SendModel
+from warm_dist.tracking.model import send_model
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 30.0  # between attempts to reach a server that is down
@@ -61,7 +62,7 @@ def mirror_run(
         raise ConfigError(f"{run}: its tracking.mlflow_url is null; name a server with --url")
     mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
     register = register or tracking.registered_model
-    model = _send_model(register) if tracking.log_model or register else None
+    model = partial(send_model, register=register) if tracking.log_model or register else None
     attempt = attempt_of(run)
     if owner:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deepspeed's launcher signals all descendants of the run
@@ -108,15 +109,6 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendMod
                     f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
                 ) from None
             time.sleep(number)
-
-
-def _send_model(register: str | None) -> SendModel:
-    def send(client: Any, run_id: str, weights: Path, nimg: int) -> None:
-        from warm_dist.tracking.model import send_model
-
-        send_model(client, run_id, weights, nimg, register)
-
-    return send
 
 
 def _curves(run: Path) -> list[Path]:

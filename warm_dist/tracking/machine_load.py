@@ -23,33 +23,26 @@ class MachineLoad:
 
     def read(self) -> dict[str, float]:
         """Percentages and megabytes (1e6 bytes): processors since the last call, network since the first."""
-        figures: dict[str, float] = {}
-        for reader in (self._processors, self._memory, self._disk, self._network):
-            with suppress(OSError, self._psutil.Error, AttributeError):  # AttributeError: psutil gave None
-                figures |= reader()
+        psutil, figures = self._psutil, dict[str, float]()
+        missing = OSError, psutil.Error, AttributeError  # AttributeError: psutil returned None
+        with suppress(*missing):
+            figures["cpu_utilization_percentage"] = psutil.cpu_percent()
+        with suppress(*missing):
+            memory = psutil.virtual_memory()
+            figures["system_memory_usage_megabytes"] = memory.used / 1e6
+            figures["system_memory_usage_percentage"] = 100 * memory.used / memory.total
+        with suppress(*missing):
+            disk = psutil.disk_usage(str(self._folder))
+            figures["disk_usage_percentage"] = disk.percent
+            figures["disk_available_megabytes"] = disk.free / 1e6
+        with suppress(*missing):
+            now = psutil.net_io_counters()
+            self._first = self._first or now
+            figures["network_receive_megabytes"] = (now.bytes_recv - self._first.bytes_recv) / 1e6
+            figures["network_transmit_megabytes"] = (now.bytes_sent - self._first.bytes_sent) / 1e6
         for k, gpu in enumerate(self._gpus):
             figures |= {f"gpu_{k}_{name}": value for name, value in _gpu_figures(gpu).items()}
         return {name: round(float(value), 3) for name, value in figures.items()}
-
-    def _processors(self) -> dict[str, float]:
-        return {"cpu_utilization_percentage": self._psutil.cpu_percent()}
-
-    def _memory(self) -> dict[str, float]:
-        memory = self._psutil.virtual_memory()
-        share = 100 * memory.used / memory.total
-        return {"system_memory_usage_megabytes": memory.used / 1e6, "system_memory_usage_percentage": share}
-
-    def _disk(self) -> dict[str, float]:
-        disk = self._psutil.disk_usage(str(self._folder))
-        return {"disk_usage_percentage": disk.percent, "disk_available_megabytes": disk.free / 1e6}
-
-    def _network(self) -> dict[str, float]:
-        now = self._psutil.net_io_counters()
-        self._first = self._first or now
-        return {
-            "network_receive_megabytes": (now.bytes_recv - self._first.bytes_recv) / 1e6,
-            "network_transmit_megabytes": (now.bytes_sent - self._first.bytes_sent) / 1e6,
-        }
 
 
 def _gpus() -> list[Any]:

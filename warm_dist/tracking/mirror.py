@@ -31,7 +31,7 @@ _PART_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines, a few requests
 _RECORD_KEYS = {"time", "attempt", "nimg", "kind"}
 _SOURCE = {"mlflow.source.name": "launch/train.py", "mlflow.source.type": "LOCAL"}
 _COPIES = 2  # MLflow stores each image and a thumbnail
-SendModel = Callable[[Any, str, Path, int], None]
+SendModel = Callable[[Any, str, Path, int], object]
 """(client, run id, weights, nimg): logs the model unless it is there."""
 
 
@@ -52,9 +52,7 @@ class Mirror:
         self.run, self.url, self.experiment, self.run_name = run, url, experiment, run_name or run.name
         self.parent = parent
         self._client: Any = None
-        self._connected = False
-        self._run_id = ""
-        self._status = ""
+        self._connected, self._run_id, self._status = False, "", ""
         self._offset = 0
         self._sending: int | None = None
         self._asked_until = 0  # the bytes of metrics.jsonl that `_held`, asked of the server, may cover
@@ -89,7 +87,7 @@ class Mirror:
             return
         self._send_values(None)
         with self._server():
-            self._log(tags=as_texts(tags))
+            log_batches(self._client, self._run_id, tags=as_texts(tags))
             self._client.set_terminated(self._run_id, status, end_time=int(end_time * 1000))
             self._status = status
         self._send_files()
@@ -165,7 +163,8 @@ class Mirror:
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {"mlflow.source.git.commit": info["commit"]} if "commit" in info else {}
         tags |= {PARENT_TAG: self.parent} if self.parent else {}
-        self._log(params={k: v for k, v in params.items() if k not in known}, tags=as_texts({**info, **tags}))
+        new = {key: value for key, value in params.items() if key not in known}
+        log_batches(self._client, self._run_id, params=new, tags=as_texts({**info, **tags}))
 
     def _send_metrics(self) -> int:
         """Send parts until all whole lines have arrived; returns the number of values."""
@@ -174,7 +173,8 @@ class Mirror:
             self._remember(self._offset, end)
             points, tags = self._points(self._offset, end)
             new = {point: entry for point, entry in points.items() if point not in self._held}
-            self._log({point: (value, time) for point, (_, time, value) in new.items()}, tags=as_texts(tags))
+            values = {point: (value, time) for point, (_, time, value) in new.items()}
+            log_batches(self._client, self._run_id, values, tags=as_texts(tags))
             self._held |= new.keys()
             self._remember(end, None)
             count += len(new)
@@ -221,14 +221,6 @@ class Mirror:
             return (self.run / METRICS).stat().st_size
         except OSError:
             return 0
-
-    def _log(
-        self,
-        metrics: dict[Point, tuple[float, float]] | None = None,
-        params: dict[str, str] | None = None,
-        tags: dict[str, str] | None = None,
-    ) -> None:
-        log_batches(self._client, self._run_id, metrics, params, tags)
 
     def _list_grids(self) -> set[int]:
         """The steps of the sample grids that have arrived with both copies; files are NAME+step+STEP+timestamp+…"""

@@ -54,16 +54,9 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         drawn = sample_labels(int(asked["seed"]), indices.tolist(), config.data.num_classes)
         if (labels >= max(config.data.num_classes, 0)).any():
             raise ConfigError(f"label {labels.max()}: this network has {config.data.num_classes} classes")
-        images = generate(
-            self.model,
-            indices.tolist(),
-            np.where(labels < 0, drawn, labels),
-            seed=int(asked["seed"]),
-            device=self.device,
-            batch_size=int(asked["batch_size"]),
-            sampler=sampler,
-            guide=load_guide(sampler, self.model.info, self.device),
-        )
+        options: dict[str, Any] = {name: int(asked[name]) for name in ("seed", "batch_size")} | {"device": self.device}
+        guide, labels = load_guide(sampler, self.model.info, self.device), np.where(labels < 0, drawn, labels)
+        images = generate(self.model, indices.tolist(), labels, **options, sampler=sampler, guide=guide)
         return images.transpose(0, 2, 3, 1)
 
 
