@@ -58,17 +58,10 @@ class _Output(NamedTuple):
     payload: str | None
 
 
-def pack(
-    source: Source,
-    out_url: str,
-    endpoint_url: str | None = None,
-    workers: int = 1,
-    progress: Callable[[int], object] = lambda count: None,
-    **options: Any,
-) -> Manifest:
-    """Pack a source and return its manifest; see `Packing` for the options, `Packing.run` for workers and progress."""
+def pack(source: Source, out_url: str, endpoint_url: str | None = None, workers: int = 1, **options: Any) -> Manifest:
+    """Pack a source and return its manifest; see `Packing` for the options, `Packing.run` for workers."""
     packing = Packing(source, out_url, endpoint_url, **options)
-    packing.run(workers=workers, progress=progress)
+    packing.run(workers=workers)
     return packing.finish()
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from warm_dist.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GAP_PX = 2
 _GAP_COLOUR = 208  # light grey: visible beside images on white and on black
@@ -44,11 +48,9 @@ def save_table(
     rows: (name, (K, C, H, W) uint8), K = len(columns), C = 1 or 3. groups: equal groups of rows, with a gap between.
     Raises OutputError if it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.15 * len(columns) + 0.9, 1.15 * len(rows) + 0.3 * groups + 0.8), dpi=100)
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     per_group = len(rows) // groups
     outer = figure.add_gridspec(groups, 1, hspace=0.12, left=0.9 / figure.get_figwidth(), right=0.99, bottom=0.01,
@@ -63,4 +65,11 @@ def save_table(
                 axes.set_title(heading, fontsize=8)
             if column == 0:
                 axes.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure | None, path: Path) -> bool:
+    """Write a matplotlib figure as PNG, the same bytes for the same figure; False without one. Raises OutputError."""
+    if figure is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return figure is not None

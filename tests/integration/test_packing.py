@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import index
-from data_pipelines.pack import pack
+from data_pipelines.pack import Packing, pack
 from data_pipelines.shards.manifest import NAME, read_manifest
 from data_pipelines.sources.open import open_source
 from tests.support.packing import contents, damages, noise_source, png
@@ -29,7 +29,9 @@ def test_several_processes_pack_index_and_verify_alike(
     source = open_source("digits", 8)
     manifest = pack(source, str(tmp_path / "one"), shard_size=100)
     told: list[int] = []
-    pack(source, str(tmp_path / "two"), shard_size=100, workers=2, progress=told.append)
+    packing = Packing(source, str(tmp_path / "two"), shard_size=100)
+    packing.run(workers=2, progress=told.append)
+    packing.finish()
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert sum(told) == 1797
     shard = tmp_path / "two" / manifest.shards[4].name

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warm_dist.errors import CheckpointError, DataError, OutputError
-from warm_dist.files import write_json
+from warm_dist.files import replace_file, write_json
 from warm_dist.store.base import Store
 
 FORMAT = 2
@@ -221,9 +221,8 @@ def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path,
     Raises CheckpointError if a part lacks a value, OutputError if the file cannot be written.
     """
     layouts = [_layout(saved, kind) for saved, kind, _ in parts]
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def fill(temporary: Path) -> None:
         with temporary.open("wb") as out:
             out.write(_header(shapes, metadata)[0])
             for name, shape in shapes.items():
@@ -237,12 +236,8 @@ def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path,
                     if missing:
                         raise CheckpointError(f"{saved}: lacks {kind}/{name}")
                 out.write(total.float().numpy().data.cast("B"))
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+
+    replace_file(path, fill)
 
 
 def _layout(saved: Saved, kind: str) -> dict[str, list[tuple[str, _Tensor]]]:

@@ -35,7 +35,15 @@ from warm_dist.checkpoints.uploads import Upload, Uploads
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.collectives import gather, on_main
 from warm_dist.distributed.world import World
-from warm_dist.errors import CheckpointError, ConfigError, DataError, OutputError, UnreachableError, WarmDistError
+from warm_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputError,
+    UnreachableError,
+    WarmDistError,
+    writing,
+)
 from warm_dist.files import make_folder, write_json
 from warm_dist.runs.folder import METRICS, MIRROR
 from warm_dist.runs.metrics import last_attempt
@@ -79,10 +87,8 @@ class CheckpointManager:
         return not blind
 
     def _touch(self, name: str) -> str:
-        try:
+        with writing(self.run):
             (self.run / name).touch()
-        except OSError as error:
-            raise OutputError(f"{self.run}: cannot be written ({error.strerror})") from None
         return name
 
     def attempts(self) -> int:

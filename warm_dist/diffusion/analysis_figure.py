@@ -12,7 +12,7 @@ from warm_dist.config.bnr import ConstantBNR, TableBNR
 from warm_dist.diffusion import analysis
 from warm_dist.diffusion.analysis import SIGMAS, Array
 from warm_dist.diffusion.spectrum import fallback_spectrum
-from warm_dist.files import replace_file
+from warm_dist.figures import save_figure
 
 _SNR_SIGMAS = (0.05, 0.5, 5.0)
 _STYLES = (":", "--", "-")
@@ -40,7 +40,7 @@ def spectrum_figure(
     _paths(panels[5], path, bnr, bnrs)
     for panel in panels:
         panel.legend(fontsize=8)
-    replace_file(file, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    save_figure(figure, file)
 
 
 def _power(panel: Any, spectrum: Array, sigma_data: float) -> None:

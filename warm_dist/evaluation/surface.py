@@ -147,17 +147,16 @@ def write_cells(lines: list[Line], out: Path) -> None:
 
 def mlflow_points(lines: list[Line]) -> dict[tuple[str, int], float]:
     """MLflow metrics by (key, step), such as frechet/heun/bnr_0.5, with NFE as the step."""
+
+    def bnr(text: str) -> str:  # without what MLflow does not allow in a metric's key
+        return "".join(c if c.isalnum() or c in "_-. " else "_" for c in text)
+
     return {
-        (f"{measure}/{line['method']}/bnr_{_metric_name(line['bnr'])}", line["nfe"]): float(line[measure])
+        (f"{measure}/{line['method']}/bnr_{bnr(line['bnr'])}", line["nfe"]): float(line[measure])
         for line in lines
         for measure in MEASURES
         if line.get(measure) is not None
     }
-
-
-def _metric_name(text: str) -> str:
-    """Replace what MLflow does not allow in a metric's key."""
-    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in text)
 
 
 def cells_text(lines: list[Line]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_dist.files import replace_file
+from warm_dist.figures import save_figure
 
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each decade
 Line = dict[str, Any]
@@ -64,7 +64,7 @@ def draw(parts: Sequence[Panel], path: Path) -> None:
         _heat_map(left, panel)
         _curves(middle, panel, "nfe")
         _curves(right, panel, "bnr")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    save_figure(figure, path)
 
 
 def _heat_map(axes: Any, panel: Panel) -> None:

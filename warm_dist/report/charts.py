@@ -145,17 +145,13 @@ def distances(key: str, series: Sequence[Series], ylabel: str, floors: Sequence[
             axes.set_ylim(0, 1.08 * (high + reach) or 1)
         _bnr_axis(axes, series) if bnr else _count_axis(axes)
         axes.set_ylabel(ylabel)
-        _floors(axes, floors)
+        for text, floor in {f"floor {floor:.3g}": floor for floor in floors}.items():
+            axes.axhline(floor, color=_INK, linestyle=":", linewidth=1, alpha=0.8)
+            axes.annotate(text, (0, floor), (2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          fontsize=8, alpha=0.8)  # fmt: skip
         _labels(axes, series)
 
     return _svg(key, draw)
-
-
-def _floors(axes: Any, floors: Sequence[float]) -> None:
-    for text, floor in {f"floor {floor:.3g}": floor for floor in floors}.items():
-        axes.axhline(floor, color=_INK, linestyle=":", linewidth=1, alpha=0.8)
-        axes.annotate(text, (0, floor), (2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      fontsize=8, alpha=0.8)  # fmt: skip
 
 
 def _labels(axes: Any, series: Sequence[Series]) -> None:

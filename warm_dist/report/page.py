@@ -92,7 +92,12 @@ def render(page: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "distance": distance, "grouped": grouped, "digest": _digest}
+
+    def digest(text: str) -> str:
+        """A script's hash in the form of a Content-Security-Policy."""
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    environment.filters |= {"number": number, "distance": distance, "grouped": grouped, "digest": digest}
     return environment.get_template("page.html.j2").render(page)
 
 
@@ -141,7 +146,9 @@ def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
         marks = dict(zip(map(id, results), facts.ranks(results), strict=True))
         for network in dict.fromkeys(result.network for result in results):
             mine = [result for result in results if result.network == network]
-            columns = sorted({result.bnr for result in mine}, key=_bnr_order)
+            columns = sorted(
+                {result.bnr for result in mine}, key=lambda text: ((facts.bnr_range(text) or (float("inf"),))[0], text)
+            )
             samplers = sorted({(result.method, result.nfe or 0) for result in mine})
             cells: dict[tuple[str, int, str], list[tuple[Result, str]]] = {}
             for result in mine:  # results in one cell differ in a setting without a column, such as sampler.eta
@@ -149,11 +156,6 @@ def matrices(measured: Sequence[Result]) -> list[dict[str, Any]]:
             rows = [(how, [cells.get((*how, bnr), []) for bnr in columns]) for how in samplers]
             tables.append({"network": network, "measure": measure, "first": mine[0], "columns": columns, "rows": rows})
     return tables
-
-
-def _bnr_order(text: str) -> tuple[float, str]:
-    place = facts.bnr_range(text)
-    return (float("inf") if place is None else place[0], text)
 
 
 def _curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Chart]:
@@ -276,8 +278,3 @@ def distance(value: float | None) -> str:
 def grouped(value: float | None) -> str:
     """A whole number with a thin space between thousands."""
     return "—" if value is None else f"{round(value):,}".replace(",", "\u202f")
-
-
-def _digest(text: str) -> str:
-    """A script's hash in the form of a Content-Security-Policy."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

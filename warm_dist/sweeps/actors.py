@@ -77,7 +77,11 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # ray's are untyped
             return run
         address = get_node_ip_address()
         port = free_port(address)
-        self.peers = [_peer(job.resources, rank) for rank in range(1, job.resources.nodes)]
+        bundle, group = job.resources.bundle, get_current_placement_group()
+        for rank in range(1, job.resources.nodes):
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": where}
+            self.peers.append(ray.remote(NodeActor).options(**options).remote())
         shared = run.config, job.paths, job.resources
         starts = [peer.start.remote(*shared, rank, address, port) for rank, peer in enumerate(self.peers, 1)]
         ray.get(starts, timeout=START_S)
@@ -110,10 +114,3 @@ class NodeActor:
     def stop(self) -> None:
         """End the launcher: SIGTERM, after 10 s SIGKILL."""
         supervisor.stop(self.process, END_S)
-
-
-def _peer(resources: TrialConfig, rank: int) -> Any:
-    bundle = resources.bundle
-    where = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_bundle_index=rank)
-    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": where}
-    return ray.remote(NodeActor).options(**options).remote()

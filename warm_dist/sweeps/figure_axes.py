@@ -30,12 +30,8 @@ def ticks(places: dict[float, float], log: bool, gap: float) -> list[tuple[float
         found = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
         zero = {0.0: places[0.0]} if log and 0 in places else {}
         places = zero | {value: math.log10(value) if log else value for value in found}
-    return _uncrowded([(place, short(value)) for value, place in places.items()], gap)
-
-
-def _uncrowded(labels: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
     kept: list[tuple[float, str]] = []
-    for place, label in sorted(labels):
+    for place, label in sorted((place, short(value)) for value, place in places.items()):
         if not kept or place - kept[-1][0] > 0.999 * gap:  # evenly spaced positions differ by rounding
             kept.append((place, label))
     return kept

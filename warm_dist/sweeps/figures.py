@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warm_dist.files import replace_file
+from warm_dist.figures import save_figure
 from warm_dist.sweeps import ranking
 from warm_dist.sweeps.figure_axes import GAP, extent, log_places, ticks, wide
 from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
@@ -34,7 +34,7 @@ def bnr_curve(outcomes: Sequence[Outcome], path: Path) -> bool:
 
     Returns False, writing nothing, with fewer than two BNRs. Raises OutputError, and ConfigError as `ranked` does.
     """
-    return _write(bnr_figure(outcomes), path)
+    return save_figure(bnr_figure(outcomes), path)
 
 
 def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
@@ -42,22 +42,14 @@ def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
 
     Returns False, writing nothing, without distances. Raises OutputError, and ConfigError as `ranked` does.
     """
-    return _write(curves_figure(outcomes), path)
-
-
-def _write(figure: Figure | None, path: Path) -> bool:
-    if figure is not None:
-        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
-    return figure is not None
+    return save_figure(curves_figure(outcomes), path)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """An empty figure and its axes. width, height: inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

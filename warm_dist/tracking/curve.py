@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from warm_dist.files import replace_file
+from warm_dist.figures import save_figure
 
 _HEADS = {
     "loss": ("both heads", "black"),
@@ -20,11 +20,9 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     lines: records of metrics.jsonl, as `read_metrics` returns them. Raises OutputError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
     left = figure.add_subplot()
     left.set(xlabel="nimg (images trained on)", ylabel="training loss, network units", yscale="log")
     left.grid(alpha=0.25, which="both")
@@ -44,7 +42,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
     handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
     if handles:
         left.legend(handles=handles, loc="upper right")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    save_figure(figure, path)
 
 
 def _series(lines: Sequence[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:
