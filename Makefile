@@ -30,8 +30,8 @@ ui: install
 quick: install
 	$(BIN)/python -m pytest tests/unit --dist worksteal
 
-test: install
-	$(BIN)/python -m pytest
+test: quick
+	$(BIN)/python -m pytest --ignore tests/unit
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 3600

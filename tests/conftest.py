@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from tests.support.packed import Packed
+from tests.support.paths import ROOT
 from warm_dist.store.seaweedfs import S3Server
 
 pytest_plugins = ["pytester"]
@@ -27,33 +29,21 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = (
-    "test_nodes",
-    "test_pods",
-    "test_stopping",
-    "test_train",
-    "test_quickstart",
-    "test_engines",
-    "test_tracking",
-    "test_services",
-)
 
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The unit tier first: its guard sees no thread that another tier left.
+    """The unit tier first, then files in the order of the time that they may take; what shares a server on one worker.
 
-    Then quick files first; with several workers the longest first, so that none is left alone with one at the end.
+    The longest begin first, so that no worker is left alone with one at the end; without workers the quick ones do.
     """
-    parallel = bool(config.getoption("numprocesses", None))
-
-    def cost(item: pytest.Item) -> int:
-        if item.nodeid.startswith("tests/unit/"):
-            return -len(LONGEST) - 1
-        name = item.path.stem
-        rank = len(LONGEST) - LONGEST.index(name) if name in LONGEST else 0
-        return -rank if parallel else rank
-
-    items.sort(key=cost)
+    longest: dict[Path, float] = {}
+    for item in items:
+        timeout = item.get_closest_marker("timeout")
+        longest[item.path] = max(longest.get(item.path, 0), timeout.args[0] if timeout else 0)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+    sign = -1 if config.getoption("numprocesses", None) else 1
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/unit/"), sign * longest[item.path]))
 
 
 @pytest.fixture(scope="session")

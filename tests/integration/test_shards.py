@@ -9,7 +9,7 @@ import pytest
 from tests.support.processes import ROOT
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 WORKER = str(ROOT / "tests/support/engine_worker.py")
 
 
