@@ -162,7 +162,7 @@ class DataBench:
             assert python is not None
             job = job | {"contender": contender, "folder": name, "out": str(out), "aws": str(python.parent / "aws")}
             description.write_text(json.dumps(job))
-            script = ROOT / "launch" / "peers" / ("ours.py" if contender == OURS else "data.py")
+            script = ROOT / "launch" / "benchmarks" / "peers" / ("ours.py" if contender == OURS else "data.py")
             process = supervisor.start([str(python), str(script), str(description)], self._environment(folder), log)
             try:
                 code = process.wait(JOB_S)

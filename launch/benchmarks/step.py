@@ -86,7 +86,7 @@ class StepBench:
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = [
             supervisor.start(
-                [sys.executable, str(ROOT / "launch" / "bench_rank.py"), json.dumps(job)],
+                [sys.executable, str(ROOT / "launch" / "benchmarks" / "step_rank.py"), json.dumps(job)],
                 {**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number)},
                 folder / f"rank_{number}.log",
             )

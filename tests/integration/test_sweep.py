@@ -65,7 +65,6 @@ def test_the_smoke_sweep(manifest, tmp_path):
         "best.json",
         "bnr.png",
         "curves.png",
-        "parallel.png",
         "surface",
     }
     finished = {name for name, end in ended.items() if end["state"] == "finished"}
@@ -228,7 +227,7 @@ def test_a_sweep_on_s3_needs_nothing_of_the_machine(tmp_path, manifest, ray, s3)
     print(said)
     assert code == errors.EXIT_OK
     assert len(ended()) == 2
-    wanted = {"table.txt", "table.csv", "trials.parquet", "best.json", "bnr.png", "curves.png", "parallel.png"}
+    wanted = {"table.txt", "table.csv", "trials.parquet", "best.json", "bnr.png", "curves.png"}
     assert {f"results/{name}" for name in wanted | {"surface/table.csv"}} <= set(store.list())
     left = list((tmp_path / "node").rglob("checkpoints"))
     assert left == []  # a trial that has ended leaves nothing on its machine

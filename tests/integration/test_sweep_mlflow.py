@@ -46,7 +46,6 @@ def test_a_sweep_is_a_run_and_its_trials_are_under_it(running, client, tmp_path)
         "best.json",
         "bnr.png",
         "curves.png",
-        "parallel.png",
     }
     best = min(children, key=lambda run: run.data.metrics["eval/frechet"])
     assert parent.data.metrics["best/frechet"] == best.data.metrics["eval/frechet"]
