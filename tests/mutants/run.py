@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     lines, caught, copies = [], 0, SimpleQueue[Copy]()  # copies that are free
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(args.jobs) as pool:
         for number in range(args.jobs):
-            copies.put(Copy(root, Path(folder) / str(number)))
+            copies.put(free := Copy(root, Path(folder) / str(number)))
 
         def judge(mutant: Mutant) -> tuple[str, str, float]:
             copy, begun = copies.get(), time.monotonic()
@@ -131,9 +131,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             finally:
                 copies.put(copy)
 
-        first = copies.get()
-        code, output = first.pytest(list(dict.fromkeys(test for mutant in mutants for test in mutant.tests)))
-        copies.put(first)
+        code, output = free.pytest(list(dict.fromkeys(test for mutant in mutants for test in mutant.tests)))
         if code:
             print(f"{output}\nwithout a fault these tests must pass; pytest ended with {code}")
             return 2
