@@ -16,7 +16,7 @@ import torch
 from tests.support.patience import until
 from tests.support.processes import ROOT, free_port
 from warm_dist import supervisor
-from warm_dist.distributed.heartbeat import Heartbeat, deepspeed_runner
+from warm_dist.distributed.heartbeat import Beat, Heartbeat, deepspeed_runner
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, _store, _who_stayed_away, beat_key, interface_to
 from warm_dist.errors import DataError, Stopped, UnreachableError
@@ -93,6 +93,17 @@ def test_nobody_is_blamed_when_all_wait_at_one_place(store, tmp_path):
             beat.at("flags", 8)
         until(lambda: heard(first, 1, "flags")() and heard(first, 2, "flags")())
         assert first.diagnose(ERROR).startswith("every rank answers ([gloo] Timed out waiting 2000ms); rank 0")
+
+
+def test_ranks_that_have_long_waited_where_this_one_waits_are_not_behind(tmp_path):
+    """They wait for the same rank, or for nobody: only those at an earlier place are to blame."""
+    mine = heartbeat(0, tmp_path)
+    mine.at("flags", 8)
+    there = {"host": "node", "nimg": 8, "held_s": 60.0}
+    mine.beats[1:] = [Beat(told={**there, "place": "flags"})] * 2
+    assert mine._behind() == ""
+    mine.beats[2] = Beat(told={**there, "place": "ema"})
+    assert mine._behind().startswith("rank 2 (host node) is at 'ema' of nimg 8 for 60 s")
 
 
 def test_a_rank_that_blames_another_is_not_blamed(store, tmp_path):

@@ -48,11 +48,14 @@ MESSAGE_BYTES = 1 << 18
 class Forked:
     """A process of the zygote's, with subprocess.Popen's methods; the first of a session of its own."""
 
-    def __init__(self, zygote: Zygote, args: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, zygote: Zygote, args: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: int | None
+    ) -> None:
         self.args, self.returncode, self._zygote = list(args), None, zygote
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # closed by communicate
         request = {"args": self.args, "env": dict(env), "cwd": str(cwd)}
-        self.pid = zygote.ask(request, [file.fileno() for file in self._files])
+        out, err = (file.fileno() for file in self._files)
+        self.pid = zygote.ask(request, [out if stdout is None else stdout, err])
         self._pidfd = os.pidfd_open(self.pid)
         self.returncode: int | None
 
@@ -102,9 +105,14 @@ class Zygote:
         self._turn = threading.Lock()  # tests wait in threads, too
         atexit.register(self.end)
 
-    def start(self, *args: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Forked:
-        """`python ARGS…`: a script's path, `-m` and a module, or `-c` and code; then its arguments. env: the whole environment (None: ours)."""
-        return Forked(self, args, os.environ if env is None else env, cwd)
+    def start(
+        self, *args: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT, stdout: int | None = None
+    ) -> Forked:
+        """`python ARGS…`: a script's path, `-m` and a module, or `-c` and code; then its arguments.
+
+        env: the whole environment (None: ours). stdout: a descriptor, for a pipe that is read meanwhile.
+        """
+        return Forked(self, args, os.environ if env is None else env, cwd, stdout)
 
     def run(
         self, *args: object, env: Mapping[str, str] | None = None, timeout_s: float = 240
