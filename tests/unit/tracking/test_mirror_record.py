@@ -173,6 +173,7 @@ def test_many_values_are_a_few_requests_and_none_is_lost(server: Server, tmp_pat
         metrics.write(nimg, "train", loss=1 / nimg, **{f"value{k}": float(k) for k in range(3)})
     assert mirror(tmp_path).sync(running=True) == 4 * 999
     assert server.held() == losses(range(1, 1000))
+    assert {len(points) for points in server.runs["run0"].data.metrics.values()} == {999}
     assert 4 <= server.batches < 10
 
 
