@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from warm_dist import supervisor
 
 
 def descendants(pid: int) -> set[int]:
     """The process and all below it."""
-    family, grown = {pid}, True
-    parents = {int(p.name): supervisor._children(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
-    while grown:
-        more = {child for parent in family for child in parents.get(parent, [])} - family
-        family, grown = family | more, bool(more)
-    return family
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    return {pid}
 
 
 def listening(pids: set[int]) -> set[str]:
