@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The unit tier first, then files in the order of the time that they may take; what shares a server on one worker.
 
     The longest begin first, so that no worker is left alone with one at the end; without workers the quick ones do.
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         longest[item.path] = max(longest.get(item.path, 0), timeout.args[0] if timeout else 0)
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
-    sign = -1 if config.getoption("numprocesses", None) else 1
+    sign = -1 if "PYTEST_XDIST_WORKER" in os.environ else 1
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/unit/"), sign * longest[item.path]))
 
 
