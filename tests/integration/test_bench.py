@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 
 from launch.benchmarks.data import BATCH
 from launch.benchmarks.pictures import crop, photographs
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
+from tests.support.zygote import zygote
 
 COUNT = 2 * BATCH
 PEERS = Path(os.environ.get("WARM_DIST_PEERS_PYTHON", ROOT / ".venv.peers" / "bin" / "python"))
@@ -22,11 +22,14 @@ PEERS = Path(os.environ.get("WARM_DIST_PEERS_PYTHON", ROOT / ".venv.peers" / "bi
 
 def bench(tmp_path: Path, *arguments: str, peers: Path) -> subprocess.CompletedProcess[str]:
     counts = ["--images", str(COUNT), "--shard-size", str(BATCH), "--rounds", "1"]
-    command = [sys.executable, "launch/bench.py", "data", *counts, "--peers-python", str(peers), *arguments]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return launch(tmp_path, "data", *counts, "--peers-python", str(peers), *arguments)
+
+
+def launch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """launch/bench.py to its good end; nothing is left behind."""
+    done = zygote().run(ROOT / "launch" / "bench.py", *arguments, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir())  # nothing is left behind
+    assert not list(tmp_path.glob("warm-dist-*"))
     return done
 
 
@@ -63,15 +66,12 @@ def test_all_contenders_see_the_same_pixels(tmp_path: Path) -> None:
     assert report["versions"]["peers"]["pillow"] == report["versions"]["ours"]["pillow"]
 
 
-def test_a_step_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mirror", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_a_step_is_measured(tmp_path: Path, mirror: bool) -> None:
     tiny = ["--rounds", "1", "--log-steps", "2", "--lines", "2", "--images", "2", "--set", "network.channels=8"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "launch/bench.py", "step", *tiny, "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir())  # nothing is left behind
-    report = json.loads(done.stdout)
-    assert report["runs"].keys() == {"bare", "one", "mirror", "2 ranks"}
+    tiny += [] if mirror else ["--no-mirror", "--set", "engine=local"]
+    report = json.loads(launch(tmp_path, "step", *tiny, "--json").stdout)
+    assert report["runs"].keys() == {"bare", "one", "2 ranks"} | ({"mirror"} if mirror else set())
     for name, run in report["runs"].items():
         assert run["wall_s"]["median"] >= sum(
             run[f"{place}_s"]["median"] for place in ("forward", "backward", "update")
@@ -83,12 +83,7 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
 
 
 def test_features_are_measured(tmp_path: Path) -> None:
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "launch/bench.py", "features", "--num-images", "4", "--rounds", "1", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.glob("warm-dist-*"))  # nothing of ours is left behind
-    report = json.loads(done.stdout)
+    report = json.loads(launch(tmp_path, "features", "--num-images", "4", "--rounds", "1", "--json").stdout)
     assert report["cpu_ms"].keys() == {"clean-fid", "ours", "ours, bf16"}
     assert min(found["median"] for found in report["cpu_ms"].values()) > 1
     assert report["distance_s"].keys() == {"4096", "1000"}

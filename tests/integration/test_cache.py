@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
@@ -17,8 +14,8 @@ import pytest
 
 from data_pipelines.reading.loader import open_loader
 from tests.support.caches import SIZE, Counting, cached, content, pages
-from tests.support.processes import ROOT
 from tests.support.reading import config, equal, take
+from tests.support.zygote import Forked, zygote
 from warm_dist.store.cache import PAGE_BYTES, CachedStore
 from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store
@@ -83,10 +80,8 @@ print(len(gets))
 """
 
 
-def readers(base: Counting, limit: int, seeds: range, count: int) -> Iterator[subprocess.Popen[str]]:
-    for seed in seeds:
-        command = [sys.executable, "-c", READER, str(base.root), str(limit), str(seed), str(count)]
-        yield subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def readers(base: Counting, limit: int, seeds: range, count: int) -> list[Forked]:
+    return [zygote().start("-c", READER, *map(str, (base.root, limit, seed, count))) for seed in seeds]
 
 
 def wrong_pages(store: CachedStore) -> list[str]:
@@ -102,7 +97,7 @@ def wrong_pages(store: CachedStore) -> list[str]:
 
 def test_processes_share_what_each_has_read(base: Counting) -> None:
     store = cached(base)
-    processes = list(readers(base, 1 << 30, range(3), 100))
+    processes = readers(base, 1 << 30, range(3), 100)
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert not wrong_pages(store)
     assert len(pages(store.folder)) == 4 * 4
@@ -119,7 +114,7 @@ def test_processes_share_the_limit(base: Counting) -> None:
     for page in range(4):
         (foreign / str(page)).write_bytes(bytes(PAGE_BYTES))
     (store.folder / "warm-dist.account").write_text(str(4 * PAGE_BYTES))
-    processes = list(readers(base, limit, range(3), 100))
+    processes = readers(base, limit, range(3), 100)
     most = 0
     while any(process.poll() is None for process in processes):
         with suppress(FileNotFoundError):  # a page just dropped, or a name just changed
@@ -163,8 +158,7 @@ store.read("a", 0, store.list()["a"].size, store.list()["a"].etag)
 @pytest.mark.parametrize("moment", ["half", "whole", "renamed"])
 def test_kill_9_leaves_no_wrong_page_and_no_wrong_account(base: Counting, moment: str) -> None:
     limit = 5 * PAGE_BYTES
-    command = [sys.executable, "-c", KILLED, str(base.root), str(limit), "2", moment]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert zygote().run("-c", KILLED, base.root, limit, 2, moment).returncode == -signal.SIGKILL
     store = cached(base, limit)
     assert not wrong_pages(store)
     assert len(pages(store.folder)) == (2 if moment == "renamed" else 1)

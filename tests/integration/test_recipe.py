@@ -24,6 +24,7 @@ from warm_dist.store.seaweedfs import S3Server
 pytestmark = pytest.mark.timeout(600)
 SYNSETS = [f"n{number:08d}" for number in (1440764, 1443537, 2007558, 2093428, 2123045, 2510455, 3000134, 3769881, 4254777, 7579787)]  # fmt: skip
 SMALL = {
+    "engine": "local",
     "data.num_classes": 10,
     "data.num_lanes": 8,
     "data.window": 16,

@@ -1,4 +1,4 @@
-"""Commands that the unit tier calls in its process, started once for real: a refusal is one line and its exit code."""
+"""Commands that other tests call in their process or as forks, started once for real: a refusal is one line and its exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
-from warm_dist.errors import ConfigError, DataError, WarmDistError
+from warm_dist.errors import CheckpointError, ConfigError, DataError, WarmDistError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from warm_dist.errors import ConfigError, DataError, WarmDistError
     [
         (["launch/bench.py", "features", "--num-images", "3"], ConfigError, "--num-images must be at least 4"),
         (["launch/ema.py", "nowhere", "--length", "0.3"], ConfigError, "a relative width"),
+        (["launch/export.py", "nowhere"], CheckpointError, "no complete checkpoint"),
+        (["launch/node.py", "--config", "nowhere"], ConfigError, "cannot be read"),
         (["launch/report.py", "nowhere"], ConfigError, "not a run"),
         (["launch/spectrum.py", "nowhere/manifest.parquet"], DataError, "nowhere"),
         (["-m", "data_pipelines.index", "nowhere"], DataError, "no images"),

@@ -177,8 +177,8 @@ def orphaned(ray: RayCluster, spread: Sweep) -> tuple[Path, float]:
 
 @pytest.fixture(scope="module")
 def lost(ray: RayCluster, refused: Sweep, spread: Sweep, orphaned: tuple[Path, float]) -> dict[str, Any]:
-    """A sweep of four trials, one at a time on each machine; node2's power is cut when its trial has saved."""
-    space = {"process.bnr": {"grid": [0.5, 0, 1, 2]}}
+    """A sweep of three trials, one at a time on each machine; node2's power is cut when its trial has saved."""
+    space = {"process.bnr": {"grid": [0.5, 0, 1]}}
     output = ray.start("lost", space, trial={"cpus_per_process": CPUS, "max_failures": 1})
     found: dict[str, Path] = {}
 
@@ -237,7 +237,7 @@ def test_a_machine_lost_mid_sweep_costs_its_trial_an_attempt(lost):
     sweep, run = lost["sweep"], lost["run"]
     assert sweep.code == errors.EXIT_OK, sweep.said
     assert {end["state"] for end in states(sweep.output).values()} == {"finished"}
-    assert len(states(sweep.output)) == 4
+    assert len(states(sweep.output)) == 3
     assert sweep.said.count("crashed (") == 1
     assert re.search(rf"{re.escape(run.name)}  crashed \(\w+: .*\); restarts from its last checkpoint", sweep.said)
     assert lost["noticed_s"] < 30  # 12 s by HEALTH, and a busy machine
@@ -257,7 +257,7 @@ def test_the_lost_trial_goes_on_from_its_checkpoint_on_the_other_machine(lost):
 
 def test_the_other_trials_ran_once(lost):
     others = [run for run in (lost["sweep"].output / "trials").iterdir() if run != lost["run"]]
-    assert len(others) == 3
+    assert len(others) == 2
     for run in others:
         assert read_json(run / "run.json")["attempt"] == 1
         assert evaluations(run) == [(nimg, 1) for nimg in range(EVERY, TOTAL + 1, EVERY)]

@@ -63,5 +63,5 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 240) -
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + timeout_s, f"in vain: {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return time.monotonic() - began

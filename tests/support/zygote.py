@@ -187,6 +187,7 @@ def _become(request: dict[str, Any], files: list[int], parent: int) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    tempfile.tempdir = None  # of our TMPDIR
     first, *rest = request["args"]
     sys.argv = {"-m": rest, "-c": [first, *rest[1:]]}.get(first, request["args"])  # as python has it
     if not first.startswith("-"):
