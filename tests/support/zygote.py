@@ -96,10 +96,10 @@ class Forked:
 class Zygote:
     """The process that has imported everything, and our end of the line to it. It ends, with all its forks, when we do."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str] = IMPORTS) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-m", __spec__.name, str(theirs.fileno())]
+        command = [sys.executable, "-m", __spec__.name, str(theirs.fileno()), *imports]
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self._turn = threading.Lock()  # tests wait in threads, too
@@ -196,7 +196,7 @@ def _become(request: dict[str, Any], files: list[int], parent: int) -> None:
 
 def main() -> None:
     line = socket.socket(fileno=int(sys.argv[1]))
-    for name in IMPORTS:
+    for name in sys.argv[2:]:
         __import__(name)
     gc.freeze()  # what is shared stays shared: a collection would write to every page
     first, *rest = _serve(line)["args"]
