@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.support.packed import Packed
-from tests.support.paths import ROOT
 from warm_dist.store.seaweedfs import S3Server
 
 pytest_plugins = ["pytester"]
@@ -30,9 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The unit tier first, then files in the order of the time that they may take; what shares a server on one worker.
+    """The unit tier first, then files in the order of the time that they may take.
 
     The longest begin first, so that no worker is left alone with one at the end; without workers the quick ones do.
     """
@@ -40,8 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         timeout = item.get_closest_marker("timeout")
         longest[item.path] = max(longest.get(item.path, 0), timeout.args[0] if timeout else 0)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
     sign = -1 if "PYTEST_XDIST_WORKER" in os.environ else 1
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/unit/"), sign * longest[item.path]))
 

@@ -27,7 +27,6 @@ from warm_dist.networks.unet import build_network
 from warm_dist.tracking.mirror import Mirror
 from warm_dist.tracking.model import send_model
 
-pytestmark = pytest.mark.xdist_group("mlflow")  # one server for all
 ALONE = World(0, 1, torch.device("cpu"), None)
 LOADER = """
 import json, sys

@@ -25,8 +25,6 @@ from warm_dist.runs.metrics import MetricsLog
 from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.mirror import Mirror
 
-pytestmark = pytest.mark.xdist_group("mlflow")  # one server for all
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

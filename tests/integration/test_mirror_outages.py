@@ -22,8 +22,6 @@ from warm_dist.tracking import follow
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror
 
-pytestmark = pytest.mark.xdist_group("mlflow")  # one server for all
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

@@ -17,8 +17,6 @@ from warm_dist.supervisor import free_port
 from warm_dist.tracking.client import log_finished, open_parent
 from warm_dist.tracking.mirror import Mirror
 
-pytestmark = pytest.mark.xdist_group("mlflow")  # one server for all
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

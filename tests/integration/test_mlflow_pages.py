@@ -20,7 +20,7 @@ from warm_dist.runs.metrics import read_metrics
 if TYPE_CHECKING:
     from tests.support.packed import Packed
 
-pytestmark = [pytest.mark.soak, pytest.mark.xdist_group("mlflow")]
+pytestmark = pytest.mark.soak
 BNRS = (0.1, 2.0)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.sweeps import EVERY, TOTAL, Command, pack_digits, write_sweep
 from warm_dist import errors
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("mlflow")]
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_a_sweep_is_a_run_and_its_trials_are_under_it(running, client, tmp_path):
