@@ -41,5 +41,5 @@ def ray_head(folder: Path, env: Mapping[str, str]) -> Iterator[dict[str, str]]:
         assert process.poll() is None, log.read_text()
         yield theirs | {"RAY_ADDRESS": f"{HOST}:{port}"}
     finally:
-        supervisor.stop(process)
+        supervisor.stop(process, 1)  # Ray's own end takes longer, and keeps nothing that anybody wants
         shutil.rmtree(scratch, ignore_errors=True)
