@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tests.support.lines import lines_run
 from tests.support.patience import until
 from warm_dist.distributed.heartbeat import Heartbeat
 from warm_dist.distributed.stop import StopSignal
@@ -45,6 +46,11 @@ def test_a_file_tells_where_a_rank_is_and_that_it_ended(tmp_path):
         assert line["since"] <= line["time"]
     assert told(tmp_path)["place"] == "ended"
     assert [path.name for path in (tmp_path / "heartbeat").iterdir()] == ["rank_0.json"]
+
+
+def test_setting_the_phase_is_a_single_line(tmp_path):
+    """Fault: a write, a lock or a message to other ranks in the inner loop."""
+    assert lines_run(heartbeat(tmp_path).at, "forward", 8) == 1
 
 
 def test_an_unwritable_folder_does_not_end_a_run(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines.reading import lanes
 from data_pipelines.reading.lanes import Order, rank_positions
+from tests.support.lines import lines_run
 from warm_dist import rng
 from warm_dist.config.batch import check_lanes
 from warm_dist.errors import WorldSizeError
@@ -45,6 +46,12 @@ def test_epochs_and_seeds_differ_and_the_order_is_a_pure_function() -> None:
         assert np.array_equal(one.rows(epoch), same.rows(epoch))
     shuffled = np.random.default_rng(0).permutation(2000)
     assert np.array_equal(one.row_of(shuffled), same.row_of(np.arange(2000))[shuffled])
+
+
+def test_the_order_of_more_images_runs_no_more_lines_of_python() -> None:
+    """Fault: a loop over images, which takes some 10 s an epoch of ImageNet's size where numpy takes 0.2 s."""
+    few, many = (Order([images] * 8, 0, 64, 64, 1024) for images in (100, 10_000))
+    assert lines_run(few.rows, 0) == lines_run(many.rows, 0) > 0
 
 
 def test_a_lane_draws_its_windows_from_whole_chunks_one_after_another() -> None:
