@@ -34,8 +34,12 @@ import mlflow.pyfunc, pandas as pd
 model = mlflow.pyfunc.load_model(sys.argv[1])
 table = pd.DataFrame({"image": [5, 3], "label": [-1, -1]})
 images = model.predict(table, params={"seed": 7, "nfe": 5})
+try:
+    model.predict(table, params={"nfe": 1})
+except Exception as error:
+    refusal = f"{type(error).__name__}: {error}"
 import warm_dist
-print(json.dumps([warm_dist.__file__, images.dtype.name, images.tolist()]))
+print(json.dumps([warm_dist.__file__, images.dtype.name, images.tolist(), refusal]))
 """
 
 
@@ -99,7 +103,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    code, kind, images = json.loads(done.stdout.splitlines()[-1])
+    code, kind, images, refusal = json.loads(done.stdout.splitlines()[-1])
     assert Path(code).is_relative_to(folder), "warm_dist travels with the model"
     mine = load_weights(weights)
     sampler = mine.config.sampler.model_copy(update={"num_steps": 5})
@@ -108,6 +112,7 @@ def test_a_finished_runs_model_samples_its_images_anywhere(
         batch_size=2, sampler=sampler,
     )  # fmt: skip
     assert kind == "uint8"
+    assert refusal == "ConfigError: nfe 1: ancestral needs 2 or more"
     # another process may round differently, by one step of 255 and seldom
     apart = np.abs(np.array(images).transpose(0, 3, 1, 2).astype(int) - expected.astype(int))
     assert apart.max() <= 1

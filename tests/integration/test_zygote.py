@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import wait_for
+from tests.support.processes import ROOT, wait_for
 from tests.support.zygote import Zygote
 from warm_dist import supervisor
 
@@ -48,6 +50,35 @@ def test_a_fork_ends_with_its_code_its_traceback_or_its_signal(zygote: Zygote) -
     killed.kill()
     assert (killed.wait(60), killed.poll()) == (-signal.SIGKILL, -signal.SIGKILL)
     assert zygote.run("-m", "warm_dist.supervisor").returncode == 2  # its usage
+
+
+OWNER = """
+import os, time
+from tests.support.zygote import Zygote
+from warm_dist import supervisor
+one = Zygote(imports=())
+print(supervisor.identity(one.start("-c", "import time; time.sleep(600)").pid), flush=True)
+if os.fork() == 0:
+    time.sleep(600)  # a fork of the owner's own has what the owner had open
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_fork_outlives_a_killed_owner_though_the_owners_own_fork_does() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert owner.stdout is not None
+        who = owner.stdout.readline().strip()
+        owner.stdout.readline()
+        assert supervisor.alive(who)
+        owner.kill()
+        wait_for("the fork's end", lambda: not supervisor.alive(who), 60)
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+        owner.communicate()
 
 
 def test_no_fork_outlives_the_zygote_nor_that_its_owner() -> None:

@@ -102,6 +102,7 @@ class Zygote:
         command = [sys.executable, "-m", __spec__.name, str(theirs.fileno()), *imports]
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
+        os.register_at_fork(after_in_child=self._line.close)  # else a fork of ours that outlives us keeps it open
         self._turn = threading.Lock()  # tests wait in threads, too
         atexit.register(self.end)
 

@@ -74,7 +74,7 @@ def _num_steps(method: str, nfe: int, spend_less: bool) -> int:
     num_steps = num_steps_for(method, nfe) or (num_steps_for(method, nfe - 1) if spend_less else None)
     if num_steps is None:
         odd = "an odd number from 3 on (2 N - 1)" if num_steps_for(method, 3) == 2 else "2 or more"
-        raise ConfigError(f"--nfe {nfe}: {method} needs {odd}")
+        raise ConfigError(f"nfe {nfe}: {method} needs {odd}")
     return num_steps
 
 

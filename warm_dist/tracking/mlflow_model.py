@@ -32,24 +32,18 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
         """Images (N, H, W, C) uint8, one for each row of the table, equal to those of launch/sample.py.
 
         model_input: columns `image` (index in the seed's sequence) and `label` (class; -1: drawn at random).
-        params: see DEFAULTS. Raises ConfigError for an NFE or label that this network does not support.
+        params: see DEFAULTS. Raises ConfigError for an NFE, a BNR or a label that this network does not support.
         """
         import numpy as np
 
         from warm_dist.checkpoints.weights import load_guide
-        from warm_dist.diffusion.samplers import num_steps_for
         from warm_dist.errors import ConfigError
         from warm_dist.evaluation.generate import generate, sample_labels
+        from warm_dist.evaluation.sampler_choice import sampler_for
 
         asked = {**DEFAULTS, **(params or {})}
-        config = self.model.config
-        changes: dict[str, Any] = {"bnr": float(asked["bnr"])} if asked["bnr"] >= 0 else {}
-        if asked["nfe"]:
-            num_steps = num_steps_for(config.sampler.method, int(asked["nfe"]))
-            if num_steps is None:
-                raise ConfigError(f"nfe {asked['nfe']}: not possible with {config.sampler.method}")
-            changes["num_steps"] = num_steps
-        sampler = config.sampler.model_copy(update=changes)
+        config, nfe, bnr = self.model.config, int(asked["nfe"]), float(asked["bnr"])
+        sampler = sampler_for(config, [], nfe=nfe or None, bnr=bnr if bnr >= 0 else None)
         indices, labels = (np.asarray(model_input[name], np.int64) for name in ("image", "label"))
         drawn = sample_labels(int(asked["seed"]), indices.tolist(), config.data.num_classes)
         if (labels >= max(config.data.num_classes, 0)).any():
