@@ -68,6 +68,7 @@ def test_a_value_that_is_gone_or_new_is_found(kept):
 
 
 def test_the_values_are_kept_as_they_are_written(kept):
+    """Fault: a values.json edited by hand, or a `dump` that would rewrite lines whose values are equal."""
     assert dump(kept) == golden.VALUES.read_text()
 
 

@@ -68,6 +68,7 @@ def test_all_contenders_see_the_same_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mirror", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_step_is_measured(tmp_path: Path, mirror: bool) -> None:
+    """Fault: EMAs and metrics charged to the run without them, or a phase of the step counted twice."""
     tiny = ["--rounds", "1", "--log-steps", "2", "--lines", "2", "--images", "2", "--set", "network.channels=8"]
     tiny += [] if mirror else ["--no-mirror", "--set", "engine=local"]
     report = json.loads(launch(tmp_path, "step", *tiny, "--json").stdout)
@@ -83,6 +84,7 @@ def test_a_step_is_measured(tmp_path: Path, mirror: bool) -> None:
 
 
 def test_features_are_measured(tmp_path: Path) -> None:
+    """Fault: a bf16 contender that computes in float32, or timing code that never calls the contender."""
     report = json.loads(launch(tmp_path, "features", "--num-images", "4", "--rounds", "1", "--json").stdout)
     assert report["cpu_ms"].keys() == {"clean-fid", "ours", "ours, bf16"}
     assert min(found["median"] for found in report["cpu_ms"].values()) > 1

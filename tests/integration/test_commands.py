@@ -73,6 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_logged_the_heads_and_evaluated(runs):
+    """Fault: a train line without head_inconsistency, or a run that skips its first or last evaluation."""
     lines = [json.loads(line) for line in (runs / "random" / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert all(0 < line["head_inconsistency"] < 10 for line in train)
@@ -86,6 +87,7 @@ def test_training_logged_the_heads_and_evaluated(runs):
     ["--set", 'sampler.bnr={"kind":"power","bnr":0.5,"exponent":0.3,"cap":1.0}', "--set", "sampler.grid=log_linear"],
 ], ids=["bnr", "eta", "guidance", "path"])  # fmt: skip
 def test_one_network_is_sampled_in_many_ways(runs, tmp_path, args):
+    """Fault: a sampler option that launch/sample.py accepts and that fails while it samples."""
     out = tmp_path / "out.npy"
     done = command("sample", "--weights", runs / "random", "--n", 3, "--out", out, *args, start="--bnr" in args)
     assert done.returncode == 0, done.stderr
@@ -93,6 +95,7 @@ def test_one_network_is_sampled_in_many_ways(runs, tmp_path, args):
 
 
 def test_autoguidance_takes_a_second_run(runs, tmp_path):
+    """Fault: guidance that has no effect when sampler.guide names another network."""
     weak = runs / "weak" / "weights" / "ema.safetensors"
     plain, guided = tmp_path / "a.npy", tmp_path / "b.npy"
     common = ["--weights", runs / "random", "--n", 3, "--label", 1]
@@ -104,6 +107,7 @@ def test_autoguidance_takes_a_second_run(runs, tmp_path):
 
 
 def test_evaluate_fills_a_table_once(runs, tmp_path):
+    """Fault: two BNRs under one key of results.json, or a second call that samples again."""
     out = tmp_path / "not" / "yet"
     args = [runs / "random", "--bnr", 0.1, 2, "--method", "multistep", "--nfe", 5, "--out", out]
     done = command("evaluate", *args)
@@ -167,6 +171,7 @@ def test_a_surface_is_a_table_a_picture_and_goes_on_where_it_was(runs, tmp_path)
 
 
 def test_checkpoints_are_a_list_to_evaluate(runs, tmp_path):
+    """Fault: a checkpoint and its run measured as two networks, or a truncated checkpoint exported."""
     (newest,) = (runs / "random" / "checkpoints").glob("[0-9]*")
     args = [newest, runs / "random", "--num-images", 64, "--blocks", 1, "--out", tmp_path]
     done = command("evaluate", *args)
@@ -228,6 +233,7 @@ def test_evaluate_agrees_with_the_run_itself(runs, tmp_path):
     ("cold", ["--method", "cold"], ["forward_cold", "sampling_cold"]),
 ])  # fmt: skip
 def test_trajectory_draws_the_way_up_and_down(runs, tmp_path, run, args, names):
+    """Fault: a blank picture, or one that the next BNR overwrites."""
     done = command("trajectory", runs / run, "--n", 2, "--columns", 4, "--out", tmp_path, *args, start=run == "cold")
     assert done.returncode == 0, done.stderr
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == sorted(names)

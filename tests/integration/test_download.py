@@ -68,6 +68,7 @@ def test_a_web_file_is_fetched_once(server: tuple[str, Path], tmp_path: Path) ->
 
 
 def test_a_server_that_does_not_deliver(server: tuple[str, Path], tmp_path: Path) -> None:
+    """Fault: a server's failure reported as a mistake in the config, or half a file kept in the cache."""
     url, cache = server[0], tmp_path / "cache"
     with pytest.raises(UnreachableError, match="503"):
         fetch(f"{url}/broken.pt", SHA256, cache)
@@ -81,6 +82,7 @@ def test_a_server_that_does_not_deliver(server: tuple[str, Path], tmp_path: Path
 def test_the_cache_is_the_users_and_must_be_writable(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault: XDG_CACHE_HOME ignored, or a traceback where the cache cannot be written."""
     url, served = server
     (served / "weights.pt").write_bytes(CONTENT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -87,6 +87,8 @@ def test_bf16_losses_are_near_those_of_float32(results, size, case):
 
     LocalEngine's own bf16, autocast, was 1.8e-4 away on one rank and 0.8e-4 on two; stages 1-3, which keep weights and
     activations in bf16 throughout, 2.1e-4. Gradients accumulated or reduced in float32 moved neither.
+
+    Fault: an engine that rounds to bf16 what must stay float32.
     """
     assert 0 < apart(results[str(size)]["engines"][case]["losses"], results["1"]["engines"]["local"]["losses"]) < 2e-3
 
@@ -108,6 +110,7 @@ def test_world_sizes_and_stages_reach_the_same_state(results, size, case):
 
 @pytest.mark.parametrize(("size", "case"), [(size, case) for size, names in TAKEN_UP.items() for case in names])
 def test_two_ranks_at_stage_1_are_taken_up_by_any(results, root, size, case):
+    """Fault: fragments read at wrong offsets when the world size or the stage changes."""
     found = results[str(size)]["elastic"][case]
     assert found["bits"] == results["2"]["engines"]["zero1"]["bits"]  # weights, both moments and EMA, to the last bit
     unbroken = results["1"]["engines"]["local"]["losses"][HALF:]
@@ -119,6 +122,7 @@ def test_two_ranks_at_stage_1_are_taken_up_by_any(results, root, size, case):
 
 @pytest.mark.parametrize(("size", "case"), [(size, case) for size, names in TAKEN_UP.items() for case in names])
 def test_one_step_from_the_same_state_moves_the_weights_alike(results, root, size, case):
+    """Fault: a stage that does not restore Adam's step count, so that its first update has another size."""
     before, after = np.load(root / "elastic-1-2-local-1" / "weights.npy")
     ours = np.load(root / f"elastic-1-2-{case}-{size}" / "weights.npy")
     assert np.array_equal(ours[0], before)
@@ -156,6 +160,7 @@ def test_a_non_finite_loss_ends_every_rank_and_moves_no_weight(results, case):
 
 
 def test_collectives_agree(results):
+    """Fault: an error on rank 0 that the other ranks never raise, or a vote that only its own rank counts."""
     agreed = {"on_main": "from 0", "caught": ["rank 0 says no"] * 2, "any": True, "none": False}
     assert results["2"]["collectives"] == agreed
 

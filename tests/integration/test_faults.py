@@ -83,6 +83,7 @@ def test_each_fault_is_survived_with_every_image_once(
 
 
 def test_all_of_them_mixed(proxy: FaultyProxy, digits: Packed, unbroken: list[Batch], hasty: None) -> None:
+    """Fault: a read that gives up or starts afresh when its next failure is of another kind."""
     proxy.stall_s, proxy.plan = 5.0, share(seed=2, probability=0.3, faults=SURVIVED)
     assert_unbroken(global_batches(proxy, digits), unbroken)
     assert all(proxy.counts[fault] >= 3 for fault in SURVIVED)
@@ -153,7 +154,10 @@ def test_a_shard_that_changes_under_the_reader_is_an_error_that_names_it(
 def test_soak_ten_epochs_with_all_faults_at_one_request_in_five_and_nothing_shortened(
     proxy: FaultyProxy, digits: Packed
 ) -> None:
-    """30 s stalls, 1 MB/s, boto3's and our own waits as in production."""
+    """30 s stalls, 1 MB/s, boto3's and our own waits as in production.
+
+    Fault: PATIENCE_S too short for several stalls of READ_S, which the shortened waits cannot show.
+    """
     count = 10 * 1797 // 32
     unbroken = take(digits.manifest, open_store(digits.url, digits.endpoint_url), 0, count, **OPTIONS)
     proxy.plan = share(seed=4, probability=0.2, faults=SURVIVED)

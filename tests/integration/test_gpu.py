@@ -68,6 +68,7 @@ def test_an_offloaded_optimizer_is_on_the_host_and_gives_the_same_losses(world, 
 
 
 def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):
+    """Fault: noise from the device's own generator, or a residual computed in TF32."""
     settings = config(
         tmp_path, engine="local", process__bnr={"kind": "uniform", "low": 0, "high": 2}, sampler={"bnr": 1}
     )

@@ -62,6 +62,7 @@ def pooled(n: int, seed: int, dim: int = 2048) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("n", [4096, 1000], ids=["full rank", "fewer images than features"])
 def test_at_inceptions_size_it_is_exact_too(n: int) -> None:
+    """Fault: square roots of a singular covariance's rounded zero eigenvalues, a thousand of which add up."""
     a, b = Moments.of(pooled(n, 1)), Moments.of(pooled(n, 2))
     distance = frechet_distance(a, b)
     assert distance > 1

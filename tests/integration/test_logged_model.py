@@ -59,6 +59,7 @@ def weights(tmp_path: Path) -> Path:
 def test_a_finished_runs_model_samples_its_images_anywhere(
     running: Services, client: Any, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault: a model that needs this checkout's code, or a second send that makes another model or version."""
     run = make_run(tmp_path / "run", running.mlflow_url)
     log(run, [64, 1280])
     end(run, 0)

@@ -30,6 +30,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_outages_and_lost_replies(running: Services, client: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: values sent twice after a lost reply, or dropped while the server is away."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     proxy = Proxy(running.mlflow_url)
     mirror = Mirror(run, proxy.url, run.parent.name, "trial")

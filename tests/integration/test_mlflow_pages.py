@@ -67,6 +67,7 @@ def picture(driver: Any, path: Path) -> None:
 
 
 def test_the_compare_page_shows_what_differs(running: Services, runs: list[Path], tmp_path: Path) -> None:
+    """Fault: process.bnr or log10_bnr not sent as a parameter of its own."""
     query = f"runs={json.dumps(run_ids(runs), separators=(',', ':'))}&experiments=[%221%22]"
     with chromium(1600, 2400) as driver:
         driver.get(f"{running.mlflow_url}/#/compare-runs?{query}")
@@ -86,6 +87,7 @@ def test_the_compare_page_shows_what_differs(running: Services, runs: list[Path]
 def test_a_runs_page_shows_metrics_pictures_load_and_evaluation(
     running: Services, runs: list[Path], tmp_path: Path
 ) -> None:
+    """Fault: a picture, a system metric or a child run under a name that MLflow's pages do not look for."""
     run, run_id = runs[0], run_ids(runs)[0]
     page = f"{running.mlflow_url}/#/experiments/1/runs/{run_id}"
     last = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"][-1]

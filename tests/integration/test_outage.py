@@ -69,6 +69,7 @@ def test_a_server_that_dies_comes_back_and_hangs(
     mortal: Services, config_file: Path, tmp_path: Path, calm_s: float, down_s: float, hang_s: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Fault: a training step that waits for MLflow, or a value that an outage loses or doubles."""
     run, log = tmp_path / "run", tmp_path / "services" / "mlflow.log"
     overrides = ["engine=local", ENDLESS, "train.log_nimg=64", "train.save_nimg=800000"]
     tracking = [f"tracking.mlflow_url={mortal.mlflow_url}", "tracking.experiment=outage"]

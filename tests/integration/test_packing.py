@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def test_several_processes_pack_index_and_verify_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Fault: an order of images or shards that depends on which worker finishes first."""
     source = open_source("digits", 8)
     manifest = pack(source, str(tmp_path / "one"), shard_size=100)
     told: list[int] = []
@@ -49,6 +50,7 @@ def test_several_processes_pack_index_and_verify_alike(
 
 
 def test_packing_to_s3(digits: Packed) -> None:
+    """Fault: a manifest on S3 that differs from what was packed, or a missing bucket that is not named."""
     assert digits.manifest.info.num_images == 1797
     assert damages(digits.manifest, digits.url, digits.endpoint_url) == []
     read = read_manifest(digits.manifest_url, digits.endpoint_url)

@@ -87,6 +87,7 @@ def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
 
 
 def test_it_prints_what_the_issue_of_a_run_is(root, finished):
+    """Fault: a summary without the floor or the spread, or with the path of a file that does not exist."""
     second = finished[1]
     for words in ("before training", "after training", "floor", "excess over the floor", "make ui", "images/s"):
         assert words in second

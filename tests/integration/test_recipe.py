@@ -73,6 +73,7 @@ def run(words: list[str]) -> str:
 
 
 def test_from_the_imagenet_folder_to_a_trained_network(s3: S3Server, tmp_path: Path) -> None:
+    """Fault: a README command that does not run as printed, or a label or pixel that changes on the way."""
     tree, url = imagenet(tmp_path), f"s3://warm-dist/{tmp_path.name}"
     bin_folder = Path(sys.executable).parent
     here = {"ILSVRC/Data/CLS-LOC/train": f"{tree}/Data/CLS-LOC/train", ".venv/bin": str(bin_folder)}

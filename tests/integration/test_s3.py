@@ -79,6 +79,7 @@ def test_a_known_object_is_read_without_boto3_unless_something_is_unusual(
 
 
 def test_missing_bucket_for_every_operation(s3: S3Server) -> None:
+    """Fault: a missing bucket reported as a missing object or as refused credentials."""
     store = open_store("s3://no-such-bucket/data", s3.endpoint_url)
     for operation in (
         lambda: store.read("a"),
@@ -100,6 +101,7 @@ def test_wrong_credentials_are_named_and_the_secret_is_not(s3: S3Server) -> None
 
 
 def test_no_credentials_at_all(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fault: boto3's own exception where no key or profile is found."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -33,6 +33,7 @@ def test_a_server_that_does_not_know_of_incomplete_uploads_is_no_failure() -> No
 
 
 def test_an_endpoint_that_does_not_answer() -> None:
+    """Fault: a refused connection that surfaces as boto3's own exception, or is not marked as resumable."""
     store = S3Store("warm-dist", "", "http://127.0.0.1:9", ("key", "secret"), attempts=2)
     with pytest.raises(UnreachableError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
         store.read("a")

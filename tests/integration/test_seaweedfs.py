@@ -93,6 +93,7 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path, m
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Fault: an OSError that is not turned into OutputError."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         S3Server(tmp_path / "file", "bucket").__enter__()

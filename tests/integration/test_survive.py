@@ -188,6 +188,7 @@ def test_a_disk_that_is_full_in_mid_write_leaves_the_checkpoint_before(small_dis
 
 
 def test_prometheus_is_served_while_training(local_config, tmp_path):
+    """Fault: no gauge for the age of the heartbeat or the checkpoint, or no speed in the heartbeat file."""
     port, run = free_port(), tmp_path / "run"
     process = fork(local_config, run, "train.total_nimg=8000000",
                     f"tracking.prometheus_port={port}", "train.snapshot_nimg=null")  # fmt: skip

@@ -46,7 +46,10 @@ def table(output: Path) -> list[dict[str, str]]:
 
 
 def test_the_smoke_sweep(manifest, tmp_path):
-    """configs/sweep_smoke.json as the docs print it, its folders apart: two BNRs, two seeds, ASHA, a surface."""
+    """configs/sweep_smoke.json as the docs print it, its folders apart: two BNRs, two seeds, ASHA, a surface.
+
+    Fault: an example config that no longer runs, or an evaluation that the report leaves out.
+    """
     import pyarrow.parquet as pq
 
     output = tmp_path / "smoke"
@@ -77,7 +80,10 @@ def test_the_smoke_sweep(manifest, tmp_path):
 
 
 def test_crashes(manifest, ray, tmp_path):
-    """One trial is killed once, one is killed whenever it begins, one leaves the finite numbers."""
+    """One trial is killed once, one is killed whenever it begins, one leaves the finite numbers.
+
+    Fault: a crash that ends the whole sweep, a retry from scratch, or a retry of an error that must recur.
+    """
     space = {"train.lr": {"grid": [0.002, 0.003, 1e30]}}
     output = tmp_path / "sweep"
     config = write_sweep(tmp_path, manifest, space, trial={"max_failures": 1}, set={"train.clip": None})
@@ -176,7 +182,10 @@ def test_a_driver_that_is_killed_or_stopped_is_gone_on_with(manifest, ray, tmp_p
 
 
 def test_early_stopping_and_what_it_leaves(manifest, ray, tmp_path):
-    """The slower one is stopped; a value more joins the sweep that has ended, and is judged by the others' results."""
+    """The slower one is stopped; a value more joins the sweep that has ended, and is judged by the others' results.
+
+    Fault: ASHA resumed without the results of the trials that have ended.
+    """
     asha = {"kind": "asha", "grace_nimg": EVERY, "reduction_factor": 2}
     space = {"train.lr": {"grid": [1e-3, 1e-5]}}
     config = write_sweep(tmp_path, manifest, space, scheduler=asha, max_concurrent=1)

@@ -100,6 +100,7 @@ def test_sigterm_and_kill_9_then_the_same_command_goes_on(config_file, tmp_path)
 
 
 def test_evaluation_pictures_and_weights(config_file, tmp_path):
+    """Fault: the first or last evaluation left out, --label ignored, or an export of other weights."""
     run = tmp_path / "run"
     settings = [
         "eval.eval_nimg=160",
@@ -186,6 +187,7 @@ def test_bad_input_is_one_clear_error_with_its_own_code(refusals, case):
 
 
 def test_port_in_use(config_file, tmp_path):
+    """Fault: a rendezvous port in use that ends in a traceback, or in a timeout three minutes later."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -41,7 +41,10 @@ def follow(run: TrialRun, timeout_s: float = 120) -> list[int]:
 
 
 def test_the_life_of_a_trial(tmp_path, manifest):
-    """Killed at its first evaluation; started again; ended by its owner; finished. Each evaluation is told a driver once."""
+    """Killed at its first evaluation; started again; ended by its owner; finished. Each evaluation is told a driver once.
+
+    Fault: an evaluation reported twice to one driver, or withheld from the next.
+    """
     sweep, trial = first(write_sweep(tmp_path, manifest, {"process.bnr": {"grid": [0.5]}}))
     place = make_paths(sweep, "f00d", None)
     make = lambda session: TrialRun(trial, place, ONE, session)  # noqa: E731

@@ -127,6 +127,7 @@ def make_checkout(root: Path) -> None:
 
 
 def test_the_image_plans_a_training(image: Image) -> None:
+    """Fault: a package or config that training needs and the image lacks."""
     command = ("python", "launch/train.py", "--config", "configs/imagenet64.json", "--dry-run", "--world-size", "32")
     text = image.run(*command)
     assert "batch 4096 = 32 ranks x 32 images x 4 accumulations" in text
@@ -154,6 +155,7 @@ def test_the_image_holds_what_runs_readable_by_all_and_writable_by_root(image: I
 
 
 def test_its_configuration(image: Image) -> None:
+    """Fault: an entrypoint that swallows a manifest's args, or a user, PATH or HOME that pods do not expect."""
     assert image.config["User"] == f"{UID}:{UID}"
     assert image.config["WorkingDir"] == "/opt/warm-dist"
     assert not image.config.get("Entrypoint")  # a manifest's args alone would go to it

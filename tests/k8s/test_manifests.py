@@ -12,10 +12,12 @@ from tests.k8s.render import K8S, launched, objects_of, render, worlds
 
 @pytest.mark.parametrize("name", worlds())
 def test_no_check_has_anything_to_say(name: str):
+    """Fault: an overlay, alone or with a component, with one of the mistakes listed in tests/k8s/mistakes.py."""
     assert findings(World(objects_of(name))) == {}
 
 
 def test_custom_resources_are_checked():
+    """Fault: a CI without K8S_CRDS, in which no custom resource is checked."""
     crds.need_crds()
 
 
@@ -38,6 +40,7 @@ def test_a_rule_that_cannot_be_evaluated_is_no_pass():
 
 
 def test_there_is_something_to_check():
+    """Fault: an overlay, a component or a kind missing from every world, so that no check sees it."""
     assert {"dev", "gpu", "gpu+irsa", "gpu+jobset"} <= set(worlds())
     kinds = {tree["kind"] for tree in objects_of("gpu")}
     assert kinds >= {"TrainJob", "RayJob", "JobSet", "ClusterQueue", "Deployment", "StatefulSet", "PodMonitor"}
@@ -52,6 +55,7 @@ def test_every_kustomization_renders_without_a_network():
 
 
 def test_new_jobs_fit_the_cluster():
+    """Fault: a job of launch/k8s.py that the cluster would refuse or never start, such as one above the quota."""
     trained = ["--set", "checkpoint.url=s3://your-bucket/runs/a"]
     new = [
         ["render", "--config", "configs/ffhq64.json", "--nodes", "2", "--gpus", "8", *trained],
@@ -63,7 +67,10 @@ def test_new_jobs_fit_the_cluster():
 
 
 def test_workload_identity_is_for_whoever_else_has_the_secret():
-    """And for nobody who has no business with S3."""
+    """And for nobody who has no business with S3.
+
+    Fault: an account that reads S3 but has no role, or has a role but reads nothing.
+    """
     world, reads = World(objects_of("gpu+irsa")), set()
     for pod in world.pods:
         sources = [item.get("secretRef", {}) for container in containers(pod) for item in container.get("envFrom", [])]

@@ -187,6 +187,7 @@ def test_a_drained_node_stops_both_and_both_say_so(place: Place, story: Story):
 
 
 def test_sigterm_alone_does_so_too(story: Story):
+    """Fault: a launch/node.py that, as PID 1 of its pod, has no handler that forwards SIGTERM."""
     second = story.attempts[1]
     assert second.codes == [75, 75], second.said
     assert second.ends[0]["reason"].startswith("Stopped: SIGTERM on rank 0 (host digits-node-0-0) at nimg ")

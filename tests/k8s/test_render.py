@@ -31,6 +31,7 @@ SWEEP = ["render", "--config", "configs/sweep_bnr.json", "--nodes", "4", "--gpus
 
 
 def test_a_training_for_32_gpus():
+    """Fault: a world size counted in nodes, or requests and limits for one GPU instead of a node's."""
     (settings, job), said = told(*TRAIN)
     assert "4 nodes x 8 GPUs = 32 processes; batch 4096 = 32 ranks x 32 images x 4 accumulations" in said
     trainer = job["spec"]["trainer"]
@@ -65,6 +66,7 @@ def test_a_config_map_is_named_after_its_content():
 
 
 def test_processes_on_the_cpu():
+    """Fault: a job without GPUs that requests one, or that lacks DS_ACCELERATOR=cpu."""
     (_, job), said = told(*IMAGENET[:-2], *STORED, "--processes", "2", "--cpus", "3", "--memory", "5")
     assert "4 nodes x 2 processes = 8 processes" in said
     assert job["spec"]["trainer"]["resourcesPerNode"] == {
@@ -80,11 +82,13 @@ def test_memory_is_written_as_kubernetes_itself_would():
 
 
 def test_images_with_a_tag_or_a_digest():
+    """Fault: a pattern that refuses a registry's port, a path or a digest."""
     for image in ("a/b:1", "reg.example:5000/a/b:1.2-x", f"a/b@sha256:{'0' * 64}"):
         checks.check_image(image)
 
 
 def test_examples_are_named():
+    """Fault: a placeholder rendered without a note, or a note about a value that the user has set."""
     _, said = told(*SWEEP)
     assert "note: s3://your-bucket is a placeholder; set yours with --set" in said
     assert "note: registry.example.com is a placeholder; set yours with --image" in said
@@ -116,6 +120,7 @@ def test_the_jobset_has_the_pods_that_trainer_would_make(more):
 
 
 def test_a_sweep(tmp_path):
+    """Fault: pods that train other trials than the file lists, or Ray workers that offer less than their node."""
     (settings, job), said = told(*SWEEP)
     assert "24 trials of 8 processes, 4 at a time on 4 nodes x 8 GPUs" in said
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
