@@ -6,6 +6,7 @@ from warm_dist.data import centre, to_uint8
 
 
 def test_centre_and_back():
+    """Fault: the mean is added in place of subtracted, levels are lost to rounding, or bright pixels wrap to black."""
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     mean = torch.tensor([0.3], dtype=torch.float64)
     assert torch.equal(to_uint8(centre(x, mean).double(), mean), x)

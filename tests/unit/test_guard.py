@@ -38,6 +38,7 @@ WAYS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_refused(way: str) -> None:
+    """Fault: the guard misses one of the ways in which a test can start a process or open a socket."""
     with pytest.raises(Forbidden, match="the unit tier starts no process: move this test to tests/integration"):
         WAYS[way]()
     assert len(GUARD.taken()) == 1

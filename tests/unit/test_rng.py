@@ -22,6 +22,7 @@ def test_seeds_purposes_and_indices_differ():
 
 
 def test_golden_numbers():
+    """Fault: another key or counter, with which no earlier run or evaluation can be repeated."""
     # python -c "from warm_dist import rng; print(rng.generator(0, 'noise', 1).random(2).tolist())"
     golden = rng.generator(0, "noise", 1).random(2).tolist()
     assert golden == GOLDEN

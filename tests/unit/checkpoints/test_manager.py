@@ -39,6 +39,7 @@ def test_damaged_ones_are_passed_over_and_never_a_fresh_start(tmp_path, said):
 
 
 def test_the_last_checkpoint_of_a_run_on_a_new_machine_is_the_store_s(tmp_path, said):
+    """Fault: a finished run on a new machine whose last checkpoint is looked for only in the empty local folder."""
     first = Fixture(tmp_path / "machine1", said, url=str(tmp_path / "there"))
     first.save(8)
     assert first.storage.saved(8).store is first.storage.local
@@ -60,6 +61,7 @@ def test_one_of_an_unknown_format_is_never_a_fresh_start(tmp_path, said):
 
 
 def test_a_refusal_is_not_passed_over(tmp_path, said):
+    """Fault: a refused checkpoint counts as damaged, so that the run goes on from an older one or from nothing."""
     mine = Fixture(tmp_path, said)
     mine.save(8)
 

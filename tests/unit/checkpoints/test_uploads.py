@@ -45,6 +45,7 @@ def slow(tmp_path, said) -> tuple[Fixture, Slow]:
 
 
 def test_a_slow_store_gets_the_oldest_and_the_newest(slow):
+    """Fault: a checkpoint is pruned while its upload waits, or every one that waits is sent, old ones first."""
     mine, remote = slow
     for nimg in range(8, 57, 8):
         mine.save(nimg)

@@ -27,6 +27,7 @@ def test_exported_weights_load_without_anything_else(tmp_path, state):
 
 
 def test_exported_sums_are_sums(tmp_path, state):
+    """Fault: a part's factor is ignored, or the sum is rounded to float32 after each part."""
     _, engine, ema = state
     saved = save(tmp_path, state, 80)
     path = tmp_path / "sum.safetensors"

@@ -19,6 +19,7 @@ def test_a_number_is_a_constant_path():
 
 @pytest.mark.parametrize("exponent", [-0.9, -0.3, 0.0, 0.7])
 def test_power_law(exponent):
+    """Fault: NaN at sigma 0 for a negative exponent, or a cap that bounds alpha in place of the ratio alpha / sigma."""
     alpha = PowerBNR(kind="power", bnr=0.5, exponent=exponent, sigma_ref=2.0).alpha(SIGMA)
     assert float(alpha[0]) == 0.0  # no 0 · infinity
     torch.testing.assert_close(alpha[1:] / SIGMA[1:], 0.5 * (SIGMA[1:] / 2) ** exponent)
@@ -48,6 +49,7 @@ def test_tables_that_are_no_path_are_refused(sigma, bnr, words):
 
 
 def test_description_names_what_matters():
+    """Fault: a parameter of a path is missing from its description, or one that is null appears in it."""
     assert describe(0.5) == "0.5"
     assert describe(PowerBNR(kind="power", bnr=0.5, exponent=0.2)) == "power(bnr 0.5, exponent 0.2, sigma_ref 1.0)"
 

@@ -96,6 +96,7 @@ def test_every_error_is_reported_at_once():
 
 
 def test_flatten_gives_the_keys_of_set():
+    """Fault: the parameters in MLflow have names that --set does not take."""
     flat = flatten(dump(load_config(QUICKSTART)))
     assert flat["process.bnr"] == 0.5
     assert flat.keys() <= set(known_keys(Config))

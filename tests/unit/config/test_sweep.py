@@ -37,6 +37,7 @@ def test_the_promised_sweeps_are_there():
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_in_configs_is_whole(path):
+    """Fault: a key was renamed, and a shipped sweep still searches or sets it by its old name."""
     assert json.loads(path.read_text())["$schema"] == "sweep_schema.json"
     assert len(all_trials(path)) >= 4
 
@@ -125,6 +126,7 @@ def test_a_seed_on_the_command_line_is_refused(tmp_path):
 
 @pytest.mark.parametrize("output", ["runs/a", "/x/y/", "s3://bucket", "s3://bucket/a/b/"])
 def test_outputs_that_can_be(tmp_path, output):
+    """Fault: the pattern that refuses 's3:/bucket' also refuses a bare bucket or a trailing slash."""
     assert load_sweep(written(tmp_path, output=output))[0].output == output
 
 

@@ -47,6 +47,7 @@ TARS = {
 
 @pytest.mark.parametrize("case", TARS)
 def test_hostile_tars(tmp_path: Path, case: str) -> None:
+    """Fault: a link or a device counts as a picture, a name writes outside the folder, or a huge size is believed."""
     content, images = TARS[case]
     folder = tmp_path / "deep" / "in"
     folder.mkdir(parents=True)
@@ -111,6 +112,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], dict[str, Any], str]] = 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_hostile_manifests(packed: tuple[Manifest, Path], tmp_path: Path, lie: str) -> None:
+    """Fault: a manifest reads files outside its folder, or its numbers are used before they are checked."""
     change, columns, words = LIES[lie]
     (tmp_path / NAME).write_bytes(rewritten(packed[1], change, **columns))
     with pytest.raises(DataError, match=words):
@@ -118,6 +120,7 @@ def test_hostile_manifests(packed: tuple[Manifest, Path], tmp_path: Path, lie: s
 
 
 def test_a_manifest_that_would_fill_the_memory(tmp_path: Path) -> None:
+    """Fault: the table is unpacked before its number of rows is compared with the size of the file."""
     rows = pa.array(np.zeros(1 << 22, np.int32))
     pq.write_table(pa.table({"shard": rows}), tmp_path / NAME, compression="zstd")
     assert (tmp_path / NAME).stat().st_size < 1 << 20

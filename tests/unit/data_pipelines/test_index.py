@@ -18,6 +18,7 @@ from warm_dist.errors import DataError
 
 
 def test_foreign_shards_get_a_manifest(tmp_path: Path) -> None:
+    """Fault: the extra header of a long name shifts the offsets, or a suffix in capitals is no image."""
     name = "a-very-long-folder-name-that-does-not-fit-into-an-ustar-header/" * 3  # GNU and pax extensions
     foreign_tar(
         tmp_path / "x.tar", {f"{name}one.png": png(1), f"{name}one.cls": b"4", "d/two.PNG": png(2), "d/two.cls": b"0\n"}
@@ -45,6 +46,7 @@ def test_foreign_shards_get_a_manifest(tmp_path: Path) -> None:
     ],
 )
 def test_foreign_shards_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], words: str) -> None:
+    """Fault: a sample with two images, a word as its label or another size is found only in training."""
     foreign_tar(tmp_path / "x.tar", members)
     with pytest.raises(DataError, match=words):
         index_shard(tmp_path / "x.tar", "x.tar")

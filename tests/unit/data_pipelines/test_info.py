@@ -14,6 +14,7 @@ from warm_dist.errors import DataError
 
 
 def test_info_in_words_and_as_json(digits: Packed, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: counts of images, classes or bytes that differ from the manifest's."""
     assert call(info.main, digits.manifest_url) == 0
     text = capsys.readouterr().out
     assert "1,797, 8 x 8 x 1" in text

@@ -140,6 +140,7 @@ def test_every_payload_is_read_back(tmp_path: Path, payload: str) -> None:
 
 
 def test_what_cannot_be_packed(tmp_path: Path) -> None:
+    """Fault: a manifest is written for no images, or for images of two sizes."""
     with pytest.raises(DataError, match="no images"):
         pack(noise_source(0), str(tmp_path))
     with pytest.raises(ConfigError, match="is 8x8, --resolution is 16"):
@@ -155,6 +156,7 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a flag does not reach the packing, or a --part that does not exist is accepted."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").write_bytes(png(1))
     (tmp_path / "in" / "bad.png").write_bytes(png(1)[:50])

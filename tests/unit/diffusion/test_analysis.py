@@ -11,6 +11,7 @@ NATURAL = fallback_spectrum(32, 32).numpy()
 
 
 def test_one_mode_in_closed_form():
+    """Fault: rows and columns are swapped, or one head's share is weighted by the other's gain."""
     spectrum = np.zeros((4, 6))
     spectrum[1, 2] = 3.0
     lam = (np.pi / 4) ** 2 + (2 * np.pi / 6) ** 2
@@ -26,6 +27,7 @@ def test_one_mode_in_closed_form():
 
 
 def test_shares_add_up_and_blur_has_its_price():
+    """Fault: the cross term is left out or counted once, or the price compares two different sigmas."""
     before = np.ones(len(SIGMAS))
     for bnr in (0.0, 0.1, 0.5, 2.0):
         split = shares(NATURAL, ConstantBNR(bnr=bnr))
@@ -38,6 +40,7 @@ def test_shares_add_up_and_blur_has_its_price():
 
 
 def test_total_is_the_gaussian_loss_of_mathematics():
+    """Fault: the analysis and the training loss disagree about what a given spectrum costs."""
     # at BNR 0.5, σ = 1: L_b = .3026 in units of c_out,b² = .421997792²
     split = shares(NATURAL, ConstantBNR(bnr=0.5), np.array([1.0]))
     assert split.denoiser[0] / 0.421997792**2 == pytest.approx(0.3026, abs=6e-5)

@@ -47,6 +47,7 @@ def images(dtype, seed=0):
 
 @DTYPES
 def test_wrapper(dtype, rtol):
+    """Fault: at BNR 0, a scale or the network's noise input is not EDM's, or float32 loses digits."""
     sigma = torch.tensor([0.002, 0.3, 1.0, 80.0], dtype=torch.float64)
     x = images(dtype) * (sigma**2 + DATA**2).sqrt().to(dtype)[:, None, None, None]
     estimate = heads(network, SPECTRUM, x, Level(sigma, 0 * sigma))
@@ -57,6 +58,7 @@ def test_wrapper(dtype, rtol):
 
 @DTYPES
 def test_loss(dtype, rtol):
+    """Fault: at BNR 0, the weight or the training levels are not EDM's, or the residual head adds to the loss."""
     x0, noise, normal = DATA * images(dtype), images(dtype, 1), torch.tensor([-2.0, 0.0, 1.0, 2.5])
     level = training_level(ProcessConfig(bnr=0), normal, torch.rand(4), 12)
     sigma = torch.exp(normal.double() * 1.2 - 1.2)
@@ -87,6 +89,7 @@ def algorithm_2(x, sigmas, noise, s_churn, s_min, s_max, s_noise):
 @DTYPES
 @pytest.mark.parametrize("s_churn", [0.0, 2.0, 40.0])
 def test_sampler(dtype, rtol, s_churn):
+    """Fault: at BNR 0, churn or Heun's second slope uses another noise level than EDM's Algorithm 2."""
     path = ConstantBNR(bnr=0)
     x, noise = 80 * images(dtype), lambda step: images(dtype, 100 + step)
     sigmas = [*edm_grid(12, 0.002, 80.0, 7.0), 0.0]

@@ -30,6 +30,7 @@ def level(*sigmas: float, bnr: float = 0.5) -> Level:
 
 
 def test_coefficients_at_bnr_half_and_sigma_one():
+    """Fault: an output scale leaves out the data's power, or a skip scale uses the wrong moment."""
     c = coefficients(SPECTRUM, level(1.0))
     assert float(c.s_b**2) == pytest.approx(0.216666585, abs=5e-10)
     assert float(c.c_skip_r * c.v) == pytest.approx(0.0119799446, abs=5e-11)  # s_bR
@@ -41,6 +42,7 @@ def test_coefficients_at_bnr_half_and_sigma_one():
 
 
 def test_residual_scale_needs_no_floor_at_small_sigma():
+    """Fault: an epsilon is added to the residual's scale, or 1 − A is a subtraction in float32."""
     c = coefficients(SPECTRUM, level(0.002, 0.0002))
     limit = 0.25 * torch.tensor([0.002, 0.0002], dtype=torch.float64) ** 2 / 2 * 1.1273
     torch.testing.assert_close(c.c_out_r, limit, rtol=2e-4, atol=0)
@@ -104,6 +106,7 @@ def exact_network(at: Level):
     ("sigma", "l_b", "l_r"), [(0.02, 0.9912, 0.0172), (1.0, 0.3026, 0.9946), (10.0, 0.7421, 0.9977)]
 )
 def test_loss_of_the_exact_gaussian_heads(sigma, l_b, l_r):
+    """Fault: a wrong sign or scale in a target, so that exact heads have another loss than docs/mathematics.md says."""
     # the expectation, by passing every mode's data and noise once: error_k is linear in (x0_k, ε_k)
     at = level(sigma)
     network, zero = exact_network(at), torch.zeros(1, 1, 32, 32, dtype=torch.float64)

@@ -54,6 +54,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     ],
 )
 def test_error_on_gaussian_data(sampler, bnr, known):
+    """Fault: Heun deblurs with the estimate at one end of its step only, which converges too, but slower."""
     for num_steps, value in zip((9, 18, 36, 72), known.split(), strict=True):  # to the digits given
         last_digit = 10.0 ** (1 - len(value))
         assert pooled_error(sampler, num_steps, bnr) == pytest.approx(float(value), abs=0.5 * last_digit)
@@ -64,11 +65,13 @@ def test_error_on_gaussian_data(sampler, bnr, known):
     [(CHURN_40, 18, 0.1050), (CHURN_40, 36, 0.0355), (POSTERIOR, 18, 0.2421), (POSTERIOR, 36, 0.1341)],
 )
 def test_error_of_random_samplers_on_gaussian_data(sampler, num_steps, known):
+    """Fault: a step of churn, or of the posterior, draws noise of the wrong size."""
     assert pooled_error(sampler, num_steps, 0.5) == pytest.approx(known, abs=6e-5)
 
 
 @pytest.mark.parametrize(("bnr", "known"), [(0.0, 0.0418), (0.5, 0.0495)])
 def test_error_from_the_plain_start(bnr, known):
+    """Fault: that of test_error_on_gaussian_data, from the start that EDM uses, sigma times noise."""
     assert pooled_error(heun, 18, bnr, plain=True) == pytest.approx(known, abs=6e-5)
 
 
@@ -85,6 +88,7 @@ def test_multistep_is_four_times_as_exact_as_heun_at_equal_cost():
     ids=["first_order", "ddim", "posterior", "heun", "multistep"],
 )
 def test_order_of_convergence(sampler, expected, bnr):
+    """Fault: a term of second order is lost, which a few coarse steps hide, or holds at constant BNR only."""
     coarse, fine = (pooled_error(sampler, n, bnr, size=12) for n in (64, 128))
     assert math.log2(coarse / fine) == pytest.approx(expected, abs=0.12)
 
@@ -99,6 +103,7 @@ def test_churn_is_of_second_order_when_its_random_share_is_kept():
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)], ids=["square", "rectangle"])
 def test_every_path_ends_in_the_same_gaussian(size):
+    """Fault: a step takes the BNR for constant, or mistakes height for width."""
     # on Gaussian data any path between two points carries one map: even the samples agree, not only the marginals
     spectrum = fallback_spectrum(*size)
     top, sigmas = Point(80.0, 40.0), edm_grid(300, 0.002, 80.0, 7.0)
@@ -308,6 +313,7 @@ def test_samples_of_a_finite_data_set_land_on_its_points(sampler):
 
 
 def test_marginal_std_is_what_the_process_says():
+    """Fault: `std_at` of tests/support, with which others compare, is not the process's standard deviation."""
     spectrum = fallback_spectrum(8, 8)
     a = torch.exp(-eigenvalues(8, 8) / 2)
     torch.testing.assert_close(std_at(spectrum, Point(2.0, 1.0)).square(), a**2 * spectrum + 4)

@@ -23,6 +23,7 @@ from warm_dist.runs.metrics import Eval, Record
 
 
 def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tmp_path: Path, said: list[str]) -> None:
+    """Fault: a record lacks its floor or its picture, or the next evaluation reads all real images again."""
     evaluator = make()
     weights = build_network(evaluator.config).state_dict()
     first = evaluator(weights, 80, StopSignal())
@@ -73,6 +74,7 @@ def test_the_last_evaluation_has_all_blocks_with_mean_and_spread(make: Make, sai
 
 
 def test_without_rows_there_is_no_kid(make: Make) -> None:
+    """Fault: with eval.kid_images 0, KID, precision and recall are computed from no images, or logged as null."""
     evaluator = make(kid_images=0)
     values = evaluator(build_network(evaluator.config).state_dict(), 80, StopSignal())
     assert not values.keys() & {"kid", "precision", "recall"}

@@ -43,6 +43,7 @@ def test_pixels_are_block_means_of_the_luminance() -> None:
 
 
 def test_what_cannot_be_extracted_is_refused() -> None:
+    """Fault: pixels in [-1, 1] are taken for 0..255, or a setting that the extractor lacks is ignored."""
     with pytest.raises(ValueError, match="needs uint8"):
         features(Pixels(), np.zeros((2, 3, 8, 8), np.float32), batch_size=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'vgg': needs to be lite0, pixels, inception or torchscript"):
@@ -149,6 +150,7 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_any_torchscript_by_path_and_sha256(pooled: bool, tmp_path: Path) -> None:
+    """Fault: the images are resized or normalized before a network that does so itself."""
     source = saved(Small(pooled), tmp_path / "small.pt")
     extractor = make_extractor("torchscript", *source, resolution=24)
     assert (extractor.name, extractor.sha256, extractor.num_features) == ("torchscript", source[1], 12)
@@ -164,6 +166,7 @@ def test_any_torchscript_by_path_and_sha256(pooled: bool, tmp_path: Path) -> Non
 
 
 def test_torchscript_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: the weights are downloaded again at every start."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, sha256 = saved(Small(), tmp_path / "small.pt")
     store = MemoryStore({"small.pt": Path(path).read_bytes()})
@@ -199,6 +202,7 @@ class Wrong(nn.Module):
     ],
 )
 def test_torchscript_of_another_contract(kind: str, message: str, tmp_path: Path) -> None:
+    """Fault: a network whose output is not one row of floats is noticed only in the first evaluation."""
     with pytest.raises(ConfigError, match=message):
         make_extractor("torchscript", *saved(Wrong(kind), tmp_path / "wrong.pt"), resolution=24)
 
@@ -214,6 +218,7 @@ class Mixer(nn.Module):
 
 
 def test_torchscript_that_gives_no_row_an_image(tmp_path: Path) -> None:
+    """Fault: a network that mixes the images of a batch is accepted, since one image passes the check."""
     with pytest.raises(ConfigError, match="gives tuple for one image"):
         make_extractor("torchscript", *saved(Pair(), tmp_path / "pair.pt"))
     extractor = make_extractor("torchscript", *saved(Mixer(), tmp_path / "mixer.pt"))  # right for one image
@@ -223,6 +228,7 @@ def test_torchscript_that_gives_no_row_an_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["inception", "torchscript"])
 def test_what_is_no_torchscript_or_not_the_right_one(name: str, tmp_path: Path) -> None:
+    """Fault: a file of another kind ends in torch's own exception, or is loaded before its sha256 is compared."""
     text = tmp_path / "text.pt"
     text.write_text("no weights")
     with pytest.raises(ConfigError, match=r"torch\.jit\.load refuses it"):
@@ -236,5 +242,6 @@ def test_what_is_no_torchscript_or_not_the_right_one(name: str, tmp_path: Path) 
 
 
 def test_inception_needs_layers(tmp_path: Path) -> None:
+    """Fault: other TorchScript weights under the name inception end in an AttributeError."""
     with pytest.raises(ConfigError, match="a TorchScript without `layers`; use"):
         make_extractor("inception", *saved(Small(), tmp_path / "small.pt"))

@@ -76,6 +76,7 @@ def test_precision_and_recall_are_brute_force(k: int, block: int, monkeypatch: p
 
 
 def test_equal_sets_and_far_ones() -> None:
+    """Fault: each set is centred by its own mean, so that sets that lie far apart look equal."""
     x = rows(200, 32, 0)
     assert precision_recall(x, x.copy()) == (1, 1)
     assert precision_recall(x, x[::-1]) == (1, 1)
@@ -95,7 +96,10 @@ def test_a_generator_of_one_mode_of_four_is_precise_and_recalls_a_quarter() -> N
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_duplicates_are_at_no_distance(dtype: type) -> None:
-    """Radii of 0: only an exact copy lies inside, whatever the block that it is met in."""
+    """Radii of 0: only an exact copy lies inside, whatever the block that it is met in.
+
+    Fault: |x|² - 2 x·y + |y|² of equal rows is rounded to slightly more or less than 0.
+    """
     draw = np.random.default_rng(0)
     real = np.repeat(draw.standard_normal((40, 512)) + 5, 4, axis=0).astype(dtype)  # three fellows each at distance 0
     fake = np.concatenate([real[::4], real[::4] + dtype(1e-3)])
@@ -104,6 +108,7 @@ def test_duplicates_are_at_no_distance(dtype: type) -> None:
 
 
 def test_sets_that_cannot_be_compared() -> None:
+    """Fault: too few rows, or rows of different widths, give a number or an error of numpy."""
     x = rows(4, 8, 0)
     assert precision_recall(x, x, k=3) == (1, 1)
     for bad in (x[:3], x[:, :7], x[0]):

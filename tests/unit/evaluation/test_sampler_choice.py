@@ -8,6 +8,7 @@ from warm_dist.evaluation.sampler_choice import describe_sampling
 
 
 def test_the_description_has_a_guides_bytes(tmp_path):
+    """Fault: a guide is known by its path alone, so that other weights at that path pass for the same."""
     settings, path = config(tmp_path), tmp_path / "weak.safetensors"
     options = SamplerConfig(guidance=2.0, guide=str(path))
     assert describe_sampling(settings, options).endswith(f"guidance 2 by {path}")  # none there: load_guide tells

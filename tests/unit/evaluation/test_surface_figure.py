@@ -12,6 +12,7 @@ from warm_dist.evaluation.surface_figure import draw, panels
 
 
 def test_rows_and_columns_rise() -> None:
+    """Fault: rows and columns stand in the order in which the cells were measured."""
     (panel,) = panels(GRID)
     assert (panel.bnr, panel.nfe) == (("0", "0.5", "10"), (9, 35))
     assert panel.cells["0.5", 9]["frechet"] == 35
@@ -33,6 +34,7 @@ def test_other_measures_and_methods_never_share_a_panel() -> None:
 
 
 def test_a_picture_of_whatever_there_is(tmp_path: Path) -> None:
+    """Fault: a missing cell, or one without floor, spread or finite distance, ends the drawing."""
     whole, holes = tmp_path / "whole.png", tmp_path / "holes.png"
     draw(panels(GRID), whole)
     wild = line("2", 9, None)

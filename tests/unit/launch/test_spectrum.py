@@ -17,6 +17,7 @@ from warm_dist.errors import ConfigError, DataError, OutputError
 
 
 def test_command_writes_picture_and_numbers(digits: Packed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: the printed --set line is not the path in the JSON file, or no config takes it."""
     assert call(spectrum.main, digits.manifest_url, "--out", tmp_path / "a" / "b", "--bnr", 0, 0.5, 2) == 0
     tree = json.loads((tmp_path / "a" / "b" / "spectrum.json").read_text())
     assert [row["bnr"] for row in tree["bnr"]] == [0, 0.5, 2]
@@ -28,6 +29,7 @@ def test_command_writes_picture_and_numbers(digits: Packed, tmp_path: Path, caps
 
 
 def test_command_refuses_what_it_cannot_use(digits: Packed, tmp_path: Path) -> None:
+    """Fault: a negative BNR or NaN is drawn, or a missing file ends in a library's own exception."""
     for words, kind, told in [
         ([digits.manifest_url, "--bnr", -1], ConfigError, "not negative"),
         ([digits.manifest_url, "--bnr", "nan"], ConfigError, "finite"),

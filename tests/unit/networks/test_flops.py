@@ -76,6 +76,7 @@ def test_the_meta_device_counts_what_a_real_one_computes(arch):
 
 
 def test_the_counts_of_the_shipped_networks():
+    """Fault: a change of a network, or of a shipped config, makes training more expensive, and nobody notices."""
     # what `flops_per_image(load_config(...))` gave when this was written, in 1e9 operations
     found = {
         name: flops_per_image(load_config(ROOT / "configs" / f"{name}.json")) for name in ("cifar10", "imagenet64")
@@ -98,6 +99,7 @@ def test_the_counts_of_the_shipped_networks():
     ],
 )
 def test_devices_are_found_by_name(name, bf16, fp32):
+    """Fault: part of a name decides: 'A10' also finds the A100, and a PCIe card gets the peak of SXM."""
     assert (known_peak(name, "bf16"), known_peak(name, "fp32")) == (bf16, fp32)
 
 

@@ -39,6 +39,7 @@ def test_parameter_counts_are_edms_up_to_the_second_head_and_level(name, publish
 
 @ARCHS
 def test_two_heads_and_both_levels(arch):
+    """Fault: the network ignores one of its levels, or an output depends on the other images of the batch."""
     network = wake(tiny(arch))
     x, level = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.7])
     with torch.no_grad():
@@ -69,6 +70,7 @@ def test_classes_matter_and_minus_one_is_none(arch):
 
 
 def test_odd_widths_work():
+    """Fault: group norms have min(32, C/4) groups where that does not divide the channels."""
     config = NetworkConfig(arch="ddpmpp", channels=24, channel_mult=(1, 2, 3), num_blocks=1)
     out = UNet(config, 8, 1, 0)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1))
     assert out.shape == (1, 2, 8, 8)
@@ -85,6 +87,7 @@ def test_augmentation_labels_matter_and_none_is_zero(arch):
 
 
 def test_fourier_frequencies_need_no_checkpoint():
+    """Fault: the frequencies depend on torch's seed, or are saved with the weights."""
     a, b = tiny("ncsnpp"), UNet(NetworkConfig(arch="ncsnpp", **TINY), 8, 3, 0)
     assert torch.equal(a.fourier, b.fourier)
     assert set(a.state_dict()) == {name for name, _ in a.named_parameters()}
@@ -106,6 +109,7 @@ def test_activation_checkpointing_changes_no_gradient(arch):
 
 
 def test_build_follows_the_config():
+    """Fault: a key of the config that changes the network is not handed to it."""
     path = ROOT / "configs" / "quickstart.json"
     one_head = build(load_config(path, ["process.preconditioning=per_frequency", "train.augment=0.1"]))
     assert one_head.conv_out.out_channels == 3

@@ -18,6 +18,7 @@ from warm_dist.report.page import MOST_STEPS, sample_grids
 @pytest.mark.parametrize(("text", "place"), [("0", (0, 0)), ("0.5", (0.5, 0.5)), ("uniform 0..2", (0, 2)),
                          ("log_uniform(low 0.05, high 2.0)", (0.05, 2)), ("cold(sigma 0.02)", None), ("nan", None)])  # fmt: skip
 def test_where_a_bnr_stands_on_the_axis(text: str, place: Any) -> None:
+    """Fault: a range stands at one number, or a path that is no number at the first number in its name."""
     assert facts.bnr_range(text) == place
 
 

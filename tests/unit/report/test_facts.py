@@ -49,6 +49,7 @@ def test_the_evaluations_table_is_nfe_by_bnr(made: Made) -> None:
 
 
 def test_differing_keys_exactly() -> None:
+    """Fault: a nested key, or one that only one of the configs has, is left out."""
     trees = [
         {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": None},
         {"a": 1, "b": {"c": 2.5, "d": [1, 2]}, "e": None, "f": "x"},

@@ -53,6 +53,7 @@ def test_a_runs_name_is_text_and_never_markup(made: Made) -> None:
 
 
 def test_one_chart_a_measure(made: Made) -> None:
+    """Fault: distances of two measures, which cannot be compared, in one chart."""
     page = shown_facts(made.runs, [made.evaluation])
     charts = [chart for chart in page["curves"] if chart.measure]
     assert [chart.measure for chart in charts] == ["aaaa11112222", "bbbb33334444"]

@@ -35,6 +35,7 @@ def test_a_half_written_line_harms_nothing(tmp_path):
 
 
 def test_nothing_there_is_nothing(tmp_path):
+    """Fault: reading the metrics of a run that has logged nothing yet ends in a FileNotFoundError."""
     assert read_metrics(tmp_path / "absent") == []
     assert read_json(tmp_path / "absent") is None
 

@@ -111,6 +111,7 @@ def test_versions_that_the_data_set_does_not_have_make_room(base: Counting) -> N
 
 
 def test_a_lowered_limit_and_a_lost_account(base: Counting) -> None:
+    """Fault: an empty or damaged account counts as no bytes, so that the cache outgrows its limit."""
     store = cached(base)
     for name in "abcd":
         store.read(name, 0, SIZE, base.stat(name).etag)

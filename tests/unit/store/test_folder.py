@@ -38,6 +38,7 @@ def test_a_failed_file_write_leaves_the_former_file_and_no_remains(
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Fault: a NotADirectoryError in place of OutputError, and so another exit code."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         open_store(str(tmp_path / "file")).write("a.bin", b"1")

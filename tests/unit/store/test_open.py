@@ -13,6 +13,7 @@ from warm_dist.store.s3 import S3Store
 
 
 def test_urls(tmp_path: Path) -> None:
+    """Fault: splitting a URL loses the root or the current folder, or an unknown scheme is taken for a folder."""
     assert split_url("s3://bucket/a/manifest.parquet") == ("s3://bucket/a", "manifest.parquet")
     assert split_url("manifest.parquet") == (".", "manifest.parquet")
     assert split_url("/manifest.parquet") == ("/", "manifest.parquet")

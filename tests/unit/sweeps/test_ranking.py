@@ -128,6 +128,7 @@ def test_equal_json_is_one_recipe() -> None:
     ],
 )  # fmt: skip
 def test_values_in_short(value: Any, expected: str) -> None:
+    """Fault: rounding noise is shown, true becomes 1, or keys that are null are shown."""
     assert short(value) == expected
 
 
@@ -137,6 +138,7 @@ def test_a_heading_is_the_last_part_unless_two_keys_share_it() -> None:
 
 
 def test_the_table_for_people() -> None:
+    """Fault: columns are out of line, a failed trial lacks its reason, or a single seed has a second table."""
     trials = [
         outcome("a", (TOTAL, 20.0), bnr=0.5, seed=0, spread=0.25),
         outcome("b", (TOTAL, 22.0), bnr=0.5, seed=1, spread=0.25),
@@ -238,6 +240,7 @@ def test_the_parquet_file_has_a_row_for_each_evaluation(tmp_path: Path) -> None:
 
 
 def test_files_of_no_trial_and_places_that_refuse(tmp_path: Path) -> None:
+    """Fault: the file of an empty sweep has no columns, or an OSError comes out in place of OutputError."""
     write_parquet([], tmp_path / "sweep.parquet")
     write_csv([], tmp_path / "table.csv")
     assert pq.read_schema(tmp_path / "sweep.parquet").names == [name for name, _ in [*FIXED, *RECORD]]

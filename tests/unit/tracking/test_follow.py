@@ -18,6 +18,7 @@ from warm_dist.tracking.mirror import Mirror
 
 
 def test_how_a_run_has_ended(run: Path) -> None:
+    """Fault: the exit.json of the attempt before ends the new one, or a killed run stays RUNNING in MLflow."""
     me, nobody = supervisor.identity(os.getpid()), "999999999:1"
     assert follow._end(run, 1, me) is None
     assert not follow._ended(run, me)

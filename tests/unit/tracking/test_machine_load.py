@@ -18,6 +18,7 @@ from warm_dist.training.step_metrics import StepMetrics
 
 
 def test_a_machine_tells_what_it_does() -> None:
+    """Fault: a figure is missing, or the load of the processors is always 0."""
     meter = MachineLoad(Path())
     sum(range(3_000_000))  # some work between the two calls
     figures = meter.read()
@@ -41,7 +42,10 @@ def test_what_a_machine_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML as a stand-in: the second GPU refuses to tell its power, as a MIG slice does."""
+    """NVML as a stand-in: the second GPU refuses to tell its power, as a MIG slice does.
+
+    Fault: one figure that is refused hides all others.
+    """
     import pynvml
 
     def power(gpu: int) -> int:

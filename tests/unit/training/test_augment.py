@@ -64,6 +64,7 @@ def test_labels_have_edms_distributions():
 
 
 def test_scale():
+    """Fault: a picture shrinks where its label says that it grows, or is scaled about its corner."""
     drawn, _ = only(scale=1)
     size = 2 ** (0.2 * float(drawn.labels[0, 2]))
     torch.testing.assert_close(
@@ -72,6 +73,7 @@ def test_scale():
 
 
 def test_rotation():
+    """Fault: a picture turns the other way than its label says, since y points down."""
     drawn, _ = only(cos=1, sin=1)
     angle = math.atan2(drawn.labels[0, 4], drawn.labels[0, 3] + 1)
     torch.testing.assert_close(
@@ -87,6 +89,7 @@ def test_a_quarter_turn_is_rot90():
 
 
 def test_translation():
+    """Fault: a picture moves the other way than its label says, or another distance."""
     drawn, _ = only(shift_x=1, shift_y=1)
     x, y = 0.125 * 32 * drawn.labels[0, 7:]
     ours = apply(drawn, smooth())

@@ -97,6 +97,7 @@ def test_snapshots_stay_when_checkpoints_go(run):
 
 
 def test_lengths_that_cannot_be_had(run, capsys):
+    """Fault: an average that the snapshots cannot give is exported without a warning or an error."""
     path, _ = run
     assert call(command.main, path, "--length", 0.01) == 0
     assert "POOR" in capsys.readouterr().out

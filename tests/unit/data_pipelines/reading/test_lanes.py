@@ -85,6 +85,7 @@ def test_ranks_share_each_batch_by_lanes() -> None:
 
 
 def test_world_sizes_that_cannot_be_dealt() -> None:
+    """Fault: ranks share the lanes unevenly, so that their batches differ in size."""
     check_lanes(64, 32, 16)
     with pytest.raises(WorldSizeError, match=r"3 processes .* legal sizes: 1, 2, 4, 8, 16, 32"):
         check_lanes(64, 32, 3)
@@ -177,6 +178,7 @@ def assert_uncorrelated(rows: list[np.ndarray]) -> None:
 
 
 def test_batches_vary_as_derived_against_a_full_permutation_and_nothing_is_correlated() -> None:
+    """Fault: neighbouring chunks share a window, or two epochs have a similar order."""
     rows = orders()
     assert_as_derived(rows)
     assert_uncorrelated(rows)
@@ -190,6 +192,7 @@ def test_batches_vary_as_derived_against_a_full_permutation_and_nothing_is_corre
 
 @pytest.mark.parametrize("lost", ["chunks", "windows"])
 def test_an_order_without_one_of_the_two_shuffles_fails_both(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: checks so loose that they pass without the shuffle of chunks or that of windows."""
     monkeypatch.setattr(lanes, "generator", _NoShuffle(lost))
     rows = orders(4)
     assert all(np.array_equal(np.sort(order), np.arange(N)) for order in rows)
@@ -205,6 +208,8 @@ def test_quality_at_imagenets_size_for_sorted_and_for_shuffled_shards() -> None:
     Class-sorted shards: a class's count in a batch (mean 4.1) has 2.65 times the variance of a full permutation's, 3.3
     instead of 2.0 images. Shards packed in shuffled order: 1.00 times, so packing shuffled is worth more than a larger
     window (2048 would still give 1.26 at four times the memory).
+
+    Fault: the order mixes less where shards do not end with a chunk, which round sizes would hide.
     """
     numbers = {"batch": 4096, "lanes": 256, "chunk": 64}
     n = 1270 * 1009

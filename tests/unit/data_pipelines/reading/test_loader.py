@@ -90,6 +90,7 @@ def test_batches_depend_neither_on_world_nor_threads_nor_memory(
 
 @pytest.mark.parametrize("start", [1, 40, 56, 57, 60])
 def test_resuming_is_seeking(local: tuple[Manifest, Path], reference: list[Batch], start: int) -> None:
+    """Fault: a resumed reader starts its window or its epoch over, so that images come twice."""
     again = take(local[0], FolderStore(local[1]), start * 32, 70)  # over the border of epochs, at batch 56.2
     assert all(equal(one, other) for one, other in zip(again, reference[start:], strict=False))
 
@@ -194,6 +195,7 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_the_reader_says_what_a_whole_window_takes(local: tuple[Manifest, Path], world: int) -> None:
+    """Fault: `whole_bytes` is too small, so a reader that is given that much still splits its windows."""
     store = FolderStore(local[1])
     with closing(loader(local[0], store, world=world, buffer_bytes=1)) as tight:
         assert tight.pieces == 16  # 8 lanes' windows of 64 images, in batches of 32
@@ -253,6 +255,7 @@ def test_an_undecodable_image_with_a_right_crc_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_shortened_and_replaced_shards(own: tuple[Manifest, Path]) -> None:
+    """Fault: a shard that is missing, cut or replaced is noticed only when one of its images does not decode."""
     manifest, folder = own
     path = folder / manifest.shards[1].name
     whole = path.read_bytes()

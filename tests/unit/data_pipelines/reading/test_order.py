@@ -43,6 +43,7 @@ def test_any_rank_continues_anywhere(
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_three_epochs_are_the_same_global_batches(data: OrderedDigits, world: int, threads: int) -> None:
+    """Fault: a batch that spans two epochs depends on the number of ranks or threads."""
     count = 3 * N // 32 + 1
     ranks = []
     for rank in range(world):

@@ -70,6 +70,7 @@ def test_a_png_of_more_than_one_stored_block_comes_back_exactly() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_comes_back_nearly(channels: int) -> None:
+    """Fault: JPEGs are written at PIL's default quality, or with red and blue swapped."""
     image = picture(channels)
     error = decode(encode(image, "jpg"), image.shape).astype(int) - image
     # quality 95 rounds the 8x8 DCT of this noise to steps of 1 to 12, and colours twice more: measured 3.5 and 14

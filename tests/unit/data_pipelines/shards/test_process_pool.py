@@ -22,5 +22,6 @@ def test_one_worker_does_every_task_in_order_and_stops_at_an_error() -> None:
 
 
 def test_no_workers() -> None:
+    """Fault: --workers 0 ends in the pool's ValueError, or does nothing and reports success."""
     with pytest.raises(ConfigError, match="0 workers: must be at least 1"):
         list(in_processes(square, [1], 0))

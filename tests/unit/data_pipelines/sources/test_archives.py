@@ -30,6 +30,7 @@ def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path
 
 
 def test_a_tar_of_class_folders(tmp_path: Path) -> None:
+    """Fault: a folder that wraps all others is the only class, or labels follow the order in the tar."""
     members = {f"wrapped/{name}.png": encode(noise(n)) for n, name in enumerate(("zebra/b", "zebra/a", "ant/x"))}
     source = open_source(str(write_tar(tmp_path / "a.tar", members | {"wrapped/readme.txt": b"hello"})), 8)
     assert source.class_names == ("ant", "zebra")
@@ -42,6 +43,7 @@ def test_a_tar_of_class_folders(tmp_path: Path) -> None:
 
 
 def test_webdataset_shards_are_packed_again(tmp_path: Path) -> None:
+    """Fault: `cls` members are ignored, so that all images get the label -1 or that of a folder."""
     for shard in range(3):
         members = {}
         for number in range(4):
@@ -59,6 +61,7 @@ def test_webdataset_shards_are_packed_again(tmp_path: Path) -> None:
 
 
 def test_tars_that_cannot_be_packed(tmp_path: Path) -> None:
+    """Fault: an image without a label, or with a word or a huge number as its label, is packed all the same."""
     picture = encode(noise(0))
     for members, words in (
         ({"a.png": picture, "a.cls": b"1", "b.png": picture}, "'b.png' has no cls member"),
@@ -89,6 +92,7 @@ def test_zip_equals_folder_with_or_without_a_wrapping_folder(tree: Path, tmp_pat
 def test_files_that_no_picture_needs_are_bad_images(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault: a file that is too large for a picture is read into memory before its size is checked."""
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(5000))
         archive.writestr("b.png", encode(noise(0)))

@@ -12,6 +12,7 @@ from warm_dist.errors import ConfigError
 
 
 def test_openmoji_without_skin_tones() -> None:
+    """Fault: skin tones count as images of their own, or transparent paper becomes black."""
     source = open_source("openmoji", 16)
     assert len(source) == 2460
     assert source.num_classes == 0

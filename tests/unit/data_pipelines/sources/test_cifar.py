@@ -29,6 +29,7 @@ def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path
 
 @pytest.mark.parametrize("kind", ["10-python", "10-binary", "100-python", "100-binary"])
 def test_cifar_in_all_its_archives(tmp_path: Path, kind: str) -> None:
+    """Fault: colour planes are read as interleaved pixels, or CIFAR-100's coarse classes as its labels."""
     members, images, labels, names = cifar(kind)
     path = write_tar(tmp_path / f"cifar-{kind}.tar.gz", members, "w:gz")
     source = open_source(str(path), 32)
@@ -63,6 +64,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatc
 
 
 def test_what_is_no_cifar(tmp_path: Path) -> None:
+    """Fault: an archive that lacks a batch, or is not of CIFAR at all, ends in a KeyError or is packed in part."""
     members, *_ = cifar("10-python")
     cases: dict[str, dict[str, bytes]] = {
         "images": {"a/b.png": encode(noise(0))},

@@ -48,6 +48,7 @@ def test_identity_changes_with_what_the_bytes_depend_on(tree: Path) -> None:
 
 
 def test_unknown_sources_and_broken_archives(tmp_path: Path) -> None:
+    """Fault: a misspelt path or a broken archive ends in a library's own exception."""
     with pytest.raises(ConfigError, match="no such source"):
         open_source(str(tmp_path / "nowhere"), 8)
     for resolution, resize in ((0, "box"), (8, "cubic")):

@@ -25,6 +25,7 @@ def table(labels: list[int | None]) -> pa.Table:
 
 
 def test_parquet_in_hugging_face_layout_and_plain(tmp_path: Path) -> None:
+    """Fault: images are found only in structs or only in plain columns, or the metadata's class names are ignored."""
     images, labels = [encode(noise(seed)) for seed in range(7)], [2, 0, 1, 2, 1, 0, 2]
     metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog", "emu"]}}}})}
     table = pa.table({"image": [{"bytes": data, "path": None} for data in images], "label": labels})
@@ -46,6 +47,7 @@ def test_parquet_in_hugging_face_layout_and_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group_size", [1, 3, 70, 1000])
 def test_any_part_over_any_row_groups(tmp_path: Path, group_size: int) -> None:
+    """Fault: a part that begins or ends within a row group, a batch or a file has other rows."""
     labels = [number % 3 for number in range(150)]
     for start in (0, 100):
         pq.write_table(table(labels)[start : start + 100], tmp_path / f"{start}.parquet", row_group_size=group_size)
@@ -84,6 +86,7 @@ def test_empty_cells_and_damaged_images_are_bad_images(tmp_path: Path) -> None:
     ],
 )
 def test_schemas_that_cannot_be_read(tmp_path: Path, columns: dict[str, object], words: str) -> None:
+    """Fault: a column of paths is taken for images, or one of words for class numbers."""
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=words):
         open_source(str(tmp_path / "a.parquet"), 8)
@@ -114,6 +117,7 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_are_not_shuffled(tmp_path: Path) -> None:
+    """Fault: --shuffle is accepted and ignored."""
     pq.write_table(table([0, 1]), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match="can only be read in its own order; leave out --shuffle"):
         open_source(str(tmp_path / "a.parquet"), 8, shuffle=True)

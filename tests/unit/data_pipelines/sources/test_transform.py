@@ -61,6 +61,7 @@ def test_adm_halves_then_scales_the_shorter_side_then_crops() -> None:
 
 
 def test_adm_takes_pictures_as_they_are_stored() -> None:
+    """Fault: `adm` turns pictures by their EXIF orientation, which ADM's own code does not."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255
     exif = Image.Exif()

@@ -30,6 +30,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataBench:
 
 
 def test_the_table_has_the_figures(measured: DataBench) -> None:
+    """Fault: a ratio is upside down, or figures have another unit than their heading says."""
     from launch.benchmarks.data import table
 
     assert len(list(measured.measure(2))) == 2 * 3 * 4
@@ -41,6 +42,7 @@ def test_the_table_has_the_figures(measured: DataBench) -> None:
 
 
 def test_other_pixels_end_it(measured: DataBench) -> None:
+    """Fault: a reader that decodes other pixels is timed all the same."""
     measured.checksums["png"] = 8
     with pytest.raises(WarmDistError, match="ours sees other pixels in the png images"):
         list(measured.measure(1))

@@ -15,12 +15,14 @@ from warm_dist.errors import ConfigError
 
 
 def test_features_need_images() -> None:
+    """Fault: too few images end in an error in the middle of the measurement."""
     with pytest.raises(ConfigError, match="--num-images must be at least 4"):
         call(bench.main, "features", "--num-images", 3)
 
 
 @pytest.mark.parametrize(("ours", "bf16", "distance_s", "met"), [(70, 30, 2.0, True), (90, 50, 4.0, False)])
 def test_verdicts_of_features(ours: float, bf16: float, distance_s: float, met: bool) -> None:
+    """Fault: a missed target is printed as met, or a ratio is upside down."""
     measured = FeaturesBench({}, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     measured.cpu_ms = {"clean-fid": [100.0, 100.0], "ours": [ours, ours], "ours, bf16": [bf16, bf16]}
     measured.distance_s = {4096: [distance_s, distance_s]}

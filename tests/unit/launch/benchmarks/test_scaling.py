@@ -26,6 +26,7 @@ def config(*changes: str) -> Config:
 
 @pytest.mark.parametrize(("stage", "bf16", "fp32"), [(0, 6.0, 6.0), (1, 4.5, 9.0), (2, 4.5, 9.0), (3, 4.5, 9.0)])
 def test_bytes_that_four_ranks_send(stage, bf16, fp32):
+    """Fault: a stage has a pass too many or too few, or stage 0, which sends float32, is said to send bf16."""
     # 3/4 of 4 P (fp32) or 2 P (bf16) a pass: two passes of float32 at stage 0, else three
     assert sent_bytes(P, 4, stage, "bf16") == bf16 * P
     assert sent_bytes(P, 4, stage, "fp32") == fp32 * P
@@ -39,6 +40,7 @@ def test_accumulation_costs_where_gradients_or_weights_are_sharded():
 
 
 def test_memory_of_eight_ranks():
+    """Fault: what a stage shards is counted whole, or what is on the host is counted on the device."""
     # bf16: weights 2, gradients 2, master 4, Adam 8, each EMA 4 bytes a parameter; sharded parts an eighth
     assert memory_bytes(P, 8, 1, "bf16") == (2 + 2 + 16 / 8) * P
     assert memory_bytes(P, 8, 2, "bf16", num_emas=3) == (2 + 2 / 8 + 24 / 8) * P
@@ -49,6 +51,7 @@ def test_memory_of_eight_ranks():
 
 @pytest.mark.parametrize(("ranks", "bandwidth", "hops"), [(4, 1e9, 4), (8, 1e8, 6)])
 def test_a_step_by_hand(ranks, bandwidth, hops):
+    """Fault: a ring that leaves the node is given the node's bandwidth, or a part of the step is left out."""
     found = step(SLOW, config("train.batch_size=512", "train.micro_batch_size=64"), NetworkSize(P, 10, 10**9), ranks, 1)
     assert found.compute_s == pytest.approx(512 / ranks * 1e9 / 0.5e12)
     sent = (ranks - 1) / ranks * 3 * 2 * P  # all-reduce and all-gather of 2 bytes each
@@ -75,6 +78,7 @@ def test_recomputation_is_one_forward_more():
 
 
 def test_the_size_is_the_networks():
+    """Fault: the blocks that only halve or double the resolution are not counted."""
     found = size_of(config())
     assert found.flops == flops_per_image(config())
     assert found.blocks == 3 * 4 + 3 + 2 + 4 * 4 + 3  # encoder and its halvings, middle, decoder and its doublings
@@ -82,6 +86,7 @@ def test_the_size_is_the_networks():
 
 
 def test_the_table_is_printed(capsys):
+    """Fault: the command leaves out a stage or a number of GPUs."""
     assert call(bench.main, "scaling") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert [(int(row[0]), int(row[1])) for row in rows] == [(n, s) for n in (1, 8, 64, 256, 1024) for s in range(4)]

@@ -18,6 +18,7 @@ from warm_dist.errors import ConfigError
 
 
 def test_a_step_needs_positive_counts() -> None:
+    """Fault: --lines 1, which leaves nothing to time after the first line, is accepted."""
     with pytest.raises(ConfigError, match="--lines at least 2"):
         call(bench.main, "step", "--lines", 1)
 
@@ -36,6 +37,7 @@ def step_report(side_s: float, many_images_per_s: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("side_s", "speed", "side", "speedup"), [(0.0005, 38, True, True), (0.002, 35, False, False)])
 def test_verdicts_of_a_step(side_s: float, speed: float, side: bool, speedup: bool) -> None:
+    """Fault: a missed target is printed as met, or the mirror's time is not counted."""
     report = step_report(side_s, speed)
     assert report["side"]["median"] == pytest.approx((side_s + 0.001) / 0.1)  # the mirror's millisecond counts
     assert report["side"]["met"] is side
