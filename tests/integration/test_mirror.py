@@ -145,13 +145,6 @@ def test_a_second_attempt_goes_on_in_the_same_run(running: Services, client: Any
     assert len(client.search_runs([shown.info.experiment_id])) == 2
 
 
-def test_importing_the_mirror_is_cheap() -> None:
-    """It runs beside training: torch, mlflow and matplotlib would cost seconds and memory before they are needed."""
-    code = "import sys, launch.mirror; print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 def test_a_run_that_was_made_twice_is_one_again(running: Services, client: Any, run: Path) -> None:
     log(run, STEPS[:10])
     mirror = Mirror(run, running.mlflow_url, run.parent.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import signal
 import stat
 import subprocess
@@ -16,7 +15,6 @@ import pytest
 from warm_dist import supervisor
 from warm_dist.errors import OutputError, PortError, UnreachableError
 from warm_dist.store import seaweedfs
-from warm_dist.store.open import open_store
 from warm_dist.store.s3 import S3Store
 from warm_dist.store.seaweedfs import S3Server
 
@@ -97,10 +95,3 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         S3Server(tmp_path / "file", "bucket").__enter__()
-
-
-def test_environment_is_enough_for_boto3(s3: S3Server) -> None:
-    assert os.environ["AWS_ACCESS_KEY_ID"] == s3.env["AWS_ACCESS_KEY_ID"]
-    store = open_store("s3://warm-dist/env", s3.endpoint_url)
-    store.write("a", b"1")
-    assert store.read("a") == b"1"

@@ -73,7 +73,7 @@ def test_s3_down_during_a_checkpoint(tmp_path, said, monkeypatch, outage_s):
         trainer.step = watched  # type: ignore[method-assign]
         with pytest.raises(Stopped):
             trainer.fit(batches(ALONE, 0), None, stop, None, set())
-        assert marks["back"] > BATCH * 15 + 1  # it went on while there was no server
+        assert marks["back"] > BATCH * 20  # it went on while there was no server, past the next save
         assert place.close(20) == []
         store = open_store("s3://warm-dist/run", server.endpoint_url)
         names = complete_names(store, CHECKPOINTS)

@@ -55,7 +55,7 @@ def test_deepspeed_on_two_ranks_equals_local_on_one(config_file, reference, tmp_
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_deepspeed_at_every_stage_equals_local_on_one(config_file, reference, tmp_path, stage):
     code, _, err = finish(start(launcher("deepspeed"), config_file, tmp_path / "run", f"parallel.zero_stage={stage}"))
     assert code == 0, err

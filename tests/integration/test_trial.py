@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from tests.support.processes import wait_for
 from tests.support.sweeps import EVERY, TOTAL, pack_digits, write_sweep
 from tests.support.trials import ONE, first
 from warm_dist import errors
+from warm_dist.checkpoints.format import CHECKPOINTS, complete_names, nimg_of
 from warm_dist.files import read_json
+from warm_dist.store.open import open_store
 from warm_dist.sweeps.trial_process import TrialRun, make_paths
 
 
@@ -77,16 +78,17 @@ def test_the_life_of_a_trial(tmp_path, manifest):
     third.close()
 
 
-def test_an_early_end_saves_and_takes_seconds(tmp_path, manifest):
+def test_an_early_end_saves(tmp_path, manifest):
+    """Fault: the training is killed before it can save, and only an exit.json is written in its name."""
     sweep, trial = first(write_sweep(tmp_path, manifest, {}, {"train.total_nimg": 1_600_000, "train.log_nimg": 160}))
     run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     run.start()
     wait_for("an evaluation", lambda: next(run.evaluations(False), None) is not None)
-    began = time.monotonic()
     run.close()
-    print(f"ended after {time.monotonic() - began:.1f} s")
     end = read_json(run.run / "exit.json")
     assert (end["code"], end["resumable"]) == (errors.Stopped.exit_code, True)
+    assert "before it could save" not in end["reason"]
+    assert nimg_of(complete_names(open_store(str(run.run)), CHECKPOINTS)[-1]) == end["nimg"] > 0
     assert not children_of(run)
 
 

@@ -159,29 +159,18 @@ def test_without_blur_the_residual_head_gets_no_gradient_and_no_nan(weight):
     assert out.grad[2, 0].any()
 
 
-def test_balanced_weight_is_bounded_by_the_denoisers():
-    at = level(0.01, 1.0)
-    x0 = torch.zeros(2, 1, 32, 32)
-    noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def network(x, c_noise, c_blur):
-        return torch.zeros(2, 2, 32, 32)
-
-    c = coefficients(SPECTRUM, at)
-    result = loss(network, SPECTRUM, x0, at, noise, residual_weight="balanced")
-    weight = (c.c_out_r / c.c_out_b).square().clamp_max(1).float()
-    torch.testing.assert_close(result.total, result.blurry + weight * result.residual)
-
-
-def test_denoiser_weight_is_the_ratio_of_the_heads_scales():
+@pytest.mark.parametrize(("name", "most"), [("denoiser", math.inf), ("balanced", 1.0)])
+def test_the_residuals_weight_is_the_ratio_of_the_heads_scales(name, most):
+    """Fault: "balanced" without its bound, or a weight of the scales in place of their squares."""
     at = level(0.01, 20.0)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 1, 32, 32, generator=generator) for _ in range(2))
+    result = loss(lambda *inputs: torch.zeros(2, 2, 32, 32), SPECTRUM, x0, at, noise, residual_weight=name)
     c = coefficients(SPECTRUM, at)
-    q = (c.c_out_r / c.c_out_b).square().float()
-    assert float(q[1]) > 1  # where "balanced" stops
-    noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    silent = lambda *inputs: torch.zeros(2, 2, 32, 32)  # noqa: E731
-    result = loss(silent, SPECTRUM, torch.zeros(2, 1, 32, 32), at, noise, residual_weight="denoiser")
-    torch.testing.assert_close(result.total, result.blurry + q * result.residual)
+    q = (c.c_out_r / c.c_out_b).square()
+    assert q[0] < 0.01 < 1 < q[1]
+    assert (result.residual > 0).all()
+    torch.testing.assert_close(result.total, result.blurry + q.clamp_max(most).float() * result.residual)
 
 
 def test_sampler_weight_is_the_gain_of_the_error_in_a_step():

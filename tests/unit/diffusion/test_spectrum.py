@@ -86,5 +86,4 @@ def test_blur_leaves_autocast():
     x = random(1, 1, 16, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert blur(x, torch.ones(1)).dtype == torch.float32
-        np.testing.assert_array_equal(blur(x, torch.ones(1)).numpy(), blur(x, torch.ones(1)).numpy())
     torch.testing.assert_close(blur(x, torch.ones(1)).double(), blur(x.double(), torch.ones(1)), atol=1e-6, rtol=0)

@@ -16,8 +16,8 @@ def test_rows_and_columns_rise() -> None:
     (panel,) = panels(GRID)
     assert (panel.bnr, panel.nfe) == (("0", "0.5", "10"), (9, 35))
     assert panel.cells["0.5", 9]["frechet"] == 35
-    (panel,) = panels([line("power(0.5, 0.2)", 9, 1.0), *GRID])
-    assert panel.bnr[-1] == "power(0.5, 0.2)", "paths that are no number come last"
+    (panel,) = panels([line("power(0.5, 0.2)", 9, 1.0), line("2", 9, 1.0), *GRID])
+    assert panel.bnr == ("0", "0.5", "2", "10", "power(0.5, 0.2)"), "numbers rise; paths that are none come last"
 
 
 def test_networks_share_a_panel_unless_they_have_the_same_cell() -> None:

@@ -88,19 +88,6 @@ def test_batches_depend_neither_on_world_nor_threads_nor_memory(
         assert equal(joined(parts), expected)
 
 
-@pytest.mark.parametrize("start", [1, 40, 56, 57, 60])
-def test_resuming_is_seeking(local: tuple[Manifest, Path], reference: list[Batch], start: int) -> None:
-    """Fault: a resumed reader starts its window or its epoch over, so that images come twice."""
-    again = take(local[0], FolderStore(local[1]), start * 32, 70)  # over the border of epochs, at batch 56.2
-    assert all(equal(one, other) for one, other in zip(again, reference[start:], strict=False))
-
-
-def test_another_batch_size_continues_the_same_stream(local: tuple[Manifest, Path], reference: list[Batch]) -> None:
-    wide = take(local[0], FolderStore(local[1]), 32 * 4, 20, batch_size=64)
-    keys = [key for batch in reference[4:44] for key in batch.keys]
-    assert [key for batch in wide for key in batch.keys] == keys
-
-
 def test_webdataset_reads_the_same_images(digits: Packed, reference: list[Batch]) -> None:
     import webdataset
 

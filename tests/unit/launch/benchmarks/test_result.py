@@ -6,5 +6,5 @@ from launch.benchmarks.result import Spread
 
 
 def test_spread_of_rounds() -> None:
-    """Fault: the first round in place of the median, or low and high swapped."""
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    """Fault: the mean or one of the rounds in place of the median, or low and high swapped."""
+    assert Spread.of([4.0, 1.0, 2.0, 9.0, 3.0]) == Spread(3.0, 1.0, 9.0)

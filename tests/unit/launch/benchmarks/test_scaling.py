@@ -12,7 +12,6 @@ from tests.support.commands import call
 from tests.support.paths import ROOT
 from warm_dist.config.run import Config, load_config
 from warm_dist.networks.flops import NetworkSize, flops_per_image, size_of
-from warm_dist.training.dry_run import memory_bytes
 
 P = 1_000_000
 SLOW = Machine(1e12, 0.5, 1e9, 1e9, 1e8, 4, 1e-3)
@@ -39,14 +38,8 @@ def test_accumulation_costs_where_gradients_or_weights_are_sharded():
     assert [messages(stage, 7, 5) for stage in range(4)] == [1, 2, 6, 105]
 
 
-def test_memory_of_eight_ranks():
-    """Fault: what a stage shards is counted whole, or what is on the host is counted on the device."""
-    # bf16: weights 2, gradients 2, master 4, Adam 8, each EMA 4 bytes a parameter; sharded parts an eighth
-    assert memory_bytes(P, 8, 1, "bf16") == (2 + 2 + 16 / 8) * P
-    assert memory_bytes(P, 8, 2, "bf16", num_emas=3) == (2 + 2 / 8 + 24 / 8) * P
-    assert memory_bytes(P, 8, 3, "bf16", num_emas=3, offload=True) == (2 / 8 + 2 / 8) * P
-    assert memory_bytes(P, 8, 0, "bf16") == (4 + 4 + 8 + 4 / 8) * P
-    assert checkpoint_bytes(P, 3) == 24 * P
+def test_a_checkpoint_has_master_weights_both_moments_and_every_ema():
+    assert checkpoint_bytes(P, 3) == (4 + 4 + 4 + 3 * 4) * P
 
 
 @pytest.mark.parametrize(("ranks", "bandwidth", "hops"), [(4, 1e9, 4), (8, 1e8, 6)])
