@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # DeepSpeed keeps the process group that it saw first
 def world():
     yield join(60)
     shutdown()
@@ -75,7 +75,8 @@ def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):
     batch = next(batches(world, 0))
     cpu, gpu = (prepare(batch, settings, info(), torch.device(d)) for d in ("cpu", "cuda"))
     assert torch.equal(cpu.noise, gpu.noise.cpu())
-    assert torch.equal(cpu.x0, gpu.x0.cpu())
+    # CUDA divides by a number as a product with its reciprocal: the last bit may differ
+    torch.testing.assert_close(cpu.x0, gpu.x0.cpu(), rtol=0, atol=2**-22)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu.level, gpu.level, strict=True))
     torch.backends.cuda.matmul.allow_tf32 = True  # what a user may have set
     alpha = torch.full((len(gpu.x0),), 0.001)
