@@ -112,7 +112,7 @@ def test_a_body_that_never_gets_through_is_given_up_after_a_while(monkeypatch: p
     with unsteady(limit=0) as (store, handler):
         with pytest.raises(UnreachableError, match=r"a: the body .*; given up after \d+ attempts and 0 bytes"):
             store.read("a")
-        assert len(handler.requests) > 5
+        assert len(handler.requests) > 1
 
 
 def test_a_body_that_advances_is_resumed_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

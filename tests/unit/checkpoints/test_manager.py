@@ -43,13 +43,13 @@ def test_the_last_checkpoint_of_a_run_on_a_new_machine_is_the_store_s(tmp_path, 
     first = Fixture(tmp_path / "machine1", said, url=str(tmp_path / "there"))
     first.save(8)
     assert first.storage.saved(8).store is first.storage.local
-    assert first.storage.close(30) == []
+    assert first.storage.close(60) == []
     second = Fixture(tmp_path / "machine2", said, url=str(tmp_path / "there"))
     assert second.restore() == 8  # nothing is left to train, and its weights are to be written
     assert second.storage.saved(8).store is second.storage.remote
     second.save(16)
     assert second.storage.saved(16).store is second.storage.local
-    assert second.storage.close(30) == []
+    assert second.storage.close(60) == []
 
 
 def test_one_of_an_unknown_format_is_never_a_fresh_start(tmp_path, said):
@@ -128,21 +128,21 @@ def test_a_store_gets_everything_and_a_fresh_machine_goes_on_from_it(tmp_path, s
         mine.save(nimg)
         mine.save(nimg, SNAPSHOTS)
         until(lambda: not mine.storage.uploads.pending())
-    assert mine.storage.close(5) == []
+    assert mine.storage.close(60) == []
     store = FolderStore(Path(url))
     assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [16, 24]
     assert [nimg_of(name) for name in complete_names(store, SNAPSHOTS)] == [8, 16, 24]
     assert {path.split("/")[0] for path in store.list()} == {CHECKPOINTS, SNAPSHOTS}
     fresh = Fixture(tmp_path / "another machine", said, url=url)
     assert fresh.restore() == 24
-    assert fresh.storage.close(5) == []
+    assert fresh.storage.close(60) == []
 
 
 def test_the_newest_of_folder_and_store_is_taken(tmp_path, said):
     url = str(tmp_path / "store")
     first = Fixture(tmp_path / "run", said, url=url)
     first.save(8)
-    assert first.storage.close(5) == []
+    assert first.storage.close(60) == []
     second = Fixture(tmp_path / "run", said)  # without a store for a while
     second.save(16)
     third = Fixture(tmp_path / "run", said, url=url)
@@ -166,7 +166,7 @@ def test_what_is_damaged_is_not_sent_to_the_store(tmp_path, said):
     (tmp_path / "run" / name_of(SNAPSHOTS, 16) / "COMPLETE").write_text("{")
     second = Fixture(tmp_path / "run", said, url=url, keep_last=3)
     assert second.restore() == 8
-    assert second.storage.close(5) == []
+    assert second.storage.close(60) == []
     store = FolderStore(Path(url))
     assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [8]
     assert [nimg_of(name) for name in complete_names(store, SNAPSHOTS)] == [8, 24]
@@ -193,7 +193,7 @@ def test_another_machine_goes_on_with_the_runs_history_and_back(tmp_path, said):
     first = machine("a", 0)
     log("a", 1, 8)
     first.save(8)
-    assert first.storage.close(20) == []
+    assert first.storage.close(60) == []
     log("a", 1, 16)  # after the last checkpoint
     (tmp_path / "a" / "mirror.json").write_text("{}")
     machine("a", 1)
@@ -204,7 +204,7 @@ def test_another_machine_goes_on_with_the_runs_history_and_back(tmp_path, said):
     assert second.restore() == 8
     log("b", 2, 16)
     second.save(16)
-    assert second.storage.close(20) == []
+    assert second.storage.close(60) == []
 
     assert (tmp_path / "a" / "mirror.json").exists()
     machine("a", 2)

@@ -53,7 +53,7 @@ def test_a_slow_store_gets_the_oldest_and_the_newest(slow):
     assert {nimg_of(name) for name in waiting} >= {8, 56}
     assert mine.names() == [8, 16, 24, 32, 40, 48, 56]  # nothing is removed that is to be sent, or may just be
     remote.gate.set()
-    assert mine.storage.close(10) == []
+    assert mine.storage.close(60) == []
     assert [nimg_of(name) for name in complete_names(remote, CHECKPOINTS)] == [56]
 
 
@@ -78,7 +78,7 @@ def test_snapshots_are_never_given_up(slow):
         mine.save(nimg, SNAPSHOTS)
         mine.save(nimg)
     remote.down = False
-    assert mine.storage.close(30) == []
+    assert mine.storage.close(60) == []
     assert [nimg_of(name) for name in complete_names(remote, SNAPSHOTS)] == list(range(8, 49, 8))
 
 
@@ -91,7 +91,7 @@ def test_a_store_that_refuses_is_told_and_the_next_is_tried(slow):
     assert "refuses" in mine.storage.ended()[0].error
     remote.refuses = False
     mine.save(16)
-    assert mine.storage.close(10) == []
+    assert mine.storage.close(60) == []
     assert [nimg_of(name) for name in complete_names(remote, CHECKPOINTS)] == [16]
 
 
@@ -147,5 +147,5 @@ def test_a_checkpoint_in_the_store_is_complete_when_every_rank_s_files_are_there
         until(lambda asked=asked: store.times > asked + 1 or not uploads.pending())
         assert complete_names(store, CHECKPOINTS) == []
     store.upload(f"{name}/rank_1.done", tmp_path / "rank_1.done")
-    assert uploads.close(30) == []
+    assert uploads.close(60) == []
     assert complete_names(store, CHECKPOINTS) == [name]

@@ -41,8 +41,18 @@ TARS = {
     "a size that is no number": (with_size(member("x.png"), b"12x45"), None),
     "a name that is only dots": (member("....png", png(2)), 1),
     "an extended header of absurd size": (with_size(member("x", kind=tarfile.XHDTYPE), b"%011o" % (1 << 32)), None),
-    "an extended header of rubbish": (member("x", b"\xff99999 path=\n" * 5, tarfile.XHDTYPE) + member("y.png", png(4)), 2),
 }  # fmt: skip
+
+
+def test_rubbish_in_an_extended_header_is_refused_or_skipped(tmp_path: Path) -> None:
+    """By tarfile: Python 3.12 refuses what 3.11 skips. Fault: an image's offset or size is taken from the rubbish."""
+    rubbish = member("x", b"\xff99999 path=\n" * 5, tarfile.XHDTYPE)
+    (tmp_path / "x.tar").write_bytes(GOOD + rubbish + member("y.png", png(4)) + END)
+    try:
+        images = [item.image for item in open_source(str(tmp_path), 8)]
+    except DataError:
+        return
+    assert [image.tobytes() for image in images] == [pixels(seed).tobytes() for seed in (1, 4)]
 
 
 @pytest.mark.parametrize("case", TARS)

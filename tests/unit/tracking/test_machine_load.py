@@ -37,6 +37,7 @@ def test_what_a_machine_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(psutil, "net_io_counters", lambda: None)
     monkeypatch.setattr(psutil, "virtual_memory", missing)
+    monkeypatch.setattr(machine_load, "_gpus", list)
     names = MachineLoad(Path("nowhere")).read().keys()
     assert names == {"cpu_utilization_percentage"}
 
