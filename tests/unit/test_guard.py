@@ -53,8 +53,9 @@ def test_in_a_thread_it_is_refused_and_remembered() -> None:
     assert [text.partition(":")[0] for text in GUARD.taken()] == ["subprocess.Popen", "socket.__new__"]
 
 
-def test_what_is_caught_meanwhile_fails_the_test(pytester: pytest.Pytester) -> None:
+def test_what_is_caught_meanwhile_fails_the_test(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a session of its own: fixtures of every scope, and a thing that swallows everything."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # a plugin may start a process of its own, for git
     pytester.makeconftest("from tests.unit.conftest import *")
     pytester.makepyfile(
         """
@@ -86,7 +87,7 @@ def test_what_is_caught_meanwhile_fails_the_test(pytester: pytest.Pytester) -> N
             pass
         """
     )
-    result = pytester.inline_run("-p", "no:cacheprovider", "-p", "no:xdist")
+    result = pytester.inline_run("-p", "no:cacheprovider")
     passed, _, failed = result.listoutcomes()
     assert [report.nodeid.rpartition("::")[2] for report in passed] == ["test_innocent", "test_teardown"]
     assert [(report.nodeid.rpartition("::")[2], report.when) for report in failed] == [
