@@ -28,6 +28,7 @@ def main() -> int:
 
     from warm_dist.checkpoints.format import SNAPSHOTS, complete_names, open_saved
     from warm_dist.checkpoints.weights import export_weights
+    from warm_dist.runs.folder import EXPORTS
     from warm_dist.store.open import open_store
     from warm_dist.training import posthoc_ema
     from warm_dist.training.ema import exponent_of, kind_of
@@ -47,7 +48,7 @@ def main() -> int:
         factors = posthoc_ema.combination(times, gammas, *wanted)
         far = posthoc_ema.mismatch(factors, times, gammas, *wanted)
         parts = [(saved, kind_of(known), float(c)) for (saved, known), c in zip(held, factors, strict=True)]
-        path = (args.out or Path(args.run) / "weights") / f"{kind_of(length)}_{nimg:012d}.safetensors"
+        path = (args.out or Path(args.run) / EXPORTS) / f"{kind_of(length)}_{nimg:012d}.safetensors"
         export_weights(parts, path)
         warning = "  POOR: choose a length nearer to the tracked ones, or keep more snapshots" if far > POOR else ""
         source = f"length {length:g} at nimg {nimg} from {len(snapshots)} snapshots"

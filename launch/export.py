@@ -23,6 +23,7 @@ def main() -> int:
 
     from warm_dist.checkpoints.format import CHECKPOINTS, complete_names, name_of, nimg_of, open_saved
     from warm_dist.checkpoints.weights import export_weights
+    from warm_dist.runs.folder import EXPORTS
     from warm_dist.store.open import open_store
 
     store = open_store(args.run, args.endpoint_url)
@@ -33,7 +34,7 @@ def main() -> int:
             have = ", ".join(str(nimg_of(name)) for name in names) or "none"
             raise CheckpointError(f"{args.run}: no complete checkpoint at nimg {args.nimg}; complete ones: {have}")
         names = [wanted]
-    out = args.out or Path(args.run) / "weights" / f"{args.kind}.safetensors"
+    out = args.out or Path(args.run) / EXPORTS / f"{args.kind}.safetensors"
     problem = "has no complete checkpoint"
     for name in reversed(names):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -122,10 +121,6 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 
 def _checked(port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a closed server's TIME_WAIT
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise PortError(f"port {port}: {error.strerror}; choose another, --port or make ui UI_PORT=N") from None
+    if problem := supervisor.port_problem(HOST, port):
+        raise PortError(f"port {port}: {problem}; choose another, --port or make ui UI_PORT=N")
     return port

@@ -16,6 +16,7 @@ from warm_dist import errors, supervisor
 from warm_dist.config.run import validate
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
+from warm_dist.sweeps.record import RECORD
 
 STOP_S = 60.0  # for the trials to end and the table to be written
 
@@ -39,7 +40,7 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
     settings = [*servers.settings, f"output={output}", f"node_dir={output.parent / 'node'}"]
     command = [sys.executable, str(LAUNCH / "sweep.py"), "--config", str(config)]
     command += [part for setting in [*settings, *overrides] for part in ("--set", setting)]
-    command += ["--resume"] if (output / "sweep.json").exists() else []
+    command += ["--resume"] if (output / RECORD).exists() else []
     print(f"sweep: {' '.join(command)}", flush=True)
     process = supervisor.start(command)
     try:

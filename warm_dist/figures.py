@@ -15,6 +15,8 @@ from warm_dist.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Relative luminance 0.15 to 0.30: at least 3:1 (WCAG 1.4.11) on white and on the report's dark ground.
+COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
 _GAP_PX = 2
 _GAP_COLOUR = 208  # light grey: visible beside images on white and on black
 _GRID_PX = 512

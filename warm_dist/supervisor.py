@@ -107,6 +107,17 @@ def free_port(address: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def port_problem(address: str, port: int) -> str | None:
+    """Why a server cannot listen on this TCP port now, or None; a closed server's TIME_WAIT does not count."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except (OSError, OverflowError) as error:
+            return getattr(error, "strerror", None) or "needs 0 to 65535"
+    return None
+
+
 def _supervise(command: list[str], owner: str) -> int:
     # all that CMD leaves behind becomes our child, even outside its group: no children means nothing is left
     become_subreaper()

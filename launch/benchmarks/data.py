@@ -32,7 +32,7 @@ NAMES = {
     "boto3": "webdataset, boto3 body",
     "streaming": "MosaicML Streaming",
 }
-# the better, the worse (payload and contender each), and the ratio of CPU times that the former shall reach
+# the better, the worse (payload and contender each), and the ratio of CPU times that the former must reach
 TARGETS = (
     (("png", OURS), ("png", "pipe:aws"), 0.45),
     (("png", OURS), ("png", "boto3"), 0.70),

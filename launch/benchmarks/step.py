@@ -187,7 +187,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [_line(name, share, 100, 2) for name, share in report["shares"].items()]
     lines.append(_line("together", report["side"], 100, 2))
     for name, share in report["with_against_without"].items():
-        lines.append(_line(f"check: {name} with EMAs and metrics, without", share, 100, 2))
+        lines.append(_line(f"change in {name} by EMAs and metrics", share, 100, 2))
     if "mirror" in report["runs"]:
         lines.append(_line("once, the mirror's start, s", report["runs"]["mirror"]["mirror_start_s"], 1, 1))
     lines += ["", "images/s over as many times one rank's"]

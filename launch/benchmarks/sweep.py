@@ -124,7 +124,7 @@ def _seconds(process: Any) -> float:
 
 
 def _by_hand(folder: Path, number: int) -> float:
-    """The trial's very config in a folder of its own; processor seconds of the command and all that it started."""
+    """The trial's own config in a folder of its own; processor seconds of the command and all that it started."""
     (source,) = (folder / f"sweep{number}" / "trials").glob("*/trial.json")
     tree = json.loads(source.read_text())
     tree["output"] = str(folder / f"hand{number}")

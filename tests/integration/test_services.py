@@ -38,3 +38,5 @@ def test_a_port_in_use_is_named_with_the_flag_to_change(tmp_path: Path) -> None:
         with pytest.raises(PortError, match=rf"port {port}: .* in use; choose another, --port or make ui UI_PORT=N"):
             services._checked(port)
     assert services._checked(port) == port
+    with pytest.raises(PortError, match=r"port 99999: needs 0 to 65535; choose another"):
+        services._checked(99999)

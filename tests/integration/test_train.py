@@ -154,7 +154,7 @@ BAD = {
         {"WORLD_SIZE": "3", "RANK": "0"},
         [],
         errors.WorldSizeError,
-        "legal world sizes: 1, 2, 4, 8",
+        "valid world sizes: 1, 2, 4, 8",
     ),
 }
 

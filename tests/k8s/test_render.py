@@ -184,7 +184,7 @@ def test_what_a_pod_cannot_do_is_refused(arguments, said):
 
 
 def test_a_world_that_cannot_share_the_batch_is_refused_with_those_that_can():
-    with pytest.raises(WorldSizeError, match=r"24 processes cannot share .* legal world sizes: 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(WorldSizeError, match=r"24 processes cannot share .* valid world sizes: 1, 2, 4, 8, 16, 32"):
         told(*TRAIN, "--nodes", "3")
 
 

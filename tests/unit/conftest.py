@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -10,6 +10,15 @@ from tests.support.packed import Packed
 from tests.unit.guard import Guard
 
 GUARD = Guard()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    with GUARD.reading():
+        report = yield
+    if caught := GUARD.taken():
+        report.outcome, report.longrepr = "failed", caught[0]
+    return report
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -32,6 +34,12 @@ WAYS: dict[str, Callable[[], object]] = {
     "an IPv4 socket": lambda: socket.socket(socket.AF_INET).close(),
     "an IPv6 socket": lambda: socket.create_server(("::1", 0), family=socket.AF_INET6),
     "a name's address": lambda: socket.getaddrinfo("localhost", 80),
+    "a host's address": lambda: socket.gethostbyname("localhost"),
+    "a socket that is a file": lambda: socket.socket(socket.AF_UNIX).bind("\0guard"),
+    "a listener": lambda: multiprocessing.connection.Listener(family="AF_UNIX"),
+    "C's system": lambda: ctypes.CDLL(None).system(b"true"),
+    "C's fork": lambda: ctypes.CDLL(None).fork() or os._exit(0),
+    "ranks": lambda: torch.distributed.distributed_c10d.init_process_group("gloo", rank=0, world_size=1),
     "a store of ranks": lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True),
 }
 
@@ -105,3 +113,20 @@ def test_what_stays_within_the_process_is_allowed() -> None:
 def _swallow(action: Callable[[], object]) -> None:
     with suppress(Forbidden):
         action()
+
+
+def test_a_file_that_starts_a_process_when_it_is_read_is_an_error(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a process is started before the first test, and shared by all. The second file swallows the refusal."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeconftest("from tests.unit.conftest import *")
+    start = 'import subprocess\n{}subprocess.run(["true"])\n{}\n\ndef test():\n    pass\n'
+    swallowed = start.format("try:\n    ", "except BaseException:\n    pass")
+    pytester.makepyfile(
+        test_loud=start.format("", ""), test_swallowed=swallowed, test_innocent="def test():\n    pass\n"
+    )
+    result = pytester.inline_run("-p", "no:cacheprovider", "--continue-on-collection-errors")
+    passed, _, failed = result.listoutcomes()
+    assert [report.nodeid for report in passed] == ["test_innocent.py::test"]
+    assert [report.nodeid for report in failed] == ["test_loud.py", "test_swallowed.py"]

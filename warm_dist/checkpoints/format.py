@@ -25,7 +25,7 @@ from warm_dist.store.base import Store
 
 FORMAT = 2
 COMPLETE = "COMPLETE"
-CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # the whole state, pruned; some EMAs, kept for ever
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # the whole state, pruned; some EMAs, never pruned
 _GET_BYTES = 32 << 20  # most bytes of adjacent tensors in one read
 
 

@@ -97,7 +97,7 @@ class CheckpointManager:
         The file is uploaded with every checkpoint, and fetched first if the store's is newer, so that the run's history
         and its mirror continue on another machine.
         """
-        return int(on_main(self.world, self._attempts, "metrics.jsonl"))
+        return int(on_main(self.world, self._attempts, METRICS))
 
     def _attempts(self) -> int:
         here = last_attempt(self.run / METRICS)
@@ -147,7 +147,7 @@ class CheckpointManager:
             if problem is None:
                 on_main(self.world, partial(self._send_left_behind, saved), "leftovers")
                 return saved
-            self.say(f"checkpoint passed over: {problem}")
+            self.say(f"damaged checkpoint skipped: {problem}")
         if candidates:
             raise CheckpointError(
                 f"{self.run}: no intact checkpoint (the last: {problem}); set output to a new folder to start afresh"

@@ -16,7 +16,7 @@ from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
 from warm_dist.errors import CheckpointError, redact
 from warm_dist.networks.unet import build
-from warm_dist.runs.folder import WEIGHTS
+from warm_dist.runs.folder import EXPORTS, WEIGHTS
 from warm_dist.store.open import open_store
 
 
@@ -84,7 +84,7 @@ def weights_path(given: Path) -> Path:
     if not (given / COMPLETE).exists():
         return given / WEIGHTS if given.is_dir() else given
     run = given.resolve().parent.parent
-    path = run / "weights" / f"ema_{given.resolve().name}.safetensors"
+    path = run / EXPORTS / f"ema_{given.resolve().name}.safetensors"
     if not path.exists():
         saved = open_saved(open_store(str(run)), given.resolve().relative_to(run).as_posix())
         export_weights([(saved, "ema", 1.0)], path)

@@ -33,6 +33,7 @@ from warm_dist.evaluation.reference import Reference, ReferenceSpec
 from warm_dist.evaluation.sampler_choice import describe_sampling
 from warm_dist.figures import save_grid
 from warm_dist.networks.unet import build_network
+from warm_dist.runs.folder import SAMPLES
 from warm_dist.store.open import open_store
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
@@ -78,8 +79,8 @@ class Evaluator:
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
             if n < needed:
                 self.say(
-                    f"warning: {name} {n:,} is little for {self.extractor.num_features:,} features; from {needed:,} on "
-                    "a Fréchet distance can rank models"
+                    f"warning: {name} {n:,} is too few for {self.extractor.num_features:,} features; use {needed:,} or more "
+                    "to rank models"
                 )
 
     def spec(self, sampler: SamplerConfig) -> frechet.FidSpec:
@@ -105,7 +106,7 @@ class Evaluator:
         """
         begun = time.monotonic()
         self.network.load_state_dict(weights)
-        grid = self.run / "samples" / f"{nimg:012d}.png"
+        grid = self.run / SAMPLES / f"{nimg:012d}.png"
         sampler, title = self.config.sampler, f"nimg {nimg}"
         blocks = range(self.settings.num_blocks if nimg == self.config.train.total_nimg else 1)
         done = [self.block(sampler, block, stop, title, grid if block == 0 else None) for block in blocks]

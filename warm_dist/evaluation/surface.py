@@ -23,8 +23,7 @@ from warm_dist.evaluation import surface_figure
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
 from warm_dist.files import file_sha256, make_folder, read_json, replace_file, write_json
-
-RESULTS = "results.json"
+from warm_dist.runs.folder import RESULTS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class NetworkCells:
         self, evaluator: Evaluator, sampler: SamplerConfig, block: int, stop: StopSignal, cell: dict[str, Any], key: str
     ) -> None:
         spec = evaluator.spec(sampler)
-        picture = self.options.out / "samples" / f"{key}.png"
+        picture = self.options.out / SAMPLES / f"{key}.png"
         cell |= {"weights": str(self.weights), "sha256": self.digest, "sampler": spec.sampler}
         try:
             values = evaluator.block(sampler, block, stop, str(self.weights), picture if block == 0 else None)

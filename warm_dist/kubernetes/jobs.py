@@ -78,7 +78,7 @@ def training(
     """The ConfigMap and TrainJob of a run. template, runtime: the TrainJob and TrainingRuntime of k8s/base/training.
 
     image: replaces the runtime's; the run then gets its own runtime. Raises ConfigError for a config that pods cannot
-    run, WorldSizeError with the legal sizes.
+    run, WorldSizeError with the valid sizes.
     """
     checks.check_name(name)
     config = in_pods(config, name)

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from warm_dist.figures import COLOURS
+
 _INK = "#010203"  # unused elsewhere; replaced by currentColor to follow the page's colour scheme
-# Relative luminance 0.15 to 0.30: at least 3:1 (WCAG 1.4.11) against the page's white and against its dark ground.
-_COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
 _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
 _MOST_POINTS = 300  # per curve: half a point per pixel
 _LOG_FROM = 8.0  # max/min above which distances get a log axis: a linear one would hide the small values
@@ -57,8 +57,8 @@ class Series(NamedTuple):
 def look(k: int) -> Look:
     """The k-th run's look; after the eighth a new hue, equally far in luminance from white and the dark background."""
     marker, glyph = _MARKS[k % len(_MARKS)]
-    if k < len(_COLOURS):
-        return Look(_COLOURS[k], marker, glyph)
+    if k < len(COLOURS):
+        return Look(COLOURS[k], marker, glyph)
     hue = 0.618034 * k % 1.0  # the golden ratio puts each new hue into the widest gap
     low, high = 0.0, 1.0
     for _ in range(12):

@@ -17,7 +17,7 @@ from warm_dist.config.bnr import AnyBNR, describe
 from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, redact
 from warm_dist.files import read_json
-from warm_dist.runs.folder import CONFIG, EXIT, METRICS, RUN
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS, RESULTS, RUN
 from warm_dist.runs.metrics import read_metrics
 
 BEST, NEAR = "best", "within spread"
@@ -134,7 +134,7 @@ def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
 
     Raises ConfigError if the folder is not an evaluation's.
     """
-    tree = redact(read_json(folder / "results.json"))
+    tree = redact(read_json(folder / RESULTS))
     if not isinstance(tree, dict):
         raise ConfigError(f"{folder}: not an evaluation, has no readable results.json; give launch/evaluate.py's --out")
     results = [_result(entry, _network(entry, runs)) for entry in tree.values() if isinstance(entry, dict)]

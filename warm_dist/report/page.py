@@ -15,6 +15,7 @@ from warm_dist.files import replace_file
 from warm_dist.report import charts, facts
 from warm_dist.report.charts import Look, Series
 from warm_dist.report.facts import Result, Run
+from warm_dist.runs.folder import SAMPLES
 
 MOST_STEPS = 12  # grids per run: keeps a page of ten runs below some 30 MB
 _MOST_CHARTS = 6  # over the BNR; with more, single results of evaluations appear in their table only
@@ -235,7 +236,7 @@ def _line(look: Look, points: list[tuple[tuple[float, float], Result]], label: s
 
 def sample_grids(folder: Path) -> list[Picture]:
     """At most 12 of the run's grids by rising nimg, evenly chosen, including the first and the last."""
-    paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal())
+    paths = sorted(path for path in (folder / SAMPLES).glob("*.png") if path.stem.isdecimal())
     count = min(MOST_STEPS, len(paths))
     chosen = [paths[round(k * (len(paths) - 1) / max(count - 1, 1))] for k in range(count)]
     return [picture for path in chosen if (picture := _picture(path)) is not None]

@@ -18,8 +18,11 @@ RUN = "run.json"  # the attempt and facts about it
 METRICS = "metrics.jsonl"
 EXIT = "exit.json"
 LOCK = ".lock"
-WEIGHTS = "weights/ema.safetensors"
+EXPORTS = "weights"  # the folder of exported weights
+WEIGHTS = f"{EXPORTS}/ema.safetensors"
+SAMPLES = "samples"  # the folder of sample grids, NIMG.png
 MIRROR = "mirror.json"  # what MLflow has received
+RESULTS = "results.json"  # in the --out folder of launch/evaluate.py, not a run's
 
 
 def claim_run(run: Path) -> tuple[int, IO[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import time
 from contextlib import ExitStack
@@ -158,12 +157,5 @@ def _free_block() -> int:
 
 
 def _block_is_free(port: int) -> bool:
-    with ExitStack() as stack:
-        for candidate in (port + offset + step for offset in range(5) for step in (0, 10_000)):
-            probe = stack.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT does not count as in use
-            try:
-                probe.bind((HOST, candidate))
-            except OSError:
-                return False
-    return True
+    ports = (port + offset + step for offset in range(5) for step in (0, 10_000))
+    return all(supervisor.port_problem(HOST, one) is None for one in ports)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warm_dist.figures import save_figure
+from warm_dist.figures import COLOURS, save_figure
 from warm_dist.sweeps import ranking
 from warm_dist.sweeps.figure_axes import GAP, extent, log_places, ticks, wide
 from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
@@ -15,7 +15,6 @@ from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFIN
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#2f7ed8", "#d9691b", "#2f9460", "#a063d8", "#d6455a", "#12929e", "#a07a1e", "#cc559c")
 _PALE, _GREY = "#bbbbbb", "#666666"
 _NAMED = 10  # trials in the legend
 _DARK_PART = 0.93  # fraction of viridis in use: its end is hard to see on white
@@ -94,16 +93,16 @@ def bnr_figure(outcomes: Sequence[Outcome]) -> Figure | None:
     for group in found:
         others = {key: value for key, value in group.values.items() if key != BNR}
         settings.setdefault(ranking.frozen(others), []).append(group)
-    lines = [line for line in settings.values() if len(line) > 1][: len(_COLOURS)]
+    lines = [line for line in settings.values() if len(line) > 1][: len(COLOURS)]
     rest = [line for line in settings.values() if line not in lines]
     figure, axes = _figure(9, 5.2)
     _bnr_axis(axes, places)
     keys = [key for key in ranking.searched(outcomes) if key != BNR]
     alone = "mean ± std over seeds" if ranking.several_seeds(outcomes) else "trials"
-    pale, what = (_PALE, "other settings") if lines else (_COLOURS[0], "settings")
+    pale, what = (_PALE, "other settings") if lines else (COLOURS[0], "settings")
     for line in rest:
         _bnr_line(axes, line, places, pale)
-    for colour, line in zip(_COLOURS, lines, strict=False):
+    for colour, line in zip(COLOURS, lines, strict=False):
         _bnr_line(axes, line, places, colour)
         axes.plot([], [], "o-", color=colour, label=_caption(line[0].values, keys) or alone)
     if rest:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warm_dist.errors import ConfigError, DataError
+from warm_dist.runs.folder import METRICS
 from warm_dist.runs.metrics import parse_records
 from warm_dist.store.base import Store
 from warm_dist.sweeps.trials import Trial
@@ -100,7 +101,7 @@ class SweepRecord:
     def evaluations(self, name: str) -> list[dict[str, Any]]:
         """A trial's "eval" records by rising nimg; empty if there are none yet."""
         try:
-            text = self.store.read(f"trials/{name}/metrics.jsonl").decode("utf-8", "replace")
+            text = self.store.read(f"trials/{name}/{METRICS}").decode("utf-8", "replace")
         except DataError:
             return []
         return [record for record in parse_records(text) if record["kind"] == "eval"]

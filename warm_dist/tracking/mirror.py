@@ -12,7 +12,7 @@ from typing import Any
 
 from warm_dist.errors import OutputError, UnreachableError, redact
 from warm_dist.files import read_json, write_json
-from warm_dist.runs.folder import CONFIG, EXIT, METRICS, MIRROR, RUN, WEIGHTS
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS, MIRROR, RUN, SAMPLES, WEIGHTS
 from warm_dist.runs.metrics import parse_line
 from warm_dist.tracking.client import (
     PARENT_TAG,
@@ -116,7 +116,7 @@ class Mirror:
                 text = json.dumps(redact(read_json(self.run / CONFIG) or {}), indent=2)
                 self._client.log_text(self._run_id, text + "\n", "config.json")
                 self._grids = self._list_grids()
-            for path in sorted((self.run / "samples").glob("*.png")):
+            for path in sorted((self.run / SAMPLES).glob("*.png")):
                 self._send_grid(path, self._grids)
 
     @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Trainer:
             raise CheckpointError(f"{saved}: made with {name} {a}, this run has {b}; give it a new output folder")
         if new := set(self.config.train.ema_lengths) - set(meta["config"]["train"].get("ema_lengths", ())):
             raise CheckpointError(
-                f"{saved}: holds no EMA of length {min(new):g}, and one cannot begin in mid-run; remove it from "
+                f"{saved}: holds no EMA of length {min(new):g}, and none can be added during a run; remove it from "
                 "train.ema_lengths, or give the run a new output folder"
             )
         if meta["nimg"] % self.config.train.batch_size:

@@ -1,4 +1,4 @@
-"""Where checkpoints lie, which are kept, what is passed over, and what an outage of the store does."""
+"""Where checkpoints lie, which are kept, what is skipped, and what an outage of the store does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_damaged_ones_are_passed_over_and_never_a_fresh_start(tmp_path, said):
     (tmp_path / name_of(CHECKPOINTS, 24) / "COMPLETE").unlink()  # killed before the end of a save
     damage(tmp_path, 16)
     assert mine.restore() == 8
-    assert [text for text in said if "passed over" in text and "000016" in text and "differs" in text]
+    assert [text for text in said if "damaged checkpoint skipped" in text and "000016" in text and "differs" in text]
     assert not [text for text in said if "000024" in text]  # it never was a checkpoint
     damage(tmp_path, 8, "rank_0.done")
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
@@ -152,7 +152,7 @@ def test_the_newest_of_folder_and_store_is_taken(tmp_path, said):
     assert [nimg_of(name) for name in complete_names(store, CHECKPOINTS)] == [8, 16]
     damage(tmp_path / "run", 16)
     assert third.restore() == 16  # the store's copy is as good
-    assert any("passed over" in text for text in said)
+    assert any("damaged checkpoint skipped" in text for text in said)
 
 
 def test_what_is_damaged_is_not_sent_to_the_store(tmp_path, said):

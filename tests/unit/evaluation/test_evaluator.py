@@ -82,10 +82,10 @@ def test_without_rows_there_is_no_kid(make: Make) -> None:
 
 def test_too_few_images_are_told_of(make: Make, said: list[str]) -> None:
     make(num_images=102, reference_images=64)
-    assert [text.partition(" is little")[0] for text in said] == ["warning: real images compared 64"]
+    assert [text.partition(" is too few")[0] for text in said] == ["warning: real images compared 64"]
     said.clear()
     make(num_images=101)
-    assert "eval.num_images 101 is little for 64 features; from 102 on" in said[0], "1.6 x 64"
+    assert "eval.num_images 101 is too few for 64 features; use 102 or more" in said[0], "1.6 x 64"
 
 
 def test_a_stop_ends_it_between_two_batches(make: Make) -> None:

@@ -17,5 +17,5 @@ def test_dry_run_needs_neither_data_nor_gpu(capsys: pytest.CaptureFixture[str]) 
     assert "batch 4096 = 32 ranks x 32 images x 4 accumulations" in said
     assert "parameters: 295,941,318" in said
     assert said.count("ZeRO ") == 4
-    with pytest.raises(WorldSizeError, match="legal world sizes: 1, 2, 4"):
+    with pytest.raises(WorldSizeError, match="valid world sizes: 1, 2, 4"):
         call(train.main, *words, "--world-size", 12)

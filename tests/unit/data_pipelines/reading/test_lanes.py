@@ -87,7 +87,7 @@ def test_ranks_share_each_batch_by_lanes() -> None:
 def test_world_sizes_that_cannot_be_dealt() -> None:
     """Fault: ranks share the lanes unevenly, so that their batches differ in size."""
     check_lanes(64, 32, 16)
-    with pytest.raises(WorldSizeError, match=r"3 processes .* legal sizes: 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(WorldSizeError, match=r"3 processes .* valid sizes: 1, 2, 4, 8, 16, 32"):
         check_lanes(64, 32, 3)
     with pytest.raises(WorldSizeError, match=r"batch_size 48 is not a multiple of data\.num_lanes 32"):
         check_lanes(48, 32, 2)

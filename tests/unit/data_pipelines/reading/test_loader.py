@@ -294,7 +294,7 @@ def test_open_loader_checks_the_configuration_against_the_manifest(digits: Packe
     for key, value in (("resolution", 16), ("channels", 3), ("num_classes", 7)):
         with pytest.raises(ConfigError, match=rf"data\.{key} is {value}, .* has \d+; set data\.{key}"):
             open_loader(config(digits, **{key: value}), 0, 1)
-    with pytest.raises(WorldSizeError, match="legal sizes: 1, 2, 4, 8"):
+    with pytest.raises(WorldSizeError, match="valid sizes: 1, 2, 4, 8"):
         open_loader(config(digits), 0, 3)
     with pytest.raises(ConfigError, match=r"set data\.manifest"):
         open_loader(config(digits, manifest="s3://your-bucket/manifest.parquet"), 0, 1)
