@@ -39,8 +39,8 @@ time.sleep(600)
 OWNER = """
 import sys, time
 from pathlib import Path
-from warm_dist import supervisor as owned
-process = owned.start([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+from warm_dist import supervisor
+process = supervisor.start([sys.executable, "-c", sys.argv[1], sys.argv[2]])
 (Path(sys.argv[2]) / "supervisor").write_text(str(process.pid))
 time.sleep(600)
 """
@@ -109,14 +109,14 @@ def test_a_supervisor_that_was_stopped_for_a_while_goes_on(tmp_path: Path) -> No
     code = f"""
 import signal, sys, types
 from pathlib import Path
-from warm_dist import supervisor as owned
+from warm_dist import supervisor
 wait, count = signal.sigtimedwait, iter(range(10**9))
 def odd(signals, timeout):
     received = wait(signals, timeout)
     return types.SimpleNamespace(si_signo=(-7, 0, 21845)[next(count) % 3]) if received is None else received
 signal.sigtimedwait = odd
 sys.argv[1:] = ["--", sys.executable, "-c", "import time; open({str(tmp_path / "ready")!r}, 'w'); time.sleep(3); raise SystemExit(5)"]
-sys.exit(owned.main())
+sys.exit(supervisor.main())
 """
     environment = {**os.environ, supervisor.OWNER: supervisor.identity(os.getpid())}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
@@ -152,9 +152,9 @@ def test_a_zombie_is_not_alive() -> None:
 
 RUN = """
 import sys
-from warm_dist import supervisor as owned
+from warm_dist import supervisor
 child = "import pathlib, sys, time\\\\ntry:\\\\n    pathlib.Path(sys.argv[1]).touch(); time.sleep(600)\\\\nexcept KeyboardInterrupt:\\\\n    sys.exit(7)"
-sys.exit(owned.run([sys.executable, "-c", child.replace("\\\\n", chr(10)), sys.argv[1]]))
+sys.exit(supervisor.run([sys.executable, "-c", child.replace("\\\\n", chr(10)), sys.argv[1]]))
 """
 
 
@@ -174,8 +174,6 @@ def test_the_code_of_what_is_run_comes_back_and_all_that_it_left_is_ended(tmp_pa
     mark = tmp_path / "left"
     left = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {left!r}], start_new_session=True); sys.stdin.read(); import pathlib, time\nwhile not (pathlib.Path({str(mark)!r}).exists() and pathlib.Path({str(mark)!r}).read_text()): time.sleep(0.02)\nsys.exit(5)"
-    script = (
-        f"import sys; from warm_dist import supervisor as owned; sys.exit(owned.run([sys.executable, '-c', {code!r}]))"
-    )
+    script = f"import sys; from warm_dist import supervisor; sys.exit(supervisor.run([sys.executable, '-c', {code!r}]))"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 5
     assert supervisor.identity(int(mark.read_text())) == ""

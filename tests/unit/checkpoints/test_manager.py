@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +96,35 @@ def test_what_a_killed_save_left_is_replaced_or_removed(tmp_path, said):
     assert not list(tmp_path.glob("*/*/rank_7*"))
     assert not (tmp_path / name_of(CHECKPOINTS, 8)).exists()
     assert mine.restore() == 24
+
+
+def test_what_is_removed_is_no_checkpoint_from_the_first_moment(tmp_path, said, monkeypatch):
+    """Fault: COMPLETE is deleted last, so that a kill amid pruning leaves a checkpoint that lacks its tensors."""
+    mine = Fixture(tmp_path / "run", said, keep_last=3)
+    for nimg in (8, 16, 24):
+        mine.save(nimg)
+    mine.storage.config = mine.storage.config.model_copy(update={"keep_last": 1})
+    mine.storage.remote = FolderStore(shutil.copytree(tmp_path / "run", tmp_path / "store"))
+    deleted: list[str] = []
+    monkeypatch.setattr(FolderStore, "delete", lambda store, path: deleted.append(path))
+    mine.storage._prune_remote()
+    assert [path.rpartition("/")[2] for path in deleted] == ["COMPLETE"] * 2 + ["rank_0.done", "rank_0.safetensors"] * 2
+    removed: list[bool] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: removed.append((folder / "COMPLETE").exists()))
+    mine.storage._prune_local()
+    assert removed == [False, False]
+
+
+def test_a_disk_that_a_checkpoint_would_fill_is_told_of_before_it_is_written(tmp_path, said, monkeypatch):
+    """Fault: a checkpoint is begun on a disk that cannot hold it and its small files, and fails in their midst."""
+    mine = Fixture(tmp_path, said)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4))  # the tensor's own 4 bytes
+    with pytest.raises(OutputError, match=r"4 bytes to write, 4 free; make room"):
+        mine.save(8)
+    assert not list(tmp_path.glob("*/*/rank_0.*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5))
+    mine.save(8)
+    assert mine.names() == [8]
 
 
 def test_nothing_is_pruned_before_the_new_one_is_complete(tmp_path, said, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from tests.support.lines import lines_run
 from tests.support.patience import until
-from warm_dist.distributed.heartbeat import Heartbeat
+from warm_dist.distributed.heartbeat import Beat, Heartbeat
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 
@@ -29,7 +30,8 @@ def told(run: Path) -> dict:
 
 def test_a_file_tells_where_a_rank_is_and_that_it_ended(tmp_path):
     (tmp_path / "heartbeat").mkdir()
-    (tmp_path / "heartbeat" / "rank_7.json").write_text("{}")  # of an attempt with more ranks
+    for rank in (1, 7):  # of an attempt with more ranks
+        (tmp_path / "heartbeat" / f"rank_{rank}.json").write_text("{}")
     began = time.time()
     with heartbeat(tmp_path) as beat:
         beat.facts["images_per_s"] = 12.5
@@ -51,6 +53,17 @@ def test_a_file_tells_where_a_rank_is_and_that_it_ended(tmp_path):
 def test_setting_the_phase_is_a_single_line(tmp_path):
     """Fault: a write, a lock or a message to other ranks in the inner loop."""
     assert lines_run(heartbeat(tmp_path).at, "forward", 8) == 1
+
+
+def test_without_the_store_rank_0_is_not_waited_for_to_speak(tmp_path):
+    """Fault: after rank 0's death its host's ranks leave it to rank 0 to say what happened, and nobody does."""
+    beat = Heartbeat(World(1, 4, torch.device("cpu"), None), tmp_path, 2.0, StopSignal())
+    beat.beats = [Beat(told={"host": beat.host}) for _ in range(3)] + [Beat(told={"host": "elsewhere"})]
+    assert not beat.speaks(), "rank 0 does"
+    beat._answered = -math.inf
+    assert beat.speaks()
+    beat.world = World(2, 4, torch.device("cpu"), None)
+    assert not beat.speaks(), "rank 1 does"
 
 
 def test_an_unwritable_folder_does_not_end_a_run(tmp_path):

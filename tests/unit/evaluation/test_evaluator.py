@@ -80,6 +80,33 @@ def test_without_rows_there_is_no_kid(make: Make) -> None:
     assert not values.keys() & {"kid", "precision", "recall"}
 
 
+def test_labels_are_drawn_by_the_evaluation_s_own_seed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: labels drawn by train.seed, so that two runs of one recipe are measured on other classes."""
+    drawn: list[int] = []
+
+    def labels(seed: int, indices: Any, num_classes: int) -> Any:
+        drawn.append(seed)
+        return np.full(len(indices), -1)
+
+    monkeypatch.setattr("warm_dist.evaluation.evaluator.sample_labels", labels)
+    evaluator = make(seed=5)
+    assert evaluator.config.train.seed == 0
+    evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
+    assert set(drawn) == {5}
+
+
+def test_rank_0_waits_for_the_machine_s_turn_less_than_the_others_wait_for_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: rank 0 waits for another run's statistics for longer than parallel.timeout_s, and its peers give it up."""
+    waits: list[float] = []
+    turn = reference.turn
+    monkeypatch.setattr(reference, "turn", lambda folder, spec, wait: waits.append(wait) or turn(folder, spec, 0))
+    evaluator = make(cache_dir=str(tmp_path / "node"))
+    evaluator._real(StopSignal())
+    assert waits == [evaluator.config.parallel.timeout_s / 2]
+
+
 def test_too_few_images_are_told_of(make: Make, said: list[str]) -> None:
     make(num_images=102, reference_images=64)
     assert [text.partition(" is too few")[0] for text in said] == ["warning: real images compared 64"]
@@ -123,6 +150,8 @@ def test_what_changes_the_number_changes_the_spec(make: Make) -> None:
     changes += [{"method": "ancestral"}, {"method": "ancestral", "eta": 0.5}, {"start": "plain"}, {"rho": 5.0}]
     specs = [evaluator.spec(plain.model_copy(update=change)) for change in [{}, *changes]]
     assert len({spec.hash for spec in specs}) == len(changes) + 1
+    told = [evaluator.identity(plain.model_copy(update=change))["spec"] for change in [{}, *changes]]
+    assert told == [spec.hash for spec in specs], "of the sampler that was used, not of the config's"
     assert len({spec.measure for spec in specs}) == 1, "along the sampler numbers may be compared"
     assert make(num_images=21).spec(plain).measure != specs[0].measure
     assert make(kid_images=13).spec(plain).measure != specs[0].measure, "precision and recall depend on it"

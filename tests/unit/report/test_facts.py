@@ -16,6 +16,13 @@ def test_only_runs_of_one_measure_are_ranked(made: Made) -> None:
     assert ranks == {("aaaa11112222", "low"): "", ("aaaa11112222", "mid"): "best", ("bbbb33334444", EVIL): ""}
 
 
+def test_a_run_that_was_stopped_has_not_failed(made: Made) -> None:
+    """Fault: a run that was stopped, which the same command resumes, is shown as failed."""
+    status = [run.status() for run in facts.read_runs(made.runs)]
+    assert status[:2] == [("finished", ""), ("stopped", "exit code 75: Stopped: SIGTERM")]
+    assert status[2][0] == "under way"
+
+
 def test_old_lines_without_a_measure_go_by_their_spec(tmp_path: Path) -> None:
     old = [make_run(tmp_path / name, lines=[evaluated(0, 20.0, spec=spec)]) for name, spec in (("a", "1"), ("b", "2"))]
     for run in old:

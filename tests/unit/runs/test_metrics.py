@@ -25,6 +25,14 @@ def test_the_highest_attempt_counts(tmp_path):
     ]
 
 
+def test_of_two_lines_of_one_attempt_the_later_counts(tmp_path):
+    """Fault: of a line that one attempt wrote twice the earlier one is shown."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 1)
+    for loss in (1.0, 0.9):
+        log.write(32, "train", loss=loss)
+    assert [r["loss"] for r in read_metrics(log.path)] == [0.9]
+
+
 def test_a_half_written_line_harms_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path, 1).write(32, "train", loss=1.0)

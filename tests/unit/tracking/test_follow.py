@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +77,26 @@ def test_last_tries_end_when_the_run_goes_on(run: Path, monkeypatch: pytest.Monk
     with pytest.raises(UnreachableError, match="away"):
         follow._finish(Away(run, "http://127.0.0.1:9", "x"), 1, None)
     assert len(tries) == 1
+
+
+def test_a_server_that_is_down_is_asked_ever_less_often_but_twice_a_minute(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: pauses that grow without a bound, so that a server is back for hours before the mirror notices."""
+    slept: list[float] = []
+    tries: list[float] = []
+    made_up = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append, strftime=lambda form: "then")
+    monkeypatch.setattr(follow, "time", made_up)
+
+    class Away(Mirror):
+        def sync(self, running: bool) -> int:
+            tries.append(sum(slept))
+            if len(tries) == 7:
+                end(self.run, 0)
+            raise UnreachableError("away")
+
+    follow._follow(Away(run, "http://127.0.0.1:9", "x"), None)
+    assert [after - before for before, after in pairwise(tries)] == [2, 4, 8, 16, 30, 30]
 
 
 def test_a_run_that_was_cut_off_is_killed_once_nobody_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.tiny_run import ALONE, BATCH, batches, config, info
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.errors import NumericsError
 from warm_dist.runs.metrics import RECORDS, MetricsLog, read_metrics
+from warm_dist.training.nonfinite import NonFiniteGuard, Trace
 from warm_dist.training.trainer import Trainer
 
 
@@ -73,3 +75,11 @@ def test_one_in_the_last_step_is_noticed_before_the_last_save(tmp_path):
     with pytest.raises(NumericsError, match=f"nimg {BATCH * 19} sample"):
         train(tmp_path, {19}, [])
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_stop_that_is_under_way_is_told_before_a_save():
+    """Fault: a stop that was asked for in the step before a save is lost, and the run trains on until it is killed."""
+    guard = NonFiniteGuard(ALONE, 1, lambda nimg, text: None)
+    assert not guard.check(True, Trace(0, (), torch.zeros(0), []), torch.zeros(1, dtype=torch.bool))
+    assert guard.settle()
+    assert not guard.settle(), "told once"

@@ -88,6 +88,15 @@ def test_a_slow_rank_is_named(tmp_path, ranks, slow):
         assert line == {"slowest_rank": slow, "slowest_s": pytest.approx(0.2)}
 
 
+def test_the_memory_told_of_is_that_of_the_rank_that_needs_most(tmp_path, monkeypatch):
+    """Fault: the rank that needs least is told of, and the next one runs out of memory."""
+    monkeypatch.setattr(
+        step_metrics, "gather", lambda world, mine: [{**mine, "memory_bytes": size} for size in (2, 3, 1)]
+    )
+    line, _ = StepMetrics(config(tmp_path, engine="local"), ALONE, print).flush(BATCH, torch.ones(()))
+    assert line["memory_bytes"] == 3
+
+
 def test_sums_go_on_at_any_world_size(tmp_path):
     saved: list[Any] = [[1.0, 2, 3, 4, 5], [10.0, 20, 30, 40, 50]]
     settings = config(tmp_path, engine="local")
