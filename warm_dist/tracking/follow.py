@@ -73,7 +73,7 @@ def mirror_run(
 
 
 def _follow(mirror: Mirror, owner: str | None) -> None:
-    """Mirror until the run or its owner ends; a server that is down is retried after 1, 2, 4 … 30 s."""
+    """Mirror until the run or its owner ends; a server that is down is retried after 2, 4, 8 … 30 s."""
     pause, trouble = POLL_S, ""
     while not _ended(mirror.run, owner):
         try:
