@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ PRELOADED = ["torch", "torch._dynamo", "deepspeed", "pyarrow.parquet", "scipy.li
 """Imported once, in a server that every command's process is forked from: three quarters of a short training otherwise."""
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS")
 _FORK = multiprocessing.get_context("forkserver")
+_STARTING = Lock()
 
 
 class Command(NamedTuple):
@@ -83,7 +85,9 @@ class Workshop:
                 processes.append(_FORK.Process(target=_call, args=arguments))
             try:
                 for process in processes:
-                    process.start()
+                    with _STARTING:  # start() polls the processes of other threads, and an exit code is read only once
+                        process.start()
+                        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
                 for process in processes:
                     process.join(TIMEOUT_S)
                     if process.exitcode is None:

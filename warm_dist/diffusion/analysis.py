@@ -34,7 +34,8 @@ class Radial(NamedTuple):
 class Shares(NamedTuple):
     """The minimum mean squared error per pixel at each level, split over the heads; any shape.
 
-    total = denoiser + deblurrer + cross. hot: the total without blur at the same σ.
+    total = denoiser + deblurrer + cross. hot: the total without blur at the same σ. residual_energy: the residual's
+    share of the image's energy.
     """
 
     denoiser: Array
@@ -42,6 +43,7 @@ class Shares(NamedTuple):
     cross: Array
     total: Array
     hot: Array
+    residual_energy: Array
 
     @property
     def price(self) -> Array:
@@ -80,6 +82,7 @@ def shares(spectrum: Array, path: Path, sigmas: Array = SIGMAS) -> Shares:
                 2 * (a * lost * variance).mean(),
                 variance.mean(),
                 (spectrum * sigma**2 / (spectrum + sigma**2)).mean(),
+                (lost**2 * spectrum).sum() / spectrum.sum(),
             )
         )
     return Shares(*np.array(rows).T)

@@ -22,9 +22,12 @@ def run_node(config: Config, arguments: list[str]) -> int:
     """Run `launch.train` with these arguments under torchrun; returns the run's exit code, or torchrun's if it left none."""
     become_subreaper()  # adopt orphans, as a container's first process does
     run, began = Path(config.output), time.time()
+    stop_file = _unless_there(config.parallel.preemption_file)
     code = _torchrun(arguments)
     end = read_end(run, since=began)
-    _wait_for_orphans(STOPPED_S if code else FINISHED_S, config.parallel.preemption_file)
+    if code:  # a file made meanwhile is what stopped the run, and no new request
+        stop_file = _unless_there(stop_file)
+    _wait_for_orphans(STOPPED_S if code else FINISHED_S, stop_file)
     if code and end and end["code"]:  # torchrun's own code says only that a rank failed
         print(f"node: {end['reason']}", file=sys.stderr, flush=True)
         return int(end["code"])
@@ -45,16 +48,19 @@ def _torchrun(arguments: list[str]) -> int:
     return process.wait()
 
 
+def _unless_there(path: str | None) -> str | None:
+    return None if path is None or os.path.exists(path) else path
+
+
 def _wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
-    """Wait until all orphans have ended, for `longest_s` at most, or until a new stop request arrives."""
+    """Wait until all orphans have ended, for `longest_s` at most, or until SIGTERM, SIGINT or the stop file arrives."""
     asked: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _: asked.append(number))
-    known = stop_file is not None and os.path.exists(stop_file)
     deadline = time.monotonic() + longest_s
     with suppress(ChildProcessError):
         while time.monotonic() < deadline and not asked:
-            if not known and stop_file is not None and os.path.exists(stop_file):
+            if stop_file is not None and os.path.exists(stop_file):
                 return
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
                 time.sleep(0.1)

@@ -22,6 +22,7 @@ def test_one_mode_in_closed_form():
     assert split.denoiser[0] == pytest.approx(a**2 * p)
     assert split.deblurrer[0] == pytest.approx((1 - a) ** 2 * p)
     assert split.hot[0] == pytest.approx(3 * 4 / (3 + 4) / 24)
+    assert split.residual_energy[0] == pytest.approx((1 - a) ** 2)
     assert snr(spectrum, 2.0, 1.0)[1, 2] == pytest.approx(a**2 * 3 / 4)
 
 
