@@ -121,6 +121,8 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 
 def _checked(port: int) -> int:
-    if problem := supervisor.port_problem(HOST, port):
-        raise PortError(f"port {port}: {problem}; choose another, --port or make ui UI_PORT=N")
-    return port
+    try:
+        return supervisor.free_port(HOST, port)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "needs 0 to 65535"
+        raise PortError(f"port {port}: {reason}; choose another, --port or make ui UI_PORT=N") from None

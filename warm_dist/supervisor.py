@@ -100,22 +100,12 @@ def become_subreaper() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """Find a TCP port of this address that is not in use."""
+def free_port(address: str = "127.0.0.1", port: int = 0) -> int:
+    """Find a TCP port of this address that is not in use, or check that `port` is one: else OSError or OverflowError."""
     with socket.socket() as probe:
-        probe.bind((address, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(port > 0))  # ignore a closed server's TIME_WAIT
+        probe.bind((address, port))
         return int(probe.getsockname()[1])
-
-
-def port_problem(address: str, port: int) -> str | None:
-    """Why a server cannot listen on this TCP port now, or None; a closed server's TIME_WAIT does not count."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except (OSError, OverflowError) as error:
-            return getattr(error, "strerror", None) or "needs 0 to 65535"
-    return None
 
 
 def _supervise(command: list[str], owner: str) -> int:

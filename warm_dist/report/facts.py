@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import statistics
@@ -18,7 +17,7 @@ from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, redact
 from warm_dist.files import read_json
 from warm_dist.runs.folder import CONFIG, EXIT, METRICS, RESULTS, RUN
-from warm_dist.runs.metrics import read_metrics
+from warm_dist.runs.metrics import finite, read_metrics
 
 BEST, NEAR = "best", "within spread"
 
@@ -216,12 +215,6 @@ def bnr_range(text: str) -> tuple[float, float] | None:
     except ValueError:
         return None
     return None if value is None or value < 0 else (value, value)
-
-
-def finite(value: Any) -> float | None:
-    """The number, or None for anything else: null, NaN, text."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
 
 
 def whole(value: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -156,3 +157,9 @@ def parse_records(text: str) -> list[dict[str, Any]]:
 def last_attempt(path: Path) -> int:
     """The highest attempt in a metrics.jsonl, 0 if there is none."""
     return max((record["attempt"] for record in read_metrics(path)), default=0)
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for anything else: null, NaN, text."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None

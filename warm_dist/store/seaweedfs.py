@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO
@@ -157,5 +157,6 @@ def _free_block() -> int:
 
 
 def _block_is_free(port: int) -> bool:
-    ports = (port + offset + step for offset in range(5) for step in (0, 10_000))
-    return all(supervisor.port_problem(HOST, one) is None for one in ports)
+    with suppress(OSError):
+        return all(supervisor.free_port(HOST, port + offset + step) for offset in range(5) for step in (0, 10_000))
+    return False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warm_dist.figures import COLOURS, save_figure
+from warm_dist.runs.metrics import finite
 from warm_dist.sweeps import ranking
 from warm_dist.sweeps.figure_axes import GAP, extent, log_places, ticks, wide
 from warm_dist.sweeps.ranking import BNR, FAILED, FINISHED, SEED, STOPPED, UNFINISHED, Group, Outcome, short
@@ -65,7 +66,7 @@ def _distance_axis(axes: Any, outcomes: Sequence[Outcome], values: Sequence[floa
     low, high = place(min(values)), place(max(values))
     room = max(high - low, 0.02 if log else 0.02 * abs(high), 1e-9)
     lines = []
-    floor = next((found for one in records if (found := ranking.finite(one.get("floor"))) is not None), None)
+    floor = next((found for one in records if (found := finite(one.get("floor"))) is not None), None)
     if floor is not None:
         below = place(floor) < low - 0.5 * room
         low, high = min(low, low if below else place(floor)), max(high, place(floor))
@@ -184,7 +185,7 @@ def curves_figure(outcomes: Sequence[Outcome]) -> Figure | None:
 
 def _points(outcome: Outcome) -> list[tuple[int, float]]:
     """(nimg, distance) of each positive, finite distance."""
-    found = [(record["nimg"], ranking.finite(record.get("frechet"))) for record in outcome.evaluations]
+    found = [(record["nimg"], finite(record.get("frechet"))) for record in outcome.evaluations]
     return [(nimg, value) for nimg, value in found if value is not None and value > 0]
 
 

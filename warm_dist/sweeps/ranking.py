@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warm_dist.errors import ConfigError
+from warm_dist.runs.metrics import finite
 
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
 SEED, BNR = "train.seed", "process.bnr"
@@ -69,11 +70,6 @@ class Group:
     low: float
     high: float
     missing: int
-
-
-def finite(value: float | None) -> float | None:
-    """The number, or None if it is missing, infinite or NaN."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:

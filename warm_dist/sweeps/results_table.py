@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.files import replace_file
+from warm_dist.runs.metrics import finite
 from warm_dist.sweeps import ranking
-from warm_dist.sweeps.ranking import Outcome, amount, cut, finite, ranked, searched, several_seeds, short
+from warm_dist.sweeps.ranking import Outcome, amount, cut, ranked, searched, several_seeds, short
 
 _WIDTH, _REASON = 120, 28  # characters of a line of text, and the least of them for a failure's reason
 _CELL = (6, 36)  # least and most characters of a searched value
