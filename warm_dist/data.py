@@ -91,7 +91,9 @@ class Reader(Protocol):
 
 def centre(images: Tensor, channel_mean: Tensor) -> Tensor:
     """Scale (B, C, H, W) uint8 to float32 in [-1, 1] and subtract the data set's channel means (C,)."""
-    return images.float() / 127.5 - 1 - channel_mean[:, None, None].float()
+    values = images.float()
+    values = values / values.new_full((), 127.5)  # CUDA multiplies by a plain number's rounded reciprocal
+    return values - 1 - channel_mean[:, None, None].float()
 
 
 def to_uint8(x: Tensor, channel_mean: Tensor) -> Tensor:

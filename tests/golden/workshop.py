@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import runpy
-import socket
-import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from subprocess import TimeoutExpired
 from typing import Any, NamedTuple
+
+from tests.support.processes import free_port
+from tests.support.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 900  # of one command: the machine may be busy
 PRELOADED = ["torch", "torch._dynamo", "deepspeed", "pyarrow.parquet", "scipy.linalg"]
-"""Imported once, in a server that every command's process is forked from: three quarters of a short training otherwise."""
+"""Imported once, in the process that every command is forked from: three quarters of a short training otherwise."""
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS")
-_FORK = multiprocessing.get_context("forkserver")
-_STARTING = Lock()
 
 
 class Command(NamedTuple):
@@ -52,8 +47,8 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        os.environ.update(environment())  # for the server, before libraries read it
-        _FORK.set_forkserver_preload(PRELOADED)
+        os.environ.update(environment())  # for the zygote, before libraries read it
+        self._zygote = Zygote(PRELOADED)
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -75,31 +70,24 @@ class Workshop:
         shared = dict(command.variables)
         if command.size > 1:
             shared |= {"WORLD_SIZE": str(command.size), "LOCAL_WORLD_SIZE": str(command.size)}
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        with tempfile.TemporaryDirectory() as texts:
-            processes = []
-            for rank in range(command.size):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if command.size > 1 else {}
-                arguments = list(command.words), str(cwd), environment() | shared | own
-                arguments += (f"{texts}/{rank}.out", f"{texts}/{rank}.err")
-                processes.append(_FORK.Process(target=_call, args=arguments))
-            try:
-                for process in processes:
-                    with _STARTING:  # start() polls the processes of other threads, and an exit code is read only once
-                        process.start()
-                        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
-                for process in processes:
-                    process.join(TIMEOUT_S)
-                    if process.exitcode is None:
-                        raise CommandError(f"{' '.join(command.words)}: not ended after {TIMEOUT_S} s")
-            finally:
-                for process in processes:
-                    with suppress(ValueError, AttributeError):  # not started
-                        process.kill()
-            codes = [process.exitcode or 0 for process in processes]
-            first = next((rank for rank, code in enumerate(codes) if code), 0)
-            said = [self.plain(Path(f"{texts}/{first}.{kind}").read_text()) for kind in ("out", "err")]
-            return Ended(codes[first], *said)
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        first, *rest = command.words
+        words = first if first == "-m" else str(ROOT / first), *rest
+        ranks = []
+        for rank in range(command.size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if command.size > 1 else {}
+            ranks.append(self._zygote.start(*words, env=environment() | shared | own, cwd=cwd))
+        try:
+            said = [rank.communicate(TIMEOUT_S) for rank in ranks]
+        except TimeoutExpired:
+            raise CommandError(f"{' '.join(command.words)}: not ended after {TIMEOUT_S} s") from None
+        finally:
+            for rank in ranks:
+                rank.kill()
+        code, texts = next(
+            ((rank.wait(), texts) for rank, texts in zip(ranks, said, strict=True) if rank.wait()), (0, said[0])
+        )
+        return Ended(code, *map(self.plain, texts))
 
     # -- what they leave --------------------------------------------------------------------------------------------
 
@@ -134,25 +122,3 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "TERM": "dumb",
     }
-
-
-def _call(words: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
-    """In a process of its own: what `python words…` does."""
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(cwd)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = [str(ROOT / words[0]), *words[1:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

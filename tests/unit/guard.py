@@ -21,18 +21,8 @@ import urllib3  # noqa: F401  # binds a socket at its import, to see whether the
 STARTS = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.spawn"}
 CONNECTS = {"socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"}
 INTERNET = {socket.AF_INET, socket.AF_INET6}
-SYMBOLS = {
-    "system",
-    "popen",
-    "fork",
-    "vfork",
-    "posix_spawn",
-    "posix_spawnp",
-    "execv",
-    "execve",
-    "syscall",
-    "socket",
-}  # of C
+SYMBOLS = {"system", "popen", "fork", "vfork", "posix_spawn", "posix_spawnp", "execv", "execve",
+           "syscall", "socket"}  # fmt: skip  # of C
 # what tells Python's auditing nothing: processes of multiprocessing's spawn, and sockets of torch's C++
 SILENT: tuple[tuple[Any, str], ...] = (
     (multiprocessing.util, "spawnv_passfds"),
@@ -41,8 +31,6 @@ SILENT: tuple[tuple[Any, str], ...] = (
     (torch.distributed, "init_process_group"),
     (torch.distributed.distributed_c10d, "init_process_group"),
 )
-
-
 platform.processor()  # runs uname once; MLflow asks when it is imported
 
 

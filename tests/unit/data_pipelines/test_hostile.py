@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -30,6 +31,15 @@ def with_size(header: bytes, field: bytes) -> bytes:
 
 
 GOOD = member("good.png", png(1))
+RUBBISH = member("x", b"\xff99999 path=\n" * 5, tarfile.XHDTYPE) + member("y.png", png(4))
+
+
+def reads_on() -> bool:
+    """Whether this Python's tarfile skips such a header; newer releases stop there, and the tar is refused."""
+    with tarfile.open(fileobj=io.BytesIO(GOOD + RUBBISH + END)) as tar:
+        return len(tar.getmembers()) == 2
+
+
 TARS = {
     "names that climb": (member("../../up.png", png(2)) + member("/etc/root.png", png(3)), 3),
     "links": (member("l.png", kind=tarfile.SYMTYPE, link="/etc/passwd") + member("h.png", kind=tarfile.LNKTYPE, link="good.png"), 1),
@@ -40,19 +50,9 @@ TARS = {
     "a negative size": (with_size(member("x.png"), b"\xff" * 12), None),
     "a size that is no number": (with_size(member("x.png"), b"12x45"), None),
     "a name that is only dots": (member("....png", png(2)), 1),
+    "an extended header of rubbish": (RUBBISH, 2 if reads_on() else None),
     "an extended header of absurd size": (with_size(member("x", kind=tarfile.XHDTYPE), b"%011o" % (1 << 32)), None),
 }  # fmt: skip
-
-
-def test_rubbish_in_an_extended_header_is_refused_or_skipped(tmp_path: Path) -> None:
-    """By tarfile: Python 3.12 refuses what 3.11 skips. Fault: an image's offset or size is taken from the rubbish."""
-    rubbish = member("x", b"\xff99999 path=\n" * 5, tarfile.XHDTYPE)
-    (tmp_path / "x.tar").write_bytes(GOOD + rubbish + member("y.png", png(4)) + END)
-    try:
-        images = [item.image for item in open_source(str(tmp_path), 8)]
-    except DataError:
-        return
-    assert [image.tobytes() for image in images] == [pixels(seed).tobytes() for seed in (1, 4)]
 
 
 @pytest.mark.parametrize("case", TARS)
