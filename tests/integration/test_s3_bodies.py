@@ -109,7 +109,7 @@ def test_a_body_that_breaks_off_is_resumed_from_the_same_object() -> None:
 
 def test_a_body_that_never_gets_through_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(s3, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(s3, "BACKOFF_S", 0.001)
     with unsteady(limit=0) as (store, handler):
         with pytest.raises(UnreachableError, match=r"a: the body .*; given up after \d+ attempts and 0 bytes"):
             store.read("a")
