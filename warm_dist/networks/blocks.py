@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from warm_dist.networks.flat import Flat, views
+from warm_dist.networks.group_norm import group_norm
+
 Init = Callable[[nn.Module], None]
 
 
@@ -42,10 +45,17 @@ def initialised(layer: nn.Module, init: Init) -> nn.Module:
     return layer
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalization with EDM's min(32, C/4) groups, or the next smaller number that divides C."""
-    groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=eps)
+def num_groups(channels: int) -> int:
+    """EDM's number of groups, min(32, C/4), or the next smaller number that divides C."""
+    return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
+
+
+class Norm(nn.Module):
+    """The parameters of a group normalization: weight one, bias zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
 
 def positional(values: Tensor, channels: int, endpoint: bool) -> Tensor:
@@ -72,53 +82,62 @@ def filter_kernel(taps: tuple[int, ...]) -> Tensor:
 
 
 def resample(x: Tensor, mode: str | None, kernel: Tensor | None = None) -> Tensor:
-    """(B, C, H, W) → (B, C, 2H, 2W) for mode "up", (B, C, H/2, W/2) for "down", unchanged for None.
+    """(B, C, H, W) → (B, C, 2H, 2W) for mode "up", (B, C, H/2, W/2) for "down", unchanged for None; channels-last.
 
     kernel: a low-pass filter (1, 1, n, n) of even size n, or None for a box (n = 2).
     """
     if mode is None:
         return x
     if kernel is None:
-        return functional.interpolate(x, scale_factor=2) if mode == "up" else functional.avg_pool2d(x, 2)
+        return double(x) if mode == "up" else functional.avg_pool2d(x, 2)
     padding, per_channel = (kernel.shape[-1] - 1) // 2, kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     if mode == "up":
         return functional.conv_transpose2d(x, 4 * per_channel, stride=2, padding=padding, groups=x.shape[1])
     return functional.conv2d(x, per_channel, stride=2, padding=padding, groups=x.shape[1])
 
 
-class AuxiliaryDown(nn.Module):
+def double(x: Tensor) -> Tensor:
+    """Every pixel four times, (B, C, H, W) → (B, C, 2H, 2W): its gradient is a plain sum, without atomics."""
+    b, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (B, H, 1, W, 1, C)
+    return rows.expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution of a channels-last (B, C, H, W) as the matrix product that it is. weight: (C_out, C)."""
+    return functional.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def attend(x: Tensor, w: dict[str, Tensor], num_heads: int, eps: float) -> Tensor:
+    """Self-attention over the H·W pixels, without the residual sum, (B, C, H, W) → (B, C, H, W).
+
+    w: the tensors norm, qkv and proj of `attention_layers` under "attention.".
+    """
+    b, c, height, width = x.shape
+    x = group_norm(x, w["attention.norm.weight"], w["attention.norm.bias"], num_groups(c), eps, silu=False)
+    pixels = x.permute(0, 2, 3, 1).reshape(b, height * width, c)
+    qkv = functional.linear(pixels, w["attention.qkv.weight"], w["attention.qkv.bias"])
+    # each (B, heads, H·W, C/heads) with the last axis contiguous, as flash attention needs it
+    q, k, v = qkv.view(b, height * width, 3, num_heads, c // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, c)
+    return functional.linear(out, w["attention.proj.weight"], w["attention.proj.bias"]).permute(0, 3, 1, 2)
+
+
+class AuxiliaryDown(Flat):
     """A level of NCSN++'s image pyramid: a 3x3 convolution, then the low-pass filter with stride 2."""
 
     kernel: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, o: BlockOptions) -> None:
         super().__init__()
-        self.conv = initialised(nn.Conv2d(in_channels, out_channels, 3, padding=2), o.init)
+        self.flatten({"conv": initialised(nn.Conv2d(in_channels, out_channels, 3), o.init)})
         self.register_buffer("kernel", filter_kernel(o.filter), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C_out, H/2, W/2)."""
-        x = self.conv(x)
+        w = views(self.flat.to(x.dtype), self.pieces)
+        x = functional.conv2d(x, w["conv.weight"], w["conv.bias"], padding=2)
         return functional.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
-
-
-class Attention(nn.Module):
-    """Self-attention over the H·W pixels, without the residual sum."""
-
-    def __init__(self, channels: int, num_heads: int, eps: float, init: Init, init_zero: Init) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = group_norm(channels, eps)
-        self.qkv = initialised(nn.Conv2d(channels, 3 * channels, 1), init)
-        self.proj = initialised(nn.Conv2d(channels, channels, 1), init_zero)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = qkv.transpose(-1, 2).unbind(3)  # (B, heads, H·W, C/heads) each
-        out = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(2, 3).reshape(b, c, h, w))  # type: ignore[no-any-return]
 
 
 class BlockOptions:
@@ -138,10 +157,11 @@ class BlockOptions:
         self.init_attention = self.init if adm else xavier_init(math.sqrt(0.2))
 
 
-class Block(nn.Module):
+class Block(Flat):
     """Residual block: norm, SiLU, resampling, convolution, embedding, norm, SiLU, dropout, convolution; then attention.
 
-    mode: "up" or "down" to resample, or None.
+    mode: "up" or "down" to resample, or None. `compute` is what `forward` calls, a function of tensors alone, for a
+    compiler to replace.
     """
 
     kernel: Tensor | None
@@ -151,33 +171,53 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.options, self.mode = o, mode
+        self.in_channels, self.out_channels = in_channels, out_channels
         smooth = mode is not None and len(o.filter) > 2
         self.register_buffer("kernel", filter_kernel(o.filter) if smooth else None, persistent=False)
-        self.norm0 = group_norm(in_channels, o.eps)
-        self.conv0 = initialised(nn.Conv2d(in_channels, out_channels, 3, padding=1), o.init)
-        self.affine = initialised(nn.Linear(o.emb_channels, out_channels * (2 if o.adaptive_scale else 1)), o.init)
-        self.norm1 = group_norm(out_channels, o.eps)
-        self.dropout = nn.Dropout(o.dropout)
-        self.conv1 = initialised(nn.Conv2d(out_channels, out_channels, 3, padding=1), o.init_zero)
-        self.skip: nn.Module | None = None
+        layers: dict[str, nn.Module] = {
+            "norm0": Norm(in_channels),
+            "conv0": initialised(nn.Conv2d(in_channels, out_channels, 3), o.init),
+            "affine": initialised(nn.Linear(o.emb_channels, out_channels * (2 if o.adaptive_scale else 1)), o.init),
+            "norm1": Norm(out_channels),
+            "conv1": initialised(nn.Conv2d(out_channels, out_channels, 3), o.init_zero),
+        }
         if out_channels != in_channels or (mode and o.project_resampled):
-            self.skip = initialised(nn.Conv2d(in_channels, out_channels, 1), o.init)
-        heads = out_channels // o.channels_per_head if o.channels_per_head else 1
-        self.attention = (
-            Attention(out_channels, max(heads, 1), o.eps, o.init_attention, o.init_zero) if attention else None
-        )
+            layers["skip"] = initialised(nn.Conv2d(in_channels, out_channels, 1), o.init)
+        self.num_heads = 0
+        if attention:
+            self.num_heads = max(1, out_channels // o.channels_per_head) if o.channels_per_head else 1
+            layers["attention.norm"] = Norm(out_channels)
+            layers["attention.qkv"] = initialised(nn.Conv2d(out_channels, 3 * out_channels, 1), o.init_attention)
+            layers["attention.proj"] = initialised(nn.Conv2d(out_channels, out_channels, 1), o.init_zero)
+        self.flatten(layers, self.num_heads)
+        self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] = self._compute
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (B, C_in, H, W), emb: (B, emb_channels) → (B, C_out, H', W'), H' = H, 2H or H/2 by the mode."""
-        o = self.options
-        h = self.conv0(resample(functional.silu(self.norm0(x)), self.mode, self.kernel))
-        params = self.affine(emb)[:, :, None, None]
-        if o.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            h = functional.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
-        else:
-            h = functional.silu(self.norm1(h + params))
-        h = self.conv1(self.dropout(h))
+        """x: (B, C_in, H, W), emb: (B, emb_channels) → (B, C_out, H', W'), H' = H, 2H or H/2 by the mode.
+
+        In the dtype of x, channels-last.
+        """
+        return self.compute(self.flat, x, emb)
+
+    def _compute(self, flat: Tensor, x: Tensor, emb: Tensor) -> Tensor:
+        o, w = self.options, views(flat.to(x.dtype), self.pieces)
+        h = group_norm(x, w["norm0.weight"], w["norm0.bias"], num_groups(self.in_channels), o.eps)
+        h = functional.conv2d(resample(h, self.mode, self.kernel), w["conv0.weight"], w["conv0.bias"], padding=1)
+        level = functional.linear(emb, w["affine.weight"], w["affine.bias"])
+        scale, shift = level.chunk(2, dim=1) if o.adaptive_scale else (None, None)
+        before = None if o.adaptive_scale else level
+        norm1 = w["norm1.weight"], w["norm1.bias"], num_groups(self.out_channels), o.eps
+        h = group_norm(h, *norm1, before=before, scale=scale, shift=shift)
+        if o.dropout:
+            h = functional.dropout(h, o.dropout, self.training)
+        h = functional.conv2d(h, w["conv1.weight"], w["conv1.bias"], padding=1)
         skip = resample(x, self.mode, self.kernel)
-        h = torch.add(h, self.skip(skip) if self.skip is not None else skip) * o.skip_scale
-        return h if self.attention is None else (h + self.attention(h)) * o.skip_scale
+        if "skip.weight" in w:
+            skip = pointwise(skip, w["skip.weight"], w["skip.bias"])
+        h = scaled_sum(h, skip, o.skip_scale)
+        return scaled_sum(h, attend(h, w, self.num_heads, o.eps), o.skip_scale) if self.num_heads else h
+
+
+def scaled_sum(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(a + b)·scale."""
+    return a + b if scale == 1.0 else (a + b) * scale

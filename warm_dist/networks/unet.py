@@ -18,24 +18,27 @@ from warm_dist.networks.blocks import (
     AuxiliaryDown,
     Block,
     BlockOptions,
+    Norm,
     fourier,
-    group_norm,
     initialised,
     kaiming_init,
+    num_groups,
     positional,
     xavier_init,
 )
+from warm_dist.networks.flat import Flat, views
+from warm_dist.networks.group_norm import group_norm
 
 NUM_AUGMENT = 9
 """Number of augmentation labels per image, see `training.augment`."""
 
 
-class UNet(nn.Module):
+class UNet(Flat):
     """A U-Net whose first C output channels are the denoiser head and whose last C are the deblurrer head.
 
     c_blur enters through a zero-initialised map, so that an untrained network ignores it and BNR 0 is EDM.
     num_augment: 0 for training without augmentation. checkpointing: recompute every block in the backward pass instead
-    of keeping its activations.
+    of keeping its activations. dtype: what it computes in, whatever its parameters are; activations are channels-last.
     """
 
     fourier: Tensor | None
@@ -52,34 +55,33 @@ class UNet(nn.Module):
         super().__init__()
         adm, ncsnpp = config.arch == "adm", config.arch == "ncsnpp"
         self.resolution, self.channels, self.num_classes = resolution, channels, num_classes
-        self.adm, self.checkpointing = adm, False
+        self.adm, self.checkpointing, self.dtype = adm, False, torch.float32
         self.noise_channels = config.channels * (2 if ncsnpp else 1)
+        self.num_augment = num_augment
         emb_channels = 4 * config.channels
-        options = BlockOptions(config.arch, emb_channels, config.dropout)
+        self.options = options = BlockOptions(config.arch, emb_channels, config.dropout)
         init = options.init
         # fixed random frequencies from a constant seed: checkpoints hold parameters only
         frequencies = torch.from_numpy(16 * rng.normals(0, "fourier", [0], (self.noise_channels // 2,))[0])
         self.register_buffer("fourier", frequencies if ncsnpp else None, persistent=False)
 
-        self.map_blur = nn.Linear(self.noise_channels, self.noise_channels, bias=False)
-        nn.init.zeros_(self.map_blur.weight)
-        self.map_layer0 = initialised(nn.Linear(self.noise_channels, emb_channels), init)
-        self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), init)
-        self.map_label: nn.Module | None = None
+        layers: dict[str, nn.Module] = {"map_blur": nn.Linear(self.noise_channels, self.noise_channels, bias=False)}
+        nn.init.zeros_(layers["map_blur"].weight)
+        layers["map_layer0"] = initialised(nn.Linear(self.noise_channels, emb_channels), init)
+        layers["map_layer1"] = initialised(nn.Linear(emb_channels, emb_channels), init)
         if num_classes and adm:
-            self.map_label = nn.Linear(num_classes, emb_channels, bias=False)
-            nn.init.normal_(self.map_label.weight, std=1.0)  # EDM: sqrt(num_classes) over fan-in
+            layers["map_label"] = nn.Linear(num_classes, emb_channels, bias=False)
+            nn.init.normal_(layers["map_label"].weight, std=1.0)  # EDM: sqrt(num_classes) over fan-in
         elif num_classes:
-            self.map_label = initialised(nn.Linear(num_classes, self.noise_channels), init)
-        self.map_augment: nn.Module | None = None
+            layers["map_label"] = initialised(nn.Linear(num_classes, self.noise_channels), init)
         if num_augment:
             layer = nn.Linear(num_augment, self.noise_channels, bias=False)
-            self.map_augment = initialised(layer, options.init_zero if adm else init)
+            layers["map_augment"] = initialised(layer, options.init_zero if adm else init)
 
         widths = [config.channels * m for m in config.channel_mult]
         resolutions = [resolution >> level for level in range(len(widths))]
         attended = set(config.attention_resolutions)
-        self.stem = initialised(nn.Conv2d(channels, widths[0] if adm else config.channels, 3, padding=1), init)
+        layers["stem"] = initialised(nn.Conv2d(channels, widths[0] if adm else config.channels, 3), init)
         current = widths[0] if adm else config.channels
         skips, self.encoder, self.pyramid = [current], nn.ModuleList(), nn.ModuleList()
         image = channels
@@ -106,29 +108,38 @@ class UNet(nn.Module):
                 attention = res in attended and (adm or index == config.num_blocks)
                 self.decoder.append(Block(current + skips.pop(), width, options, attention=attention))
                 current = width
-        self.norm_out = group_norm(current, options.eps)
-        self.conv_out = initialised(
-            nn.Conv2d(current, num_heads * channels, 3, padding=1), kaiming_init(0.0) if adm else xavier_init(1e-5)
+        self.out_channels = current
+        layers["norm_out"] = Norm(current)
+        layers["conv_out"] = initialised(
+            nn.Conv2d(current, num_heads * channels, 3), kaiming_init(0.0) if adm else xavier_init(1e-5)
         )
+        self.flatten(layers)
 
-    def embed(self, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        """The (B, 4·channels) embedding of both levels, the class and the augmentation; arguments as `forward`."""
-        dtype = self.map_blur.weight.dtype
+    def embed(
+        self, w: dict[str, Tensor], c_noise: Tensor, c_blur: Tensor, labels: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """The (B, 4·channels) embedding of both levels, the class and the augmentation, in the dtype of the tensors w.
+
+        Other arguments as `forward`.
+        """
+        dtype = w["map_blur.weight"].dtype
         if self.fourier is not None:
             emb = fourier(c_noise, self.fourier)
         else:
             emb = positional(c_noise, self.noise_channels, endpoint=not self.adm)
         if not self.adm:
             emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # SongUNet puts the sines first
-        emb = emb.to(dtype) + self.map_blur(positional(c_blur, self.noise_channels, endpoint=not self.adm).to(dtype))
-        label = self._one_hot(labels, len(emb), emb.device).to(dtype) if self.map_label is not None else None
-        if self.map_label is not None and label is not None and not self.adm:
-            emb = emb + self.map_label(label * math.sqrt(self.num_classes))
-        if self.map_augment is not None and augment is not None:
-            emb = emb + self.map_augment(augment.to(dtype))
-        emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
-        if self.adm and self.map_label is not None:
-            emb = emb + self.map_label(label)
+        blur = positional(c_blur, self.noise_channels, endpoint=not self.adm).to(dtype)
+        emb = emb.to(dtype) + functional.linear(blur, w["map_blur.weight"])
+        label = self._one_hot(labels, len(emb), emb.device).to(dtype) if self.num_classes else None
+        if label is not None and not self.adm:
+            emb = emb + functional.linear(label * math.sqrt(self.num_classes), w["map_label.weight"], w["map_label.bias"])
+        if self.num_augment and augment is not None:
+            emb = emb + functional.linear(augment.to(dtype), w["map_augment.weight"])
+        emb = functional.silu(functional.linear(emb, w["map_layer0.weight"], w["map_layer0.bias"]))
+        emb = functional.linear(emb, w["map_layer1.weight"], w["map_layer1.bias"])
+        if label is not None and self.adm:
+            emb = emb + functional.linear(label, w["map_label.weight"])
         return functional.silu(emb)
 
     def _one_hot(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -141,9 +152,10 @@ class UNet(nn.Module):
         self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """x: (B, C, H, W), c_noise, c_blur: (B,), labels: (B,) int64, -1 for none, augment: (B, 9) → (B, 2C, H, W)."""
-        emb = self.embed(c_noise, c_blur, labels, augment)
-        image = x.to(emb.dtype)
-        h = self.stem(image)
+        w = views(self.flat.to(self.dtype), self.pieces)
+        emb = self.embed(w, c_noise, c_blur, labels, augment)
+        image = x.to(self.dtype, memory_format=torch.channels_last)
+        h = functional.conv2d(image, w["stem.weight"], w["stem.bias"], padding=1)
         skips, pyramid = [h], iter(self.pyramid)
         for block in self.encoder:
             h = self._run(block, h, emb)
@@ -154,7 +166,9 @@ class UNet(nn.Module):
             h = self._run(block, h, emb)
         for block in self.decoder:
             h = self._run(block, h if block.mode else torch.cat([h, skips.pop()], dim=1), emb)
-        return self.conv_out(functional.silu(self.norm_out(h)))  # type: ignore[no-any-return]
+        groups = num_groups(self.out_channels)
+        h = group_norm(h, w["norm_out.weight"], w["norm_out.bias"], groups, self.options.eps)
+        return functional.conv2d(h, w["conv_out.weight"], w["conv_out.bias"], padding=1)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and self.training:

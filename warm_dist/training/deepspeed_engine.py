@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,41 +15,41 @@ from torch import Tensor, nn
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
-from warm_dist.networks.blocks import Block
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
 
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 of DeepSpeed 0.19.8, whose internal attributes it reads, with torch's Adam.
 
-    bf16 at stage 0 is torch autocast over float32 weights: DeepSpeed's own bf16 stage 0 loses accuracy.
+    At stage 0 the weights stay float32, and the network casts them: DeepSpeed's own bf16 stage 0 loses accuracy.
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World) -> None:
         self.stage = config.parallel.zero_stage
-        bf16 = config.parallel.precision == "bf16"
-        super().__init__(module, config, world, autocast=bf16 and self.stage == 0)
+        super().__init__(module, config, world)
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         optimizer = make_adam(module.parameters(), config)
-        if self.stage == 3:
-            # gather a whole residual block, not layer by layer: a quarter less processor time with accumulation
-            deepspeed.utils.set_z3_leaf_modules(module, [Block])
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=module.to(world.device),
             optimizer=optimizer,
             config=deepspeed_config(config, world.size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
+        if self.stage == 3:
+            _remember_signatures(module)
         if config.parallel.compile:
             module.compile()  # after DeepSpeed's hooks, which then stay outside the graph
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
-        self._dtype = torch.bfloat16 if bf16 and self.stage else torch.float32
+        # the engine's own forward only adds hooks and timers, which stage 3 alone needs
+        self.run = self.engine if self.stage == 3 else module
+        self._norm = torch.zeros((), device=world.device)
+        if _guards(config):
+            self.optimizer.register_step_pre_hook(self._guard)
         self._micro_step = 0
 
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
-        with self.precision():
-            return self.engine(x.to(self._dtype), c_noise, c_blur, *condition)  # type: ignore[no-any-return]
+        return self.run(x, c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         self._micro_step += 1
@@ -63,10 +65,17 @@ class DeepSpeedEngine(Engine):
             norm = clip_and_guard(self.optimizer, list(self.module.parameters()), self.config.train.clip)
             self.engine.step()
             return norm
+        if _guards(self.config):
+            self.engine.step()
+            return self._norm
         self.engine.step()  # ZeRO's overflow check skips a non-finite update
         # the norm is a float after an overflow, and on the host with offload_optimizer
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32).detach()
         return norm.to(self.world.device, non_blocking=True)
+
+    def _guard(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm = clip_and_guard(optimizer, parameters, self.config.train.clip, sharded=self.world.size > 1)
 
     def fragments(self) -> list[Fragment]:
         if self.stage == 0:
@@ -123,17 +132,36 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     if stage in (1, 2):
         # its "reduce_scatter" all-reduces the bucket too, after slicing it by parameter and rank: 6 % of a small step
         out["zero_optimization"]["reduce_scatter"] = False
+        # else every gradient is copied into a buffer as large as the network; ours are few and large
+        out["zero_optimization"]["contiguous_gradients"] = False
+    if _guards(config):
+        out["zero_optimization"]["compute_grad_norm"] = False
     if stage == 3:
         # no parameter stays gathered between steps, so restoring the shards restores all of it
         out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # would replace torch.nn.functional.linear, in the whole process, by a slower one that saves no memory here
+        out["zero_optimization"]["memory_efficient_linear"] = False
     if config.parallel.offload_optimizer:
         out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         out["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled at the start
-    if stage and config.train.clip is not None:
-        out["gradient_clipping"] = config.train.clip
+    if stage:  # left out, it would be 1
+        out["gradient_clipping"] = 0.0 if config.train.clip is None or _guards(config) else config.train.clip
     if stage and config.parallel.precision == "bf16":
-        out["bf16"] = {"enabled": True}
+        out["bf16"] = {"enabled": True, "check_grad_overflow": not _guards(config)}
     return out
+
+
+def _guards(config: Config) -> bool:
+    """Whether we clip and guard the update: DeepSpeed looks at every parameter by itself, and waits for the device."""
+    return config.parallel.zero_stage in (1, 2) and not config.parallel.offload_optimizer
+
+
+def _remember_signatures(module: nn.Module) -> None:
+    """Have torch find the signatures of stage 3's hooks, which it inspects at every call: 100 times a step."""
+    for part in module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            if hook := vars(part).get(name):
+                hook.forward.__signature__ = inspect.signature(hook.forward)
 
 
 def _import_deepspeed() -> Any:
@@ -143,7 +171,14 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
+    import deepspeed.utils.nvtx
+    from deepspeed.accelerator import get_accelerator
 
+    deepspeed.utils.nvtx.enable_nvtx = False  # two calls around each of its functions, 700 times a step at stage 3
+    if not torch.cuda.is_available():
+        # stage 3 counts devices at every step, which on a CPU starts the program numactl
+        accelerator = get_accelerator()
+        accelerator.device_count = cache(accelerator.device_count)
     # its shared-memory op for CPU inference takes two minutes to compile, and training never calls it
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,18 @@ def set_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
         state["step"].fill_(float(num_steps))
 
 
-def clip_and_guard(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
-    """Clip by the total norm, and have Adam skip a non-finite update; returns the norm. No host sync."""
+def clip_and_guard(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None, sharded: bool = False
+) -> Tensor:
+    """Clip by the total norm, and have Adam skip a non-finite update; returns the norm. No host sync.
+
+    sharded: each rank has a part of the gradient, and the norm is that of all parts, which makes this a collective.
+    """
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if sharded:
+        square = norm.square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by fused Adam
@@ -90,10 +99,10 @@ class Engine(ABC):
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, module: nn.Module, config: Config, world: World, autocast: bool) -> None:
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
         self.module, self.config, self.world = module, config, world
         self.num_accumulation = micro_batches(config, world.size)[1]
-        self.precision = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=autocast)
+        module.dtype = DTYPES[config.parallel.precision]  # type: ignore[assignment]  # see UNet
 
     @abstractmethod
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
@@ -129,15 +138,14 @@ class LocalEngine(Engine):
     """Plain PyTorch, the reference for all engines. Several ranks average their gradients."""
 
     def __init__(self, module: nn.Module, config: Config, world: World) -> None:
-        super().__init__(module.to(world.device), config, world, autocast=config.parallel.precision == "bf16")
+        super().__init__(module.to(world.device), config, world)
         if config.parallel.compile:
             module.compile()  # in place: parameters keep their names
         self.parameters = list(module.parameters())
         self.optimizer = make_adam(self.parameters, config)
 
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:
-        with self.precision():
-            return self.module(x, c_noise, c_blur, *condition)  # type: ignore[no-any-return]
+        return self.module(x, c_noise, c_blur, *condition)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.num_accumulation).backward()
