@@ -34,6 +34,7 @@ from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.checkpoints.weights import load_weights
 from warm_dist.config.run import CheckpointConfig
 from warm_dist.distributed.world import World
+from warm_dist.networks.flat import Published, published
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.store.open import open_store
 from warm_dist.store.seaweedfs import S3Server
@@ -135,12 +136,12 @@ def test_a_store_that_is_away_at_the_end_is_told_and_the_same_command_sends(loca
         exported = [tmp_path / f"{name}.safetensors" for name in "ab"]
         for place, path in zip((store, open_store(str(run))), exported, strict=True):
             saved = open_saved(place, names[-1])
-            export_tensors([(saved, "master", 1.0)], shapes_of(run), path, {})
+            export_tensors([(saved, "master", 1.0)], tensors_of(run), path, {})
     assert exported[0].read_bytes() == exported[1].read_bytes()
 
 
-def shapes_of(run: Path) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in load_weights(run / "weights" / "ema.safetensors").network.named_parameters()}
+def tensors_of(run: Path) -> list[Published]:
+    return list(published(load_weights(run / "weights" / "ema.safetensors").network))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.support.networks import weight
 from tests.support.tiny_run import BATCH, batches, config, info, start, state_digest, steps
 from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.run import Config
@@ -270,7 +271,7 @@ def shards(world: World, root: Path) -> dict[str, float]:
         torch.manual_seed(0)
         network = build(config(root, **SMALL))
         network.register_parameter("odd", torch.nn.Parameter(torch.randn(7)))  # stage 3 pads what ranks cannot share
-        torch.nn.init.normal_(network.conv_out.weight)
+        torch.nn.init.normal_(weight(network, "conv_out.weight"))
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         engine = build_engine(network, config(root, **SMALL, parallel__zero_stage=stage), world)
         whole = EMA(engine.shard(), lambda nimg, count: 0.0).full(world, {n: w.shape for n, w in weights.items()})

@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from warm_dist.errors import CheckpointError, DataError, OutputError
 from warm_dist.files import replace_file, write_json
+from warm_dist.networks.flat import Published
 from warm_dist.store.base import Store
 
-FORMAT = 2
+FORMAT = 3
+PUBLISHED = 2  # an older format: its fragments are of the published tensors, in their own names and orders
 COMPLETE = "COMPLETE"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # the whole state, pruned; some EMAs, never pruned
 _GET_BYTES = 32 << 20  # most bytes of adjacent tensors in one read
@@ -106,8 +109,8 @@ def open_saved(store: Store, name: str) -> Saved:
     except (DataError, ValueError) as error:
         raise CheckpointError(f"{where}: not readable ({error})") from None
     found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{where}: of format {found}, this version reads format {FORMAT}")
+    if found not in (PUBLISHED, FORMAT):
+        raise CheckpointError(f"{where}: of format {found}, this version reads formats {PUBLISHED} and {FORMAT}")
     if missing := {"nimg", "num_steps", "config", "data", "fingerprint", "files"} - meta.keys():
         raise CheckpointError(f"{where}: lacks {', '.join(sorted(missing))}")
     return Saved(store, name, meta)
@@ -185,8 +188,35 @@ Targets = dict[tuple[str, str], list[tuple[int, Tensor]]]
 
 
 @torch.no_grad()
-def load_saved(saved: Saved, rank: int, targets: Targets) -> None:
-    """Fill the targets from a checkpoint of any world size and ZeRO stage, piece by piece.
+def load_saved(saved: Saved, rank: int, targets: Targets, tensors: Iterable[Published]) -> None:
+    """Fill the targets from a checkpoint of any world size, ZeRO stage and format.
+
+    tensors: the network's published tensors, by which checkpoints of the older format are named. Raises as `_load`.
+    """
+    if saved.meta["format"] == FORMAT:
+        return _load(saved, rank, targets)
+    by_flat: dict[str, list[Published]] = {}
+    for tensor in tensors:
+        by_flat.setdefault(tensor.flat, []).append(tensor)
+    for kind in dict.fromkeys(kind for kind, _ in targets):
+        wanted = [  # one kind at a time: the whole tensors are a copy of this rank's part of it
+            (tensor, start, target)
+            for (k, name), group in targets.items()
+            for start, target in group
+            for tensor in by_flat.get(name, ())
+            if k == kind and tensor.start < start + target.numel() and start < tensor.stop
+        ]
+        whole = {tensor.name: torch.empty(tensor.piece.numel) for tensor, _, _ in wanted}
+        _load(saved, rank, {(kind, name): [(0, values)] for name, values in whole.items()})
+        for tensor, start, target in wanted:
+            first, last = max(tensor.start, start), min(tensor.stop, start + target.numel())
+            values = tensor.piece.adopt(whole[tensor.name])
+            target[first - start : last - start].copy_(values[first - tensor.start : last - tensor.start])
+    return None
+
+
+def _load(saved: Saved, rank: int, targets: Targets) -> None:
+    """Fill the targets, piece by piece, by the names in the files.
 
     All values used are checked against their hashes. The same rank's file is read first: at an equal world size and
     stage it holds everything. Raises CheckpointError if anything is damaged or missing; the state is then undefined.
@@ -215,34 +245,58 @@ Part = tuple[Saved, str, float]
 """A checkpoint or snapshot, a kind of tensors in it, and their factor in a sum."""
 
 
-def export_tensors(parts: list[Part], shapes: dict[str, torch.Size], path: Path, metadata: dict[str, str]) -> None:
-    """Write the weighted sum of the parts as one safetensors file of whole tensors, holding one tensor at a time.
+def export_tensors(parts: list[Part], tensors: Sequence[Published], path: Path, metadata: dict[str, str]) -> None:
+    """Write the weighted sum of the parts as one safetensors file of published tensors, holding one block at a time.
 
-    Raises CheckpointError if a part lacks a value, OutputError if the file cannot be written.
+    tensors: all of the network's, block by block. Raises CheckpointError if a part lacks a value, OutputError if the
+    file cannot be written.
     """
     layouts = [_layout(saved, kind) for saved, kind, _ in parts]
+    header, _ = _header({tensor.name: tensor.piece.shape for tensor in tensors}, metadata)
 
     def fill(temporary: Path) -> None:
         with temporary.open("wb") as out:
-            out.write(_header(shapes, metadata)[0])
-            for name, shape in shapes.items():
-                total = torch.zeros(shape.numel(), dtype=torch.float64)
-                for (saved, kind, factor), layout in zip(parts, layouts, strict=True):
-                    missing = shape.numel()
-                    for file, stored in layout.get(name, ()):
-                        for tensor, values in _read(saved, file, [stored]):
-                            total[tensor.start : tensor.stop] += factor * values.double()
-                            missing -= len(values)
-                    if missing:
-                        raise CheckpointError(f"{saved}: lacks {kind}/{name}")
-                out.write(total.float().numpy().data.cast("B"))
+            out.write(header)
+            for _, block in groupby(tensors, key=lambda tensor: tensor.flat):
+                members = list(block)
+                total = torch.zeros(members[-1].stop, dtype=torch.float64)
+                for part, layout in zip(parts, layouts, strict=True):
+                    total += part[2] * _whole(part, layout, members)
+                for tensor in members:
+                    values = tensor.piece.publish(total[tensor.start : tensor.stop]).float().contiguous()
+                    out.write(values.view(-1).numpy().data.cast("B"))
 
     replace_file(path, fill)
 
 
-def _layout(saved: Saved, kind: str) -> dict[str, list[tuple[str, _Tensor]]]:
-    """Parameter name → its fragments and the file of each."""
-    out: dict[str, list[tuple[str, _Tensor]]] = {}
+def _whole(part: Part, layout: Layout, members: list[Published]) -> Tensor:
+    """All elements of one flat parameter, (n,) float64, from a checkpoint of either format."""
+    saved, kind, _ = part
+    total = torch.empty(members[-1].stop, dtype=torch.float64)
+    if saved.meta["format"] == FORMAT:
+        named = [(members[0].flat, total)]
+    else:
+        named = [(tensor.name, torch.empty(tensor.piece.numel, dtype=torch.float64)) for tensor in members]
+    for name, into in named:
+        missing = into.numel()
+        for file, stored in layout.get(name, ()):
+            for tensor, values in _read(saved, file, [stored]):
+                into[tensor.start : tensor.stop] = values
+                missing -= len(values)
+        if missing:
+            raise CheckpointError(f"{saved}: lacks {kind}/{name}")
+    if saved.meta["format"] != FORMAT:
+        for member, (_, whole) in zip(members, named, strict=True):
+            total[member.start : member.stop] = member.piece.adopt(whole)
+    return total
+
+
+Layout = dict[str, list[tuple[str, _Tensor]]]
+"""Parameter name → its fragments and the file of each."""
+
+
+def _layout(saved: Saved, kind: str) -> Layout:
+    out: Layout = {}
     for file in saved.meta["files"]:
         for tensor in _index(saved, file):
             if tensor.kind == kind:

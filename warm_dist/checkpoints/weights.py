@@ -15,6 +15,7 @@ from warm_dist.config.load import parse_json
 from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
 from warm_dist.errors import CheckpointError, redact
+from warm_dist.networks.flat import adopt, published
 from warm_dist.networks.unet import build
 from warm_dist.runs.folder import EXPORTS, WEIGHTS
 from warm_dist.store.open import open_store
@@ -38,9 +39,8 @@ def export_weights(parts: list[Part], path: Path) -> None:
     config = validate(saved.meta["config"], str(saved))
     with torch.device("meta"):
         network = build(config)
-    shapes = {name: p.shape for name, p in network.named_parameters()}
     header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # others will read it
-    export_tensors(parts, shapes, path, header)
+    export_tensors(parts, list(published(network)), path, header)
 
 
 def load_weights(path: Path, device: torch.device | None = None) -> Model:
@@ -57,9 +57,9 @@ def load_weights(path: Path, device: torch.device | None = None) -> Model:
         raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
     network = build(config)
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
+        adopt(network, state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: does not fit its own config ({error})") from None
     return Model(network.eval().to(device), config, info)
 
 

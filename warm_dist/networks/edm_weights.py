@@ -13,27 +13,32 @@ from torch import Tensor
 
 from warm_dist.errors import CheckpointError
 from warm_dist.networks.blocks import Block
+from warm_dist.networks.flat import adopt, publish, published
 from warm_dist.networks.unet import UNet
 
 _FOURIER = "map_noise.freqs"
-_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
+_ATTENTION = {"attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj": "proj"}
 
 
 def edm_names(network: UNet) -> dict[str, str]:
     """Our name → EDM's, for every parameter that EDM has. The network may be on the meta device."""
+    modules = dict(_modules(network))
     out = {}
-    for ours, theirs in _modules(network):
-        for name, _ in network.get_submodule(ours).named_parameters():
-            head, _, leaf = name.rpartition(".")
-            inside = {"attention." + key: value for key, value in _ATTENTION.items()}.get(head, head)
-            out[f"{ours}.{name}"] = ".".join(part for part in (theirs, inside, leaf) if part)
+    for tensor in published(network):
+        layer, _, leaf = tensor.name.rpartition(".")
+        ours, inside = layer, ""
+        if layer not in modules:  # a layer of a block
+            number = ".".join(layer.split(".")[:2])
+            ours, inside = number, layer.removeprefix(f"{number}.")
+        if ours in modules:
+            inside = _ATTENTION.get(inside, inside)
+            out[tensor.name] = ".".join(part for part in (modules[ours], inside, leaf) if part)
     return out
 
 
 def _modules(network: UNet) -> Iterator[tuple[str, str]]:
     for name in ("map_label", "map_augment", "map_layer0", "map_layer1"):
-        if getattr(network, name) is not None:
-            yield name, name
+        yield name, name
     resolution = network.resolution
     yield "stem", f"enc.{resolution}x{resolution}_conv"
     for k in range(len(network.pyramid)):
@@ -67,10 +72,10 @@ def load_edm(network: UNet, state: Mapping[str, Tensor]) -> None:
     wrong shapes, and then changes nothing.
     """
     given = {key.removeprefix("model."): value for key, value in state.items() if not key.endswith("resample_filter")}
-    parameters = dict(network.named_parameters())
-    targets: dict[str, Tensor] = {
-        theirs: parameters[ours][: network.channels] if ours.startswith("conv_out.") else parameters[ours]
-        for ours, theirs in edm_names(network).items()
+    weights, names = publish(network), edm_names(network)
+    targets = {
+        theirs: weights[ours][: network.channels] if ours.startswith("conv_out.") else weights[ours]
+        for ours, theirs in names.items()
     }
     if network.fourier is not None:
         targets[_FOURIER] = network.fourier
@@ -83,5 +88,10 @@ def load_edm(network: UNet, state: Mapping[str, Tensor]) -> None:
     for name, target in targets.items():
         if target.shape != given[name].shape:
             raise CheckpointError(f"{name} is {tuple(given[name].shape)}, this network needs {tuple(target.shape)}")
-    for name, target in targets.items():
-        target.copy_(given[name])
+    if network.fourier is not None:
+        network.fourier.copy_(given[_FOURIER])
+    for ours, theirs in names.items():
+        value = given[theirs].to(weights[ours])
+        second = weights[ours][len(value) :]  # of conv_out, whose first head is EDM's
+        weights[ours] = torch.cat([value, second])
+    adopt(network, weights)

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     def publish(self, part: Tensor) -> Tensor:
         """The inverse of `adopt`: a part of the flat tensor → the published tensor, a copy where the orders differ."""
         inverse = [self.axes.index(axis) for axis in range(len(self.axes))]
-        return part.view([self.split[axis] for axis in self.axes]).permute(inverse).reshape(self.shape)
+        return part.view([self.split[axis] for axis in self.axes]).permute(inverse).reshape(self.shape).contiguous()
 
 
 def _piece(name: str, p: Tensor, num_heads: int) -> Piece:
@@ -91,22 +91,27 @@ def views(flat: Tensor, pieces: tuple[Piece, ...]) -> dict[str, Tensor]:
     return out
 
 
-class Part(NamedTuple):
-    """A published tensor's name in the network, the flat parameter that holds it, and from which element on."""
+class Published(NamedTuple):
+    """A published tensor: its name in the network, the flat parameter that holds it, and from which element on."""
 
     name: str
     flat: str
     start: int
     piece: Piece
 
+    @property
+    def stop(self) -> int:
+        """The element of the flat parameter after the last one."""
+        return self.start + self.piece.numel
 
-def parts(network: nn.Module) -> Iterator[Part]:
+
+def published(network: nn.Module) -> Iterator[Published]:
     """Every published tensor, in the order of the flat parameters. The network may be on the meta device."""
     for prefix, module in network.named_modules():
         if isinstance(module, Flat):
             dot, start = f"{prefix}." if prefix else "", 0
             for piece in module.pieces:
-                yield Part(dot + piece.name, f"{dot}flat", start, piece)
+                yield Published(dot + piece.name, f"{dot}flat", start, piece)
                 start += piece.numel
 
 
@@ -114,18 +119,20 @@ def publish(network: nn.Module, flats: Mapping[str, Tensor] | None = None) -> di
     """The weights by published names. flats: by parameter names, (n,) each; None: the network's own, detached."""
     if flats is None:
         flats = {name: p.detach() for name, p in network.named_parameters()}
-    return {
-        part.name: part.piece.publish(flats[part.flat].view(-1)[part.start : part.start + part.piece.numel])
-        for part in parts(network)
-    }
+    return {p.name: p.piece.publish(flats[p.flat].view(-1)[p.start : p.stop]) for p in published(network)}
 
 
 @torch.no_grad()
 def adopt(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load published weights, all of them. Raises KeyError or RuntimeError for missing ones or other shapes."""
-    flats = dict(network.named_parameters())
-    for part in parts(network):
-        tensor = tensors[part.name]
-        if tuple(tensor.shape) != part.piece.shape:
-            raise RuntimeError(f"{part.name} is {tuple(tensor.shape)}, needs {part.piece.shape}")
-        flats[part.flat][part.start : part.start + part.piece.numel] = part.piece.adopt(tensor).to(flats[part.flat])
+    """Load published weights, all of them.
+
+    Raises ValueError, and changes nothing, if one is missing, unknown or of another shape.
+    """
+    flats, wanted = dict(network.named_parameters()), list(published(network))
+    if wrong := sorted({p.name for p in wanted} ^ tensors.keys()):
+        raise ValueError(f"{len(wrong)} tensors are missing or unknown, first {wrong[0]}")
+    for p in wanted:
+        if tuple(tensors[p.name].shape) != p.piece.shape:
+            raise ValueError(f"{p.name} is {tuple(tensors[p.name].shape)}, this network needs {p.piece.shape}")
+    for p in wanted:
+        flats[p.flat][p.start : p.stop] = p.piece.adopt(tensors[p.name])

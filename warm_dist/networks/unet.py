@@ -65,13 +65,14 @@ class UNet(Flat):
         frequencies = torch.from_numpy(16 * rng.normals(0, "fourier", [0], (self.noise_channels // 2,))[0])
         self.register_buffer("fourier", frequencies if ncsnpp else None, persistent=False)
 
-        layers: dict[str, nn.Module] = {"map_blur": nn.Linear(self.noise_channels, self.noise_channels, bias=False)}
-        nn.init.zeros_(layers["map_blur"].weight)
+        map_blur = nn.Linear(self.noise_channels, self.noise_channels, bias=False)
+        nn.init.zeros_(map_blur.weight)
+        layers: dict[str, nn.Module] = {"map_blur": map_blur}
         layers["map_layer0"] = initialised(nn.Linear(self.noise_channels, emb_channels), init)
         layers["map_layer1"] = initialised(nn.Linear(emb_channels, emb_channels), init)
         if num_classes and adm:
-            layers["map_label"] = nn.Linear(num_classes, emb_channels, bias=False)
-            nn.init.normal_(layers["map_label"].weight, std=1.0)  # EDM: sqrt(num_classes) over fan-in
+            layers["map_label"] = map_label = nn.Linear(num_classes, emb_channels, bias=False)
+            nn.init.normal_(map_label.weight, std=1.0)  # EDM: sqrt(num_classes) over fan-in
         elif num_classes:
             layers["map_label"] = initialised(nn.Linear(num_classes, self.noise_channels), init)
         if num_augment:
@@ -133,7 +134,9 @@ class UNet(Flat):
         emb = emb.to(dtype) + functional.linear(blur, w["map_blur.weight"])
         label = self._one_hot(labels, len(emb), emb.device).to(dtype) if self.num_classes else None
         if label is not None and not self.adm:
-            emb = emb + functional.linear(label * math.sqrt(self.num_classes), w["map_label.weight"], w["map_label.bias"])
+            emb = emb + functional.linear(
+                label * math.sqrt(self.num_classes), w["map_label.weight"], w["map_label.bias"]
+            )
         if self.num_augment and augment is not None:
             emb = emb + functional.linear(augment.to(dtype), w["map_augment.weight"])
         emb = functional.silu(functional.linear(emb, w["map_layer0.weight"], w["map_layer0.bias"]))

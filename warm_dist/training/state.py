@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from warm_dist.checkpoints.format import Saved, Targets, load_saved
+from warm_dist.networks.flat import published
 from warm_dist.training.ema import EMA
 from warm_dist.training.engine import STATE, Engine
 
@@ -33,5 +34,5 @@ def load_state(saved: Saved, rank: int, engine: Engine, emas: dict[str, EMA]) ->
     for kind, ema in emas.items():
         for f, value in zip(ema.fragments, ema.values, strict=True):
             targets.setdefault((kind, f.name), []).append((f.start, value))
-    load_saved(saved, rank, targets)
+    load_saved(saved, rank, targets, published(engine.module))
     engine.after_load(saved.meta["num_steps"])

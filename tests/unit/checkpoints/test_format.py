@@ -7,7 +7,7 @@ from safetensors import safe_open
 from tests.support.saved_state import ema_of, save
 from tests.support.tiny_run import ALONE, config
 from warm_dist.checkpoints import format
-from warm_dist.checkpoints.format import Saved, open_saved, write_rank
+from warm_dist.checkpoints.format import FORMAT, Saved, open_saved, write_rank
 from warm_dist.errors import CheckpointError
 from warm_dist.networks.unet import build_network
 from warm_dist.store.folder import FolderStore
@@ -60,7 +60,7 @@ def test_parts_that_ranks_wrote_are_put_together_by_readers_of_another_number(tm
             if cut[rank] < cut[rank + 1]:
                 share[key.replace("@0", f"@{cut[rank]}")] = tensor[cut[rank] : cut[rank + 1]]
         lines.append(write_rank(tmp_path, rank, share))
-    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10})
+    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 10, "format": FORMAT})
     other = LocalEngine(build_network(settings), settings, ALONE)
     shadow = ema_of(other)
     load_state(saved, 1, other, {"ema": shadow})
@@ -74,7 +74,7 @@ def test_a_rank_reads_no_file_but_its_own_if_that_holds_everything(tmp_path, sta
     lines = [write_rank(tmp_path, rank, whole) for rank in range(2)]
     (tmp_path / "rank_0.safetensors").unlink()
     (tmp_path / "rank_0.done").unlink()
-    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1})
+    saved = Saved(FolderStore(tmp_path.parent), tmp_path.name, {"files": lines, "num_steps": 1, "format": FORMAT})
     load_state(saved, 1, engine, {"ema": ema})
     with pytest.raises(CheckpointError, match=r"rank_0\.done"):
         load_state(saved, 0, engine, {"ema": ema})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.networks import weight
 from tests.support.tiny_run import config, info
 from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.load import dump
@@ -18,6 +19,7 @@ from warm_dist.config.run import SamplerConfig
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
 from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.networks.flat import publish
 from warm_dist.networks.unet import build_network
 
 CPU = torch.device("cpu")
@@ -84,7 +86,7 @@ def guided_heads(model: Model, guide: Model | None, weight: float, label: int) -
 def with_classes(tmp_path: Path, seed: int) -> Model:
     settings = config(tmp_path, data__num_classes=4, train__label_dropout=0.1, train__seed=seed)
     network = build_network(settings)
-    torch.nn.init.normal_(network.conv_out.weight, std=0.1)  # untrained, it would hardly know of classes
+    torch.nn.init.normal_(weight(network, "conv_out.weight"), std=0.1)  # untrained, it would hardly know of classes
     return Model(network, settings, info())
 
 
@@ -103,18 +105,18 @@ def test_a_guide_that_saw_other_data_is_refused(tmp_path):
     model = with_classes(tmp_path, 0)
     path = tmp_path / "weak.safetensors"
     metadata = {"config": json.dumps(dump(model.config)), "data": json.dumps(model.info.to_json())}
-    save_file(model.network.state_dict(), path, metadata)
+    save_file(publish(model.network), path, metadata)
     options = SamplerConfig(guidance=2.0, guide=str(path))
     guide = load_guide(options, model.info)
-    assert torch.equal(guide.network.conv_out.weight, model.network.conv_out.weight)
+    assert torch.equal(guide.network.flat, model.network.flat)
     assert load_guide(SamplerConfig(guide=str(path)), model.info) is None  # weight 1 needs none
     with pytest.raises(CheckpointError, match="made from data synthetic"):
         load_guide(options, replace(model.info, fingerprint="other"))
 
 
 def test_network_is_drawn_from_the_seed(tmp_path):
-    a, b = (build_network(config(tmp_path, train__seed=seed)).conv_out.weight for seed in (0, 1))
-    assert torch.equal(a, build_network(config(tmp_path)).conv_out.weight)
+    a, b = (build_network(config(tmp_path, train__seed=seed)).flat for seed in (0, 1))
+    assert torch.equal(a, build_network(config(tmp_path)).flat)
     assert not torch.equal(a, b)
 
 
@@ -129,7 +131,7 @@ def test_a_non_finite_image_is_an_error(tmp_path):
     settings = config(tmp_path)
     network = build_network(settings)
     with torch.no_grad():
-        network.conv_out.bias.fill_(float("nan"))
+        weight(network, "conv_out.bias").fill_(float("nan"))
     model = Model(network, settings, info())
     with pytest.raises(NumericsError, match="numbers 0 to 1"):
         generate(model, range(2), np.full(2, -1), seed=0, device=CPU, batch_size=2, sampler=SAMPLER)

@@ -12,9 +12,11 @@ from torch.nn.functional import (
     silu,
 )
 
+from tests.support.networks import weight
 from tests.support.paths import ROOT
 from warm_dist.config.run import NetworkConfig, load_config
 from warm_dist.errors import CheckpointError
+from warm_dist.networks import flat
 from warm_dist.networks.edm_weights import edm_names, load_edm
 from warm_dist.networks.unet import NUM_AUGMENT, UNet, num_parameters
 
@@ -169,7 +171,7 @@ def published(arch):
 @pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 def test_published_weights_give_edms_output_in_the_first_head(arch):
     network, state, expected = published(arch)
-    second = network.conv_out.weight[3:].clone()
+    second = weight(network, "conv_out.weight")[3:].clone()
     load_edm(
         network, {f"model.{key}": value for key, value in state.items()} | {"model.x.resample_filter": torch.ones(2)}
     )
@@ -180,8 +182,8 @@ def test_published_weights_give_edms_output_in_the_first_head(arch):
             network(x, c_noise, c_noise, labels)[:, :3], network(x, c_noise, c_noise, labels, 0 * augment)[:, :3]
         )
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert torch.equal(network.conv_out.weight[3:], second)
-    assert not network.map_blur.weight.any()
+    assert torch.equal(weight(network, "conv_out.weight")[3:], second)
+    assert not weight(network, "map_blur.weight").any()
 
 
 @pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
@@ -217,7 +219,8 @@ def test_parameters_are_as_many_as_edms(arch, config, augment, millions):
         x, labels = torch.empty(1, 3, size, size), torch.empty(1, classes) if classes else None
         edm(state, arch, c.network.model_dump(), x, torch.empty(1), labels, torch.empty(1, 9) if augment else None)
     count = sum(value.numel() for key, value in state.items() if key != "map_noise.freqs")
-    second_head = num_parameters(network.conv_out) // 2
-    assert num_parameters(network) - second_head - network.map_blur.weight.numel() == count
+    sizes = {tensor.name: tensor.piece.numel for tensor in flat.published(network)}
+    second_head = (sizes["conv_out.weight"] + sizes["conv_out.bias"]) // 2
+    assert num_parameters(network) == sum(sizes.values()) == count + second_head + sizes["map_blur.weight"]
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
     assert set(edm_names(network).values()) == set(state) - {"map_noise.freqs"}

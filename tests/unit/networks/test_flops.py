@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.paths import ROOT
 from warm_dist.config.run import Config, load_config
-from warm_dist.networks.blocks import Attention, xavier_init
+from warm_dist.networks.blocks import attend
 from warm_dist.networks.flops import flops_per_image, known_peak, peak_flops
 from warm_dist.networks.unet import build
 
@@ -53,7 +53,10 @@ def test_recomputation_and_precision_do_not_count():
 def test_attention_is_two_products_a_head(heads):
     n, c, batch = 5 * 3, 32, 2
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Attention(c, heads, 1e-6, xavier_init(), xavier_init())(torch.empty(batch, c, 5, 3))
+        shapes = {"norm.weight": (c,), "norm.bias": (c,), "qkv.weight": (3 * c, c), "qkv.bias": (3 * c,)}
+        shapes |= {"proj.weight": (c, c), "proj.bias": (c,)}
+        weights = {f"attention.{name}": torch.empty(shape) for name, shape in shapes.items()}
+        attend(torch.empty(batch, c, 5, 3), weights, heads, 1e-6)
     # q kᵀ and its product with v cost n² c multiply-adds each, whatever the number of heads; qkv and proj 3 and 1 n c²
     assert counter.get_total_flops() == 2 * batch * (2 * n * n * c + 4 * n * c * c)
 

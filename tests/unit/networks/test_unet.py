@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.networks import wake, weight
 from tests.support.paths import ROOT
 from warm_dist.config.run import NetworkConfig, load_config
+from warm_dist.networks.flat import published
 from warm_dist.networks.unet import UNet, build, num_parameters
 
 TINY = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
@@ -18,14 +20,6 @@ ARCHS = pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 def tiny(arch: str, classes: int = 0) -> UNet:
     torch.manual_seed(0)
     return UNet(NetworkConfig(arch=arch, **TINY), 8, 3, classes).eval()
-
-
-def wake(network: UNet) -> UNet:
-    """Give zero-initialised layers weights, so that nothing is hidden behind them."""
-    for p in network.parameters():
-        if float(p.detach().abs().max()) < 1e-2:
-            torch.nn.init.normal_(p, std=0.1)
-    return network
 
 
 @pytest.mark.parametrize(("name", "published"), [("cifar10", 55.73e6), ("ffhq64", 61.80e6), ("imagenet64", 295.9e6)])
@@ -104,7 +98,7 @@ def test_activation_checkpointing_changes_no_gradient(arch):
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         network(x, torch.zeros(2), torch.ones(2)).square().mean().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-    assert len(gradients[0]) > 20
+    assert len(gradients[0]) > 10  # one a block
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -112,9 +106,9 @@ def test_build_follows_the_config():
     """Fault: a key of the config that changes the network is not handed to it."""
     path = ROOT / "configs" / "quickstart.json"
     one_head = build(load_config(path, ["process.preconditioning=per_frequency", "train.augment=0.1"]))
-    assert one_head.conv_out.out_channels == 3
-    assert one_head.map_augment.in_features == 9
+    assert len(weight(one_head, "conv_out.weight")) == 3
+    assert weight(one_head, "map_augment.weight").shape[1] == 9
     two = build(load_config(path, ["parallel.activation_checkpointing=true"]))
-    assert two.conv_out.out_channels == 6
-    assert two.map_augment is None
+    assert len(weight(two, "conv_out.weight")) == 6
+    assert not any(tensor.name.startswith("map_augment") for tensor in published(two))
     assert two.checkpointing

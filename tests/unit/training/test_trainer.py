@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.networks import weight
 from tests.support.tiny_run import BATCH, batches, config, info
 from warm_dist.config.load import dump
 from warm_dist.distributed.world import World
@@ -46,7 +47,9 @@ def test_micro_batches_have_their_own_levels_noise_and_classes(tmp_path):
             tmp_path, engine="local", data__num_classes=4, train__clip=None, train__micro_batch_size=micro
         )
         trainer = Trainer(settings, ALONE, info(), print)
-        torch.nn.init.normal_(trainer.engine.module.conv_out.weight, std=0.1)  # else the loss would not know of classes
+        torch.nn.init.normal_(
+            weight(trainer.engine.module, "conv_out.weight"), std=0.1
+        )  # else the loss would not know of classes
         data = prepare(next(batches(ALONE, 0)), settings, trainer.info, ALONE.device)
         trainer.step(data._replace(condition=(torch.arange(BATCH) % 4,)))
         norms.append(float(trainer.grad_norm))
