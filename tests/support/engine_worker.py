@@ -138,7 +138,7 @@ def compiled(world: World, root: Path) -> dict[str, Any]:
     out = {}
     for name, changes in {
         "local": {"engine": "local"},
-        **{f"zero{s}": {"parallel__zero_stage": s} for s in (0, 1, 2)},
+        **{f"zero{s}": {"parallel__zero_stage": s} for s in range(4)},
     }.items():
         trainer = start(world, config(root / f"compiled-{name}", **SMALL, **changes, parallel__compile=True))
         losses, _ = steps(world, trainer, 3)

@@ -27,13 +27,15 @@ HOMES = {
     "cleanfid": "warm_dist/evaluation/extractors.py",
     "prometheus_client": "warm_dist/tracking/prometheus.py",
     "matplotlib": "warm_dist/figures.py|.*figure.*|.*/(charts|curve).py",
+    "triton": "warm_dist/networks/group_norm_kernels.py",
     "torch": "(?!data_pipelines/).*",
 }
 HEAVY = {*HOMES, "jinja2", "pyarrow", "webdataset", "sklearn", "pandas"} - {"torch"}
 READ_LATE = (
     "warm_dist/tracking/mlflow_model.py",
     "warm_dist/sweeps/actors.py",
-)  # MLflow's script; read inside Ray's workers
+    "warm_dist/networks/group_norm_kernels.py",
+)  # MLflow's script; read inside Ray's workers; read by the first norm on a GPU
 LINES, FILES, DEPTH = 350, 13, 10
 PRODUCT = ("warm_dist", "data_pipelines", "launch")
 TEXTS = {

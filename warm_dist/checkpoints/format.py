@@ -210,8 +210,8 @@ def load_saved(saved: Saved, rank: int, targets: Targets, tensors: Iterable[Publ
         _load(saved, rank, {(kind, name): [(0, values)] for name, values in whole.items()})
         for tensor, start, target in wanted:
             first, last = max(tensor.start, start), min(tensor.stop, start + target.numel())
-            values = tensor.piece.adopt(whole[tensor.name])
-            target[first - start : last - start].copy_(values[first - tensor.start : last - tensor.start])
+            elements = tensor.piece.adopt(whole[tensor.name])
+            target[first - start : last - start] = elements[first - tensor.start : last - tensor.start]
     return None
 
 

@@ -100,7 +100,8 @@ class ParallelConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3: master weights, Adam and EMA in the host's memory")
-    compile: bool = Field(False, description="torch.compile the network (CUDA; ZeRO 0-2 and local)")
+    compile: bool | None = Field(None, description="torch.compile the residual blocks; null: on CUDA")
+    compile_cache: str | None = Field(None, description="local folder of compiled kernels; null: torch's own")
     peak_flops: PositiveFloat | None = Field(None, description="a device's peak FLOP/s, for MFU; null: known GPUs")
     timeout_s: Positive = Field(120, description="how long a rank waits for the others, seconds")
     preemption_file: str | None = Field(None, description="once it exists on any node: save and stop, as after SIGTERM")
@@ -257,8 +258,6 @@ class Config(Section):
         parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0
         if parallel.offload_optimizer and not sharded:
             raise ValueError("parallel.offload_optimizer needs engine deepspeed and parallel.zero_stage 1, 2 or 3")
-        if parallel.compile and self.engine == "deepspeed" and parallel.zero_stage == 3:
-            raise ValueError("parallel.compile does not go with parallel.zero_stage 3, which gathers weights in hooks")
 
 
 def check_sampling(config: Config, sampler: SamplerConfig) -> None:

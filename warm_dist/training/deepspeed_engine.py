@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
+from warm_dist.networks.compiled import Say
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
 
@@ -24,9 +25,9 @@ class DeepSpeedEngine(Engine):
     At stage 0 the weights stay float32, and the network casts them: DeepSpeed's own bf16 stage 0 loses accuracy.
     """
 
-    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, module: nn.Module, config: Config, world: World, say: Say = print) -> None:
         self.stage = config.parallel.zero_stage
-        super().__init__(module, config, world)
+        super().__init__(module, config, world, say)
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         optimizer = make_adam(module.parameters(), config)
@@ -38,8 +39,6 @@ class DeepSpeedEngine(Engine):
         )
         if self.stage == 3:
             _remember_signatures(module)
-        if config.parallel.compile:
-            module.compile()  # after DeepSpeed's hooks, which then stay outside the graph
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
         # the engine's own forward only adds hooks and timers, which stage 3 alone needs
         self.run = self.engine if self.stage == 3 else module
@@ -185,6 +184,9 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def build_engine(module: nn.Module, config: Config, world: World) -> Engine:
-    """The engine named by `config.engine`. The module's parameters must be float32 and equal on all ranks."""
-    return (LocalEngine if config.engine == "local" else DeepSpeedEngine)(module, config, world)
+def build_engine(module: nn.Module, config: Config, world: World, say: Say = print) -> Engine:
+    """The engine named by `config.engine`. The module's parameters must be float32 and equal on all ranks.
+
+    say: told of a compilation, and of a reason why there is none.
+    """
+    return (LocalEngine if config.engine == "local" else DeepSpeedEngine)(module, config, world, say)

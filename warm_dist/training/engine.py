@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
+from warm_dist.networks.compiled import Say, compile_blocks
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,9 +100,11 @@ class Engine(ABC):
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, module: nn.Module, config: Config, world: World, say: Say) -> None:
         self.module, self.config, self.world = module, config, world
         self.num_accumulation = micro_batches(config, world.size)[1]
+        if config.parallel.compile or (config.parallel.compile is None and world.device.type == "cuda"):
+            compile_blocks(module, config.parallel.compile_cache, say)
         module.dtype = DTYPES[config.parallel.precision]  # type: ignore[assignment]  # see UNet
 
     @abstractmethod
@@ -137,10 +140,8 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """Plain PyTorch, the reference for all engines. Several ranks average their gradients."""
 
-    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
-        super().__init__(module.to(world.device), config, world)
-        if config.parallel.compile:
-            module.compile()  # in place: parameters keep their names
+    def __init__(self, module: nn.Module, config: Config, world: World, say: Say = print) -> None:
+        super().__init__(module.to(world.device), config, world, say)
         self.parameters = list(module.parameters())
         self.optimizer = make_adam(self.parameters, config)
 

@@ -73,7 +73,7 @@ class Trainer:
         self.checkpoints, self.heartbeat = checkpoints, heartbeat
         network = build_network(config)
         self.shapes = {name: p.shape for name, p in network.named_parameters()}
-        self.engine = build_engine(network.train(), config, world)
+        self.engine = build_engine(network.train(), config, world, say)
         self.emas = averages(self.engine.shard(), config.train)
         self.spectrum = data_spectrum(info, config.process.sigma_data).to(world.device)
         self.loss = loss_function(config)
