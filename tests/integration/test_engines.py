@@ -23,7 +23,7 @@ SHARDED = ("zero1", "zero2", "zero3")
 STAGES = ("zero0", *SHARDED)
 TAKEN_UP = {1: ("local", *STAGES), 2: ("local", *STAGES), 4: (*STAGES, "zero1-accumulate", "zero3-accumulate")}
 BACK = ("elastic/3/4/zero1", "elastic/0/1/zero1", "elastic/2/1/zero1")
-OTHERS = ("interrupted", "non_finite", "collectives", "ema_whole")
+OTHERS = ("interrupted", "non_finite", "collectives", "ema_whole", "gathered")
 PLAN = (
     (2, "2", ("engines/zero1", f"elastic/1/2/{'/'.join(TAKEN_UP[2])}", *OTHERS)),
     (4, "4", ("engines/zero3", f"elastic/1/2/{'/'.join(TAKEN_UP[4])}")),
@@ -168,6 +168,11 @@ def test_collectives_agree(results):
 
 def test_sharded_ema_is_the_plain_ema(results):
     assert results["2"]["ema_whole"] < 1e-6
+
+
+def test_stage_3_keeps_no_gathered_weights_for_the_backward_pass(results):
+    """Fault: autograd keeps views of a gathered block, so that after the forward pass every rank holds the whole network."""
+    assert results["2"]["gathered"] == [False] * 5
 
 
 @pytest.mark.soak

@@ -39,3 +39,17 @@ def test_zero_s_masters_are_float32_and_the_forward_weights_follow_them(world, t
     engine.after_load(5)
     after = engine(x, level, level, None).detach().float()
     assert float((after - before).abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_without_a_limit_is_not_clipped(world, tmp_path, stage):
+    """Fault: DeepSpeed's own default, which clips to a norm of 1 where its config says nothing."""
+    settings = config(tmp_path, **{**SMALL, "train__clip": None}, parallel__zero_stage=stage)
+    engine = build_engine(build(settings), settings, world)
+    level = torch.zeros(2)
+    for _ in range(engine.num_accumulation):
+        engine.backward(1e8 * engine(torch.randn(2, 3, 8, 8), level, level, None).square().mean())
+    norm = float(engine.step(1e-3))
+    assert norm > 10
+    moment = torch.cat([f.exp_avg for f in engine.fragments()])
+    assert float(moment.norm()) == pytest.approx(0.1 * norm, rel=1e-3)  # 1 - Adam's beta

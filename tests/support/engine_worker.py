@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.support.networks import weight
 from tests.support.tiny_run import BATCH, batches, config, info, start, state_digest, steps
@@ -23,6 +27,7 @@ from warm_dist.distributed.collectives import any_rank, barrier, gather, on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import NumericsError, OutputError, Stopped
+from warm_dist.networks.blocks import Block
 from warm_dist.networks.unet import build
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.training.deepspeed_engine import build_engine
@@ -264,6 +269,27 @@ def ema_whole(world: World, root: Path) -> float:
     return max(float((full[name] - plain[name]).abs().max() / plain[name].abs().max()) for name in plain)
 
 
+def gathered(world: World, root: Path) -> list[bool]:
+    """After a forward pass at stage 3: of each block's gathered weights, whether something still holds them."""
+    settings = config(root, **SMALL, parallel__zero_stage=3)
+    engine = build_engine(build(settings), settings, world)
+    storages = []
+    for block in engine.module.modules():
+        if isinstance(block, Block):
+
+            def compute(flat: Tensor, *given: Tensor, plain: Callable[..., Tensor] = block.compute) -> Tensor:
+                storages.append(StorageWeakRef(flat.untyped_storage()))
+                return plain(flat, *given)
+
+            block.compute = compute
+    level = torch.zeros(2)
+    out = engine(torch.randn(2, 3, 8, 8), level, level, None)
+    gc.collect()
+    held = [not storage.expired() for storage in storages]
+    engine.backward(out.square().mean())
+    return held
+
+
 def shards(world: World, root: Path) -> dict[str, float]:
     """The masters of all ranks, put together by what the fragments say of themselves, against the weights of the start."""
     out = {}
@@ -283,7 +309,7 @@ def main() -> None:
     root, label, *names = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
     world = join(120)
-    everything = (engines, compiled, elastic, interrupted, non_finite, collectives, ema_whole, shards)
+    everything = (engines, compiled, elastic, interrupted, non_finite, collectives, ema_whole, shards, gathered)
     known = {f.__name__: f for f in everything}
     results = {}
     for name in names:

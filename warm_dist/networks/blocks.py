@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from warm_dist.networks.flat import Flat, views
+from warm_dist.networks.flat import Flat, released, views
 from warm_dist.networks.group_norm import group_norm
 
 Init = Callable[[nn.Module], None]
@@ -197,6 +197,9 @@ class Block(Flat):
 
         In the dtype of x, channels-last.
         """
+        if self.regathered:
+            with released(self.flat):
+                return self.compute(self.flat, x, emb)
         return self.compute(self.flat, x, emb)
 
     def _compute(self, flat: Tensor, x: Tensor, emb: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ class Flat(nn.Module):
 
     flat: nn.Parameter
     pieces: tuple[Piece, ...]
+    regathered = False
+    """Whether the weights are gathered anew for the backward pass (ZeRO stage 3), which must not keep the forward's."""
 
     def flatten(self, layers: Mapping[str, nn.Module], num_heads: int = 1) -> None:
         """Take over the layers' parameters, named LAYER.PARAMETER, in the layers' order.
@@ -76,6 +79,28 @@ class Flat(nn.Module):
         self.flat = nn.Parameter(
             torch.cat([piece.adopt(p.detach()) for piece, (_, p) in zip(self.pieces, found, strict=True)])
         )
+
+
+def released(flat: Tensor) -> AbstractContextManager[object]:
+    """Inside, autograd notes which part of `flat` a tensor is instead of keeping it, and takes that part when needed.
+
+    Without this the views of a gathered parameter would keep all of it in memory from the forward to the backward pass.
+    """
+    first = int(flat.storage_offset())
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if tensor._base is not flat and tensor is not flat:
+            return tensor
+        return tensor.shape, tensor.stride(), int(tensor.storage_offset()) - first
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, stride, offset = packed
+        whole = flat.detach()
+        return whole.as_strided(shape, stride, int(whole.storage_offset()) + offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def views(flat: Tensor, pieces: tuple[Piece, ...]) -> dict[str, Tensor]:

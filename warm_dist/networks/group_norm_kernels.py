@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     x_ptr, before_ptr, gain_ptr, offset_ptr, y_ptr, mean_ptr, rstd_ptr,
     pixels, channels, gain_stride, eps,
@@ -81,7 +81,7 @@ def _forward(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     dy_ptr, x_ptr, before_ptr, gain_ptr, offset_ptr, mean_ptr, rstd_ptr, dx_ptr, dbefore_ptr, dgain_ptr, doffset_ptr,
     pixels, channels, gain_stride,
@@ -157,18 +157,18 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 class Tile(NamedTuple):
-    """What one program holds at a time: `count` groups of `size` channels, in columns × rows numbers."""
+    """What one program holds at a time: `number` groups of `size` channels, in columns × rows numbers."""
 
     size: int
-    count: int
+    number: int
     columns: int
     rows: int
     warps: int
 
     def constants(self) -> dict[str, int]:
         """The constants of both kernels, and the warps of their launch."""
-        groups = _power_of_two(self.count)
-        shape = {"SIZE": self.size, "COUNT": self.count, "GROUPS": groups, "COLUMNS": self.columns, "ROWS": self.rows}
+        groups = _power_of_two(self.number)
+        shape = {"SIZE": self.size, "COUNT": self.number, "GROUPS": groups, "COLUMNS": self.columns, "ROWS": self.rows}
         return {**shape, "num_warps": self.warps}
 
 
@@ -218,7 +218,7 @@ def forward(
     mean = torch.empty((batch, groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     tile = tile_for(channels, groups, height * width, FORWARD_PER_THREAD)
-    wrap_triton(_forward)[(batch * (groups // tile.count),)](
+    wrap_triton(_forward)[(batch * (groups // tile.number),)](
         x, x if before is None else before, gain, offset, y, mean, rstd,
         height * width, channels, channels if gain.dim() == 2 else 0, eps,
         BEFORE=before is not None, SILU=silu, **tile.constants(),
@@ -238,7 +238,7 @@ def backward(
     doffset = torch.empty_like(dgain)
     dbefore = torch.empty_like(dgain if before is not None else dgain[:0])
     tile = tile_for(channels, groups, height * width, BACKWARD_PER_THREAD)
-    wrap_triton(_backward)[(batch * (groups // tile.count),)](
+    wrap_triton(_backward)[(batch * (groups // tile.number),)](
         dy, x, x if before is None else before, gain, offset, mean, rstd, dx, dbefore, dgain, doffset,
         height * width, channels, channels if gain.dim() == 2 else 0,
         BEFORE=before is not None, SILU=silu, **tile.constants(),

@@ -16,6 +16,7 @@ from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
 from warm_dist.networks.compiled import Say
+from warm_dist.networks.flat import Flat
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
 
@@ -39,6 +40,9 @@ class DeepSpeedEngine(Engine):
         )
         if self.stage == 3:
             _remember_signatures(module)
+            for part in module.modules():
+                if isinstance(part, Flat):
+                    part.regathered = True
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
         # the engine's own forward only adds hooks and timers, which stage 3 alone needs
         self.run = self.engine if self.stage == 3 else module
@@ -143,8 +147,9 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     if config.parallel.offload_optimizer:
         out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         out["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled at the start
-    if stage:  # left out, it would be 1
-        out["gradient_clipping"] = 0.0 if config.train.clip is None or _guards(config) else config.train.clip
+    # left out, it would be 1; at stages 0 to 2 we clip
+    ours = not stage or _guards(config) or config.train.clip is None
+    out["gradient_clipping"] = 0.0 if ours else config.train.clip
     if stage and config.parallel.precision == "bf16":
         out["bf16"] = {"enabled": True, "check_grad_overflow": not _guards(config)}
     return out

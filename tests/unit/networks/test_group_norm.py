@@ -143,7 +143,7 @@ def exact(
 def test_the_result_and_every_gradient(function, dtype, silu, given):
     """Odd sizes, groups of 6 channels in two blocks, more than one tile of pixels."""
     case = Case((2, 96, 5, 7), 16, dtype, given, silu)
-    assert kernels.tile_for(96, 16, 35, kernels.FORWARD_PER_THREAD).count < 16
+    assert kernels.tile_for(96, 16, 35, kernels.FORWARD_PER_THREAD).number < 16
     errors = case.errors(function)
     assert max(errors.values()) < 1, errors
 
