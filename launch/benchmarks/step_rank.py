@@ -95,7 +95,7 @@ def rank(job: dict[str, Any]) -> None:
 
     trainer.metrics.flush = marked  # type: ignore[assignment, method-assign]
     barrier(world, "start")
-    trainer.fit(_images(config, world), log, StopSignal(), None, set())
+    trainer.fit(images(config, world), log, StopSignal(), None, set())
     if mirror is not None:
         _wait(lambda: _sent(run) == (run / METRICS).stat().st_size, "the mirror to send the last line")
         marks[-1]["mirror_s"] = _cpu_s(mirror.pid)
@@ -139,7 +139,7 @@ def made_up(config: Config) -> DataInfo:
     )
 
 
-def _images(config: Config, world: World) -> Iterator[Batch]:
+def images(config: Config, world: World) -> Iterator[Batch]:
     """This rank's batches: the same pictures over and over, at new positions."""
     import numpy as np
 

@@ -91,3 +91,16 @@ def test_features_are_measured(tmp_path: Path) -> None:
     assert report["distance_s"].keys() == {"4096", "1000"}
     assert report["bf16"]["float32"] > 0
     assert 0 < abs(report["bf16"]["relative"]) < 0.1
+
+
+def test_engines_are_compared_with_the_local_one_of_their_precision(tmp_path: Path) -> None:
+    few = ["--set", "network.num_blocks=1", "--set", "network.channel_mult=[1]"]
+    done = launch(tmp_path, "host", "--rounds", "1", "--engines", "local", "zero1", "zero3", "--json", *few)
+    report = json.loads(done.stdout)
+    names = [f"{engine} {precision}" for precision in ("fp32", "bf16") for engine in ("local", "zero1", "zero3")]
+    assert [*report["ms"]] == names
+    for name, ratio in report["ratios"].items():
+        local = report["ms"][f"local {name.split()[1]}"]["median"]
+        assert ratio["median"] == pytest.approx(report["ms"][name]["median"] / local)
+        assert ratio["met"] == (ratio["median"] <= ratio["target"])
+    assert len(report["ratios"]) == 4

@@ -54,9 +54,8 @@ def fused(
         offset = offset + shift.float()
     if gain.dim() != offset.dim():  # a shift without a scale
         gain = gain.expand_as(offset)
-    y: Tensor = kernels.forward(
-        x, None if before is None else before.contiguous(), gain.contiguous(), offset.contiguous(), groups, eps, silu
-    )[0]
+    before = None if before is None else before.contiguous()
+    y: Tensor = kernels.forward(x, before, gain.contiguous(), offset.contiguous(), groups, eps, silu)[0]
     return y
 
 

@@ -157,19 +157,18 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 class Tile(NamedTuple):
-    """What one program holds at a time: `number` groups of `size` channels, in columns × rows numbers."""
+    """What one program holds at a time: `groups` groups of `size` channels, in rows × columns numbers."""
 
     size: int
-    number: int
+    groups: int
     columns: int
     rows: int
     warps: int
 
     def constants(self) -> dict[str, int]:
         """The constants of both kernels, and the warps of their launch."""
-        groups = _power_of_two(self.number)
-        shape = {"SIZE": self.size, "COUNT": self.number, "GROUPS": groups, "COLUMNS": self.columns, "ROWS": self.rows}
-        return {**shape, "num_warps": self.warps}
+        groups = {"COUNT": self.groups, "GROUPS": _power_of_two(self.groups)}
+        return {"SIZE": self.size, **groups, "COLUMNS": self.columns, "ROWS": self.rows, "num_warps": self.warps}
 
 
 def tile_for(channels: int, groups: int, pixels: int, per_thread: int) -> Tile:
@@ -200,8 +199,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# numbers of a tile that a thread holds; with its sums and the channels' constants these are 64 registers at most, so that
-# two programs of 16 warps share a multiprocessor and one reads memory while the other adds up
+# numbers of a tile that a thread holds; with its sums and the channels' constants these are 64 registers in the shipped
+# networks, so that two programs of 16 warps share a multiprocessor: one reads memory while the other adds up
 FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 8, 4
 
 
@@ -218,7 +217,7 @@ def forward(
     mean = torch.empty((batch, groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     tile = tile_for(channels, groups, height * width, FORWARD_PER_THREAD)
-    wrap_triton(_forward)[(batch * (groups // tile.number),)](
+    wrap_triton(_forward)[(batch * (groups // tile.groups),)](
         x, x if before is None else before, gain, offset, y, mean, rstd,
         height * width, channels, channels if gain.dim() == 2 else 0, eps,
         BEFORE=before is not None, SILU=silu, **tile.constants(),
@@ -238,7 +237,7 @@ def backward(
     doffset = torch.empty_like(dgain)
     dbefore = torch.empty_like(dgain if before is not None else dgain[:0])
     tile = tile_for(channels, groups, height * width, BACKWARD_PER_THREAD)
-    wrap_triton(_backward)[(batch * (groups // tile.number),)](
+    wrap_triton(_backward)[(batch * (groups // tile.groups),)](
         dy, x, x if before is None else before, gain, offset, mean, rstd, dx, dbefore, dgain, doffset,
         height * width, channels, channels if gain.dim() == 2 else 0,
         BEFORE=before is not None, SILU=silu, **tile.constants(),

@@ -143,7 +143,7 @@ def exact(
 def test_the_result_and_every_gradient(function, dtype, silu, given):
     """Odd sizes, groups of 6 channels in two blocks, more than one tile of pixels."""
     case = Case((2, 96, 5, 7), 16, dtype, given, silu)
-    assert kernels.tile_for(96, 16, 35, kernels.FORWARD_PER_THREAD).number < 16
+    assert kernels.tile_for(96, 16, 35, kernels.FORWARD_PER_THREAD).groups < 16
     errors = case.errors(function)
     assert max(errors.values()) < 1, errors
 
@@ -166,7 +166,7 @@ def test_every_norm_of_the_shipped_networks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batch", "channels", "groups", "size"),
-    [(2, 24, 6, 16), (3, 96, 24, 4), (1, 256, 32, 32), (1, 1536, 32, 8), (2, 7, 1, 3), (1, 254, 1, 2), (2, 32, 4, 1)],
+    [(2, 24, 6, 16), (3, 96, 24, 4), (1, 256, 32, 32), (2, 7, 1, 3), (1, 254, 1, 2), (2, 32, 4, 1)],
 )
 def test_full_sizes(batch, channels, groups, size):
     """One program or many, one pixel or many tiles, channels that no vector fits."""
@@ -210,12 +210,17 @@ def test_layout_and_types_are_kept(function, dtype, parameters):
     }  # fmt: skip
 
 
-def test_another_layout_is_brought_into_this_one():
+@pytest.mark.parametrize("function", [group_norm, fused])
+def test_another_layout_is_brought_into_this_one(function):
+    """Of the input, which `fused` leaves to `group_norm`, and of the gradient."""
     case = Case((2, 16, 4, 6), 4)
-    right = case.run(group_norm)
-    case.arguments["x"] = case.arguments["x"].contiguous()
-    found = case.run(group_norm)
-    assert all(torch.equal(found[name], right[name]) for name in right)
+    right = case.run(function)
+    case.gradient = case.gradient.contiguous()
+    if function is group_norm:
+        case.arguments["x"] = case.arguments["x"].contiguous()
+    found = case.run(function)
+    for name, value in right.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)  # sums in another order
     assert found["y"].stride() == right["y"].stride()
 
 
@@ -231,7 +236,14 @@ def test_a_processor_needs_no_triton(monkeypatch):
         case.run(fresh["fused"])
 
 
-def test_the_operators_are_what_torch_expects():
+@pytest.fixture
+def card(monkeypatch) -> None:
+    """A GPU by name only, for torch's look into the kernels: it has Triton say what they write to."""
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
+
+
+def test_the_operators_are_what_torch_expects(card):
     """Schemas, fake results with the right strides, gradients registered."""
     case = Case((2, 16, 4, 6), 4)
     x, gain, offset = (value.requires_grad_() for value in case.arguments.values())
@@ -241,10 +253,8 @@ def test_the_operators_are_what_torch_expects():
     torch.library.opcheck(kernels.backward, arguments)
 
 
-def test_it_compiles_to_one_graph_that_copies_no_input(monkeypatch):
+def test_it_compiles_to_one_graph_that_copies_no_input(card):
     """Both kernels are calls in the graphs, and torch finds out that they write to their results only."""
-    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    monkeypatch.setattr(triton.runtime.driver, "_active", target)  # for torch's look into the kernels
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:

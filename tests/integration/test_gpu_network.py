@@ -1,0 +1,125 @@
+"""The normalization's kernels on a GPU, skipped loudly without one; Triton compiles them for one anyway."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from warm_dist.networks import group_norm_kernels as kernels
+from warm_dist.networks.group_norm import group_norm, reference
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="NO CUDA DEVICE: the kernels' results on a GPU are not tested here"
+)
+FP32_POINTERS = {"gain_ptr", "offset_ptr", "mean_ptr", "rstd_ptr", "dbefore_ptr", "dgain_ptr", "doffset_ptr"}
+
+
+def compiled(kernel: Any, dtype: str, tile: kernels.Tile, before: bool) -> str:
+    """The kernel's PTX for an H100, its arguments divisible by 16 as those of the shipped networks are."""
+    constants = {**tile.constants(), "BEFORE": before, "SILU": True}
+    options = {"num_warps": constants.pop("num_warps")}
+    types = {
+        name: "constexpr" if name in constants
+        else ("*fp32" if name in FP32_POINTERS else f"*{dtype}") if name.endswith("_ptr")
+        else "fp32" if name == "eps" else "i32"
+        for name in kernel.arg_names
+    }  # fmt: skip
+    divisible = {
+        (n,): [["tt.divisibility", 16]] for n, name in enumerate(types) if types[name] not in ("constexpr", "fp32")
+    }
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types, constexprs=values, attrs=divisible)
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
+def registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
+    """A thread's registers, and the bytes that it has to keep in memory for the lack of more."""
+    (folder / "kernel.ptx").write_text(ptx)
+    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "kernel.ptx"]
+    told = subprocess.run(ptxas, cwd=folder, check=True, capture_output=True, text=True).stderr
+    return int(re.search(r"Used (\d+) registers", told)[1]), int(re.search(r"(\d+) bytes spill stores", told)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("channels", "pixels", "before"),
+    [(192, 64**2, False), (256, 32**2, False), (256, 32**2, True), (768, 8**2, False), (960, 32**2, False)],
+)
+def test_the_kernels_compile_and_keep_all_in_registers(channels, pixels, before, dtype, tmp_path, monkeypatch):
+    """Fault: a tile so large that its sums go through memory, or that no second program has room on a multiprocessor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for kernel, per_thread in (
+        (kernels._forward, kernels.FORWARD_PER_THREAD),
+        (kernels._backward, kernels.BACKWARD_PER_THREAD),
+    ):
+        tile = kernels.tile_for(channels, 32, pixels, per_thread)
+        ptx = compiled(kernel, dtype, tile, before)
+        assert re.search(r"ld\.global\S*\.v[24]\.", ptx), "numbers are read one by one"
+        registers, spilled = registers_and_spills(ptx, tmp_path)
+        assert spilled == 0
+        assert 2 * registers * 32 * tile.warps <= 65536, (kernel, registers)  # what a multiprocessor has
+
+
+def gradients(function: Any, arguments: dict[str, Tensor], gradient: Tensor, **options: Any) -> dict[str, Tensor]:
+    leaves = {name: value.detach().requires_grad_() for name, value in arguments.items()}
+    y = function(**leaves, **options)
+    found = torch.autograd.grad(y, [*leaves.values()], gradient.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "given", "silu"),
+    [
+        ((3, 256, 32, 32), 32, ("before",), True),
+        ((2, 192, 64, 64), 32, ("scale", "shift"), True),
+        ((2, 960, 16, 16), 32, (), True),
+        ((2, 256, 16, 16), 32, (), False),
+        ((5, 24, 5, 7), 6, ("before", "scale", "shift"), True),
+    ],
+)
+def test_the_kernels_give_what_the_plain_code_gives(shape, groups, given, silu, dtype, compile_it):
+    torch.manual_seed(0)
+    batch, channels = shape[:2]
+    x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    arguments = {"x": x, "weight": torch.randn(channels, device="cuda"), "bias": torch.randn(channels, device="cuda")}
+    arguments |= {name: torch.randn(batch, channels, device="cuda").to(dtype) for name in given}
+    gradient, options = torch.randn_like(x), {"groups": groups, "eps": 1e-5, "silu": silu}
+    torch._dynamo.reset()
+    function = torch.compile(group_norm, fullgraph=True) if compile_it else group_norm
+    found = gradients(function, arguments, gradient, **options)
+    wide = {name: value.double() for name, value in arguments.items()}
+    right = gradients(reference, wide, gradient, **options)
+    for name in ("y", "x"):
+        assert found[name].is_contiguous(memory_format=torch.channels_last)
+    for name, value in found.items():
+        # bfloat16 is rounded once, by 2^-8 at most; float32 sums thousands of numbers, and exp is the card's fast one
+        tolerance = 2**-8 if value.dtype == torch.bfloat16 else 1e-5
+        assert float((value.double() - right[name]).norm() / right[name].norm()) < tolerance, name
+
+
+@gpu
+@needs_gpu
+def test_an_image_beyond_the_first_two_thousand_million_numbers():
+    """Fault: addresses in 32 bits. 2^31 numbers of bf16 are 4 GiB, and the result as many."""
+    images = 2**31 // (256 * 128 * 128) + 1
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("NO CUDA DEVICE with 10 GiB free: addresses beyond 2^31 are not tested here")
+    x = torch.zeros((images, 128, 128, 256), dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+    x[-1] = torch.randn(256, 128, 128, device="cuda")
+    weight, bias = torch.ones(256, device="cuda"), torch.zeros(256, device="cuda")
+    y = group_norm(x, weight, bias, 32, 1e-5)
+    torch.testing.assert_close(y[-1:], reference(x[-1:], weight, bias, 32, 1e-5), atol=0.02, rtol=2**-7)
