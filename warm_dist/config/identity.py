@@ -16,7 +16,7 @@ RESUMED = ("network", "process", "data.num_lanes", "data.chunk", "data.window", 
 
 INCIDENTAL = ("$schema", "description", "output", "tracking", "checkpoint", "data.endpoint_url", "data.cache_dir",
               "data.cache_bytes", "data.reader_threads", "data.buffer_bytes", "eval.cache_dir", "parallel.timeout_s",
-              "parallel.preemption_file", "parallel.peak_flops")  # fmt: skip
+              "parallel.preemption_file", "parallel.peak_flops", "parallel.compile_cache")  # fmt: skip
 """Keys that do not change the network, so that they may differ at the next start: addresses, folders, reading."""
 
 
@@ -36,6 +36,8 @@ def digest(config: Config) -> str:
     for key in INCIDENTAL:
         *path, leaf = key.split(".")
         reduce(getitem, path, tree).pop(leaf, None)
+    # whether it is compiled changes rounding alone; false keeps the names of trials from before it was the default
+    tree["parallel"]["compile"] = False
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -32,6 +32,7 @@ PLACES: dict[str, Any] = {
     "parallel.timeout_s": 9,
     "parallel.preemption_file": "stop",
     "parallel.peak_flops": 1e12,
+    "parallel.compile_cache": "/kernels",
 }
 WEIGHTS: dict[str, Any] = {
     "process.bnr": 0.25,
@@ -83,6 +84,7 @@ def test_a_digest_is_of_all_but_places() -> None:
     assert PLACES.keys() == set(INCIDENTAL)
     assert re.fullmatch("[0-9a-f]{8}", digest(BASE))
     assert {key for key, value in PLACES.items() if digest(changed(key, value)) != digest(BASE)} == set()
+    assert {digest(changed("parallel.compile", value)) for value in (None, False, True)} == {digest(BASE)}
     others = {**WEIGHTS, **MEASURES, "data.manifest": "another", "data.window": 9, "train.seed": 7, "engine": "local"}
     assert len({digest(BASE), *(digest(changed(key, value)) for key, value in others.items())}) == len(others) + 1
 
