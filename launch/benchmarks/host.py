@@ -57,7 +57,7 @@ def measure(names: list[tuple[str, str]], rounds: int, folder: str, changes: lis
     import torch
     from tqdm import tqdm
 
-    from launch.benchmarks.step_rank import images, made_up
+    from launch.benchmarks.pictures import images, made_up
     from warm_dist.distributed.world import join, shutdown
     from warm_dist.training.inputs import prepare
     from warm_dist.training.trainer import Trainer

@@ -6,17 +6,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.benchmarks.pictures import images, made_up
 from warm_dist.errors import WarmDistError
 from warm_dist.files import read_json
 from warm_dist.runs.folder import METRICS, MIRROR
 
 if TYPE_CHECKING:
-    from warm_dist.config.run import Config
-    from warm_dist.data import Batch, DataInfo
     from warm_dist.distributed.world import World
     from warm_dist.training.trainer import Trainer
 
@@ -122,38 +121,6 @@ def strip(trainer: Trainer) -> None:
     trainer.emas = {}
     trainer.metrics.add = nothing  # type: ignore[assignment, method-assign]
     trainer.metrics.watch.at = nothing  # type: ignore[assignment, method-assign]
-
-
-def made_up(config: Config) -> DataInfo:
-    """Facts of a data set with a natural spectrum that nobody packed."""
-    import numpy as np
-
-    from warm_dist.data import LOW_MODES, DataInfo
-    from warm_dist.diffusion.spectrum import fallback_spectrum
-
-    size, channels = config.data.resolution, config.data.channels
-    low = LOW_MODES**2 * channels
-    return DataInfo(
-        *(size, channels, config.data.num_classes, 1 << 20, np.zeros(channels), np.zeros((channels, size, size))),
-        *(fallback_spectrum(size, size, 0.5).numpy(), 0.5, np.zeros(low), np.eye(low), "made up"),
-    )
-
-
-def images(config: Config, world: World) -> Iterator[Batch]:
-    """This rank's batches: the same pictures over and over, at new positions."""
-    import numpy as np
-
-    from warm_dist.data import Batch
-    from warm_dist.rng import generator
-
-    share, nimg = config.train.batch_size // world.size, 0
-    shape = (share, config.data.channels, config.data.resolution, config.data.resolution)
-    pictures = generator(0, "bench", world.rank).integers(0, 256, shape, dtype=np.uint8)
-    labels = np.full(share, 0 if config.data.num_classes else -1)
-    while True:
-        positions = np.arange(nimg + world.rank * share, nimg + (world.rank + 1) * share)
-        yield Batch(pictures, labels, positions, tuple(map(str, positions)))
-        nimg += config.train.batch_size
 
 
 def _bandwidth(world: World, parameters: int) -> float:

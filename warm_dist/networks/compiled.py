@@ -26,7 +26,8 @@ class Compiler:
 
     def __init__(self, say: Say) -> None:
         self.say, self.failed = say, False
-        self._graphs, self._seconds, self._said = 0, 0.0, 0.0
+        self._graphs, self._seconds = 0, 0.0
+        self._said: float | None = None
 
     def compiled(self, block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The block's function, compiled when it is first called; the plain one once any compilation has failed."""
@@ -36,7 +37,7 @@ class Compiler:
             if self.failed:
                 return plain(flat, x, emb)
             before, begun = _graphs(), time.monotonic()
-            if not self._said:
+            if self._said is None:
                 self._said = begun
                 self.say(f"compiling the network: about 2 minutes the first time, then kept in {cache_folder()}")
             try:
@@ -56,7 +57,7 @@ class Compiler:
             return
         self._graphs += graphs
         self._seconds += seconds
-        if time.monotonic() - self._said > SILENCE_S:
+        if self._said is not None and time.monotonic() - self._said > SILENCE_S:
             self._said = time.monotonic()
             self.say(f"compiling the network: {self._graphs} kinds of block in {self._seconds:.0f} s")
 
@@ -70,6 +71,11 @@ def cache_folder() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return str(cache_dir())
+
+
+def compiles(setting: bool | None, device: torch.device) -> bool:
+    """Whether parallel.compile, null for "where it pays", means to compile: on CUDA; on a CPU it takes minutes of g++."""
+    return device.type == "cuda" if setting is None else setting
 
 
 def compile_blocks(network: nn.Module, cache: str | None, say: Say) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
-from warm_dist.networks.compiled import Say, compile_blocks
+from warm_dist.networks.compiled import Say, compile_blocks, compiles
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,7 +103,7 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, config: Config, world: World, say: Say) -> None:
         self.module, self.config, self.world = module, config, world
         self.num_accumulation = micro_batches(config, world.size)[1]
-        if config.parallel.compile or (config.parallel.compile is None and world.device.type == "cuda"):
+        if compiles(config.parallel.compile, world.device):
             compile_blocks(module, config.parallel.compile_cache, say)
         module.dtype = DTYPES[config.parallel.precision]  # type: ignore[assignment]  # see UNet
 
