@@ -9,7 +9,7 @@ from collections import Counter
 
 from tests.mutants.run import LIST, ROOT, main, mutated, read
 
-AREAS = ("process", "heads", "samplers", "engine", "ema", "checkpoint", "lanes", "loader", "evaluation", "mirror",
+AREAS = ("process", "heads", "samplers", "network", "engine", "ema", "checkpoint", "lanes", "loader", "evaluation", "mirror",
          "sweep", "manifests", "others")  # fmt: skip
 
 

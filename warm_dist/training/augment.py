@@ -43,7 +43,8 @@ def draw(seed: int, positions: Sequence[int], p: float, height: int, width: int)
     A positive scale enlarges, a positive rotation is counter-clockwise as displayed, a positive translation is to the
     right and down. height, width: pixels.
     """
-    rows = [_one(rng.generator(seed, "augmentation", int(position)), p, height, width) for position in positions]
+    streams = rng.generators(seed, "augmentation", [int(position) for position in positions])
+    rows = [_one(stream, p, height, width) for stream in streams]
     return Draw(np.array([row[0] for row in rows], np.float32), np.stack([row[1] for row in rows]))
 
 
