@@ -38,7 +38,7 @@ def world():
     ids=["fp32", "bf16", "recompute", "per_frequency", "compile"],
 )
 def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
-    settings = config(tmp_path, engine="local", **changes)
+    settings = config(tmp_path, engine="local", **{"parallel__compile": False, **changes})
     trainer = Trainer(settings, world, info(), print)
     source = batches(world, 0)
     steps = [prepare(next(source), settings, info(), world.device) for _ in range(4)]
@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_device(world, tmp_path: Path, changes):
 def test_an_offloaded_optimizer_is_on_the_host_and_gives_the_same_losses(world, tmp_path: Path, stage):
     found = {}
     for offload in (False, True):
-        changes = {"parallel__zero_stage": stage, "parallel__offload_optimizer": offload}
+        changes = {"parallel__zero_stage": stage, "parallel__offload_optimizer": offload, "parallel__compile": False}
         trainer = start(world, config(tmp_path / str(offload), **changes))
         found[offload] = steps(world, trainer, 10)[0]
         devices = {getattr(f, key).device.type for f in trainer.engine.fragments() for key in STATE}

@@ -14,8 +14,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.support.paths import ROOT
+from tests.support.tiny_run import config, info, steps
+from warm_dist.config.run import load_config
+from warm_dist.distributed.world import join, shutdown
 from warm_dist.networks import group_norm_kernels as kernels
 from warm_dist.networks.group_norm import group_norm, reference
+from warm_dist.networks.unet import build_network
+from warm_dist.training.trainer import Trainer
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(
@@ -123,3 +129,44 @@ def test_an_image_beyond_the_first_two_thousand_million_numbers():
     weight, bias = torch.ones(256, device="cuda"), torch.zeros(256, device="cuda")
     y = group_norm(x, weight, bias, 32, 1e-5)
     torch.testing.assert_close(y[-1:], reference(x[-1:], weight, bias, 32, 1e-5), atol=0.02, rtol=2**-7)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_give_the_losses_of_plain_ones(precision, tmp_path):
+    """Fault: a graph that rounds otherwise, or that a fallback has silently replaced."""
+    found, lines = {}, []
+    world = join(60)
+    try:
+        for compile_it in (False, True):
+            settings = config(
+                tmp_path / str(compile_it), engine="local", parallel__precision=precision, parallel__compile=compile_it
+            )
+            trainer = Trainer(settings, world, info(), lines.append)
+            found[compile_it] = steps(world, trainer, 5)[0]
+    finally:
+        shutdown()
+    assert any("compiling the network" in line for line in lines)
+    assert not any("warning" in line for line in lines), lines
+    assert found[True] == pytest.approx(found[False], rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["cifar10", "imagenet64"])
+def test_the_shipped_networks_call_no_kernel_that_turns_a_layout(name):
+    """Fault: cuDNN turns NCHW to NHWC and back around every convolution: 14 % of the time before."""
+    settings = load_config(ROOT / "configs" / f"{name}.json")
+    network = build_network(settings).cuda().train()
+    network.dtype = torch.bfloat16
+    size = settings.data.resolution
+    x, level = torch.randn(4, 3, size, size, device="cuda"), torch.zeros(4, device="cuda")
+    labels = torch.zeros(4, dtype=torch.int64, device="cuda") if settings.data.num_classes else None
+    network(x, level, level, labels).float().square().mean().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        network(x, level, level, labels).float().square().mean().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert names
+    assert not [key for key in names if "nchwToNhwc" in key or "nhwcToNchw" in key]
+    assert any("flash" in key or "fmha" in key or "sdpa" in key for key in names), "attention is not fused"
