@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -35,6 +37,26 @@ def test_golden_numbers():
     # python -c "from warm_dist import rng; print(rng.generator(0, 'noise', 1).random(2).tolist())"
     golden = rng.generator(0, "noise", 1).random(2).tolist()
     assert golden == GOLDEN
+
+
+def test_each_generator_of_many_is_that_of_its_index():
+    """Fault: an index begins with what the one before left over: half a word, a part of a block, a higher counter."""
+    indices = [0, 3, 2**53 + 1, 2**64 + 7, 3]
+    key = np.frombuffer(hashlib.blake2b(b"5/many", digest_size=16).digest(), np.uint64)
+    for index, draw in zip(indices, rng.generators(5, "many", indices), strict=True):
+        philox = np.random.Philox(key=key, counter=[0, index % 2**64, index // 2**64, 0])
+        assert str(draw.bit_generator.state) == str(philox.state)
+        assert (
+            draw.integers(9, size=3, dtype=np.uint32).tolist()
+            == np.random.Generator(philox).integers(9, size=3, dtype=np.uint32).tolist()
+        )
+
+
+def test_two_who_draw_for_the_same_purpose_do_not_disturb_each_other():
+    """Fault: one generator for all threads: those that draw ahead of a step, and evaluation."""
+    one, other = rng.generators(0, "noise", [1]), rng.generators(0, "noise", [2])
+    draw, _ = next(one), next(other)
+    assert draw.random(2).tolist() == GOLDEN
 
 
 def test_normals_are_normal():

@@ -25,7 +25,7 @@ def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArra
     """A uniformly drawn class for each image, (len(indices),); -1 without classes."""
     if not num_classes:
         return np.full(len(indices), -1, np.int64)
-    drawn = [rng.generator(seed, "sample label", index).integers(num_classes) for index in indices]
+    drawn = [draw.integers(num_classes) for draw in rng.generators(seed, "sample label", indices)]
     return np.array(drawn, np.int64)
 
 
