@@ -43,39 +43,42 @@ def draw(seed: int, positions: Sequence[int], p: float, height: int, width: int)
     A positive scale enlarges, a positive rotation is counter-clockwise as displayed, a positive translation is to the
     right and down. height, width: pixels.
     """
-    streams = rng.generators(seed, "augmentation", [int(position) for position in positions])
-    rows = [_one(stream, p, height, width) for stream in streams]
-    return Draw(np.array([row[0] for row in rows], np.float32), np.stack([row[1] for row in rows]))
-
-
-def _one(generator: np.random.Generator, p: float, height: int, width: int) -> tuple[list[float], NDArray[np.float64]]:
-    gate, uniform, normal = generator.random(6), generator.random(5), generator.standard_normal(4)
-    x_flip, y_flip = float(uniform[0] < 0.5), float(uniform[1] < 0.5 and gate[0] < p)
-    scale = normal[0] * (gate[1] < p)
-    angle = (2 * uniform[2] - 1) * math.pi * (gate[2] < p)
-    stretch = normal[1] * (gate[3] < p)
+    n = len(positions)
+    uniform, normal = np.empty((n, 11)), np.empty((n, 4))
+    for number, generator in enumerate(rng.generators(seed, "augmentation", positions)):
+        generator.random(out=uniform[number])
+        generator.standard_normal(out=normal[number])
+    gate, uniform = (uniform[:, :5] < p).T, uniform[:, 6:].T  # a sixth gate has no use
+    x_flip, y_flip = uniform[0] < 0.5, (uniform[1] < 0.5) & gate[0]
+    scale, stretch, shift = normal[:, 0] * gate[1], normal[:, 1] * gate[3], normal[:, 2:].T * gate[4]
+    angle = (2 * uniform[2] - 1) * math.pi * gate[2]
     # an axis is an angle modulo π: in EDM's ±π, (−w, axis + π) has the label of (w, axis) but the inverse effect
     axis = (uniform[3] - 0.5) * math.pi * (uniform[4] < ANISO_ROTATE_P)
-    shift = normal[2:] * (gate[4] < p)
-    size, ratio = 2 ** (SCALE_STD * scale), 2 ** (SCALE_STD * stretch)
+    size, ratio = (np.array([2**x for x in SCALE_STD * log2]) for log2 in (scale, stretch))
+    turn, along = _rotation(angle), _rotation(axis)
+    move = _diagonal([np.ones(n)] * 2)
+    move[:, :2, 2] = -shift.T * TRANSLATE_STD * (width, height)
     # the image is flipped, scaled, rotated, stretched, then translated; the inverse in reverse order
-    inverse = (
-        np.diag([1 - 2 * x_flip, 1 - 2 * y_flip, 1.0])
-        @ np.diag([1 / size, 1 / size, 1.0])
-        @ _rotation(angle)
-        @ _rotation(-axis)
-        @ np.diag([1 / ratio, ratio, 1.0])
-        @ _rotation(axis)
-        @ np.array([[1, 0, -shift[0] * TRANSLATE_STD * width], [0, 1, -shift[1] * TRANSLATE_STD * height], [0, 0, 1.0]])
-    )
-    labels = [x_flip, y_flip, scale, math.cos(angle) - 1, math.sin(angle)]
-    return [*labels, stretch * math.cos(axis), stretch * math.sin(axis), *shift], inverse
+    matrix = _diagonal([1.0 - 2 * x_flip, 1.0 - 2 * y_flip]) @ _diagonal([1 / size, 1 / size]) @ turn
+    matrix = matrix @ along.mT @ _diagonal([1 / ratio, ratio]) @ along @ move
+    cos, sin = along[:, 0, 0], along[:, 1, 0]
+    labels = [x_flip, y_flip, scale, turn[:, 0, 0] - 1, turn[:, 1, 0], stretch * cos, stretch * sin, *shift]
+    return Draw(np.stack(labels, axis=1).astype(np.float32), matrix)
 
 
-def _rotation(angle: float) -> NDArray[np.float64]:
-    """From output to input coordinates (y points down) of a counter-clockwise rotation as displayed."""
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+def _diagonal(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """diag(x, y, 1) for each x and y of two (B,) arrays: (B, 3, 3)."""
+    out = np.zeros((len(values[0]), 3, 3))
+    out[:, 0, 0], out[:, 1, 1], out[:, 2, 2] = values[0], values[1], 1.0
+    return out
+
+
+def _rotation(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(B,) angles → (B, 3, 3), from output to input coordinates (y points down) of counter-clockwise rotations."""
+    out = _diagonal([np.array([math.cos(a) for a in angle])] * 2)  # NumPy's own sine rounds otherwise on other machines
+    out[:, 1, 0] = [math.sin(a) for a in angle]
+    out[:, 0, 1] = -out[:, 1, 0]
+    return out
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
