@@ -150,6 +150,7 @@ def test_an_interrupted_run_equals_an_unbroken_one_to_the_last_bit(results, stag
     found = results["2"]["interrupted"][stage]
     assert found["stopped_at"] == 8 * 16  # asked for after step 7, adopted by all ranks one step later
     assert found["losses"] == found["expected"]
+    assert found["heads"][0] == found["heads"][1]
     assert found["digests"][0] == found["digests"][1]
 
 

@@ -61,8 +61,13 @@ def train(world: World, settings: Config, until: int | None = None) -> tuple[Tra
         trainer.step = counted  # type: ignore[method-assign]
     with contextlib.suppress(Stopped):
         trainer.fit(batches(world, trainer.nimg), log, stop, None, set())
-    losses = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"] if world.is_main else []
-    return trainer, losses
+    return trainer, logged(settings, "loss") if world.is_main else []
+
+
+def logged(settings: Config, name: str) -> list[Any]:
+    """What the lines of training of a run's metrics.jsonl say under this name."""
+    records = read_metrics(Path(settings.output) / "metrics.jsonl")
+    return [record[name] for record in records if record["kind"] == "train"]
 
 
 def bits(world: World, trainer: Trainer) -> list[int]:
@@ -183,7 +188,8 @@ def interrupted(world: World, root: Path) -> dict[str, Any]:
     for stage in range(4):
         changes = {**SMALL, "parallel__zero_stage": stage, "network__dropout": 0.1, "train__log_nimg": BATCH * 3}
         changes["train__total_nimg"] = BATCH * 12
-        unbroken, expected = train(world, config(root / f"whole{stage}-{world.size}", **changes))
+        whole = config(root / f"whole{stage}-{world.size}", **changes)
+        unbroken, expected = train(world, whole)
         broken = config(root / f"broken{stage}-{world.size}", **changes)
         first, _ = train(world, broken, until=BATCH * 7)
         second, losses = train(world, broken)
@@ -191,6 +197,7 @@ def interrupted(world: World, root: Path) -> dict[str, Any]:
             "stopped_at": first.nimg,
             "expected": expected,
             "losses": losses,
+            "heads": [logged(run, "head_inconsistency") for run in (whole, broken)] if world.is_main else [],
             "digests": [bits(world, unbroken), bits(world, second)],
         }
     return out

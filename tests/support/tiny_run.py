@@ -16,6 +16,7 @@ from warm_dist.config.run import Config, validate
 from warm_dist.data import Batch, DataInfo
 from warm_dist.distributed.world import World
 from warm_dist.training.inputs import prepare
+from warm_dist.training.step_metrics import SUMS
 from warm_dist.training.trainer import Trainer
 
 BATCH = 16
@@ -92,7 +93,7 @@ def steps(world: World, trainer: Trainer, count: int) -> tuple[list[float], list
         sums = trainer.metrics.sums.clone()
         trainer.metrics.sums.zero_()
         dist.all_reduce(sums)
-        losses.append(float(sums[0] / sums[-1]))
+        losses.append(float(sums[SUMS.index("loss")] / sums[SUMS.index("images")]))
         norms.append(float(trainer.grad_norm))
     return losses, norms
 

@@ -33,13 +33,13 @@ class Heads(NamedTuple):
 class Loss(NamedTuple):
     """Mean squared error per pixel in network units, (B,) float32 each; `total` weights the residual's.
 
-    inconsistency: |b̂ − A x̂0| / |b̂|, how far the heads are from describing one image; no gradient.
+    inconsistency: |b̂ − A x̂0| / |b̂|, how far the heads are from describing one image; no gradient; None unless asked.
     """
 
     blurry: Tensor
     residual: Tensor
     total: Tensor
-    inconsistency: Tensor
+    inconsistency: Tensor | None
 
 
 Condition = tuple[Tensor | None, ...]
@@ -162,28 +162,32 @@ def loss(
     noise: Tensor,
     condition: Condition = (),
     residual_weight: str = "one",
+    diagnose: bool = False,
 ) -> Loss:
     """The training loss |F_b − T_b|² + w_R |F_R − T_R|², mean per pixel.
 
     x0, noise: (B, C, H, W) float32, x0 less the channel means. level: (B,) float64 each. spectrum: (H, W) float64.
     residual_weight, with q = c_out,R²/c_out,b²: "one": w_R = 1; "balanced": min(1, q); "denoiser": q, so that both
     errors are weighted by 1/c_out,b² in data units; "sampler": q, the error first filtered by G = λα² e^{−λα²/2}, its
-    gain in dx/d ln σ at constant BNR. w_R = 0 where α = 0.
+    gain in dx/d ln σ at constant BNR. w_R = 0 where α = 0. diagnose: compute the inconsistency too.
     """
     c = coefficients(spectrum, level)
     x, t_b, t_r = targets(x0, level, noise, c)
     f_b, f_r = evaluate(network, x, level, c, condition)
     with exact_float32():
         seen = (c.c_out_r > 0).float()
-        blurry = (f_b - t_b).square().mean((1, 2, 3))
-        residual = weighted = (f_r - t_r).square().mean((1, 2, 3)) * seen
+        blurry, error = (f_b - t_b).square().mean((1, 2, 3)), f_r - t_r
+        residual = weighted = error.square().mean((1, 2, 3)) * seen
         if residual_weight == "sampler":
-            weighted = _sampler_gain(f_r - t_r, level.alpha).square().mean((1, 2, 3)) * seen
-        q = (c.c_out_r / c.c_out_b).square()
-        weight = {"one": seen, "balanced": q.clamp_max(1).float()}.get(residual_weight, q.float())
-        with torch.no_grad():
-            gap = inconsistency(assemble(f_b, f_r, x, c), level).float()
-        return Loss(blurry, residual, blurry + weight * weighted, gap)
+            weighted = _sampler_gain(error, level.alpha).square().mean((1, 2, 3)) * seen
+        if residual_weight != "one":
+            q = (c.c_out_r / c.c_out_b).square()
+            weighted = weighted * (q.clamp_max(1) if residual_weight == "balanced" else q).float()
+        gap = None
+        if diagnose:
+            with torch.no_grad():
+                gap = inconsistency(assemble(f_b, f_r, x, c), level).float()
+        return Loss(blurry, residual, blurry + weighted, gap)
 
 
 def _sampler_gain(error: Tensor, alpha: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Train(Record, total=False):  # training since the last such record, over a
     loss: float | None  # mean over images of the weighted squared error per pixel, network units; null: none finite
     loss_blurry: float | None  # the same of the denoiser head alone
     loss_residual: float | None  # the same of the deblurrer head alone, unweighted
-    head_inconsistency: float | None  # |b̂ - A x̂0| / |b̂|
+    head_inconsistency: float | None  # mean of |b̂ - A x̂0| / |b̂| over the images of the last step
     images_per_s: float  # of all ranks
     grad_norm: float | None  # of the last step, before clipping; null: not finite
     step_s: float  # seconds a step, mean over ranks, as the next five, which are its parts

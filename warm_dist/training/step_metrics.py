@@ -24,8 +24,12 @@ from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image, peak_flops
 from warm_dist.tracking.machine_load import MachineLoad
 
-SUMS = ("loss", "loss_blurry", "loss_residual", "head_inconsistency", "images")
-"""Quantities summed over images; those with a non-finite loss are left out, and count as skipped steps."""
+LOSSES = ("loss", "loss_blurry", "loss_residual")
+SUMS = (*LOSSES, "images", "head_inconsistency", "diagnosed")
+"""Sums over images, without those of non-finite loss, which count as skipped steps, and the numbers of these images.
+
+The heads' inconsistency is only computed in the step before a line of metrics; `diagnosed` counts that step's images.
+"""
 PHASES = ("data", "forward", "backward", "update", "ema")
 SLOW = 1.5  # warn about a rank slower than this multiple of the median
 
@@ -72,15 +76,22 @@ class StepMetrics:
     def add(self, result: Loss) -> None:
         """Add the losses of a micro-batch."""
         counts = torch.ones_like(result.total)
-        rows = torch.stack([result.total, result.blurry, result.residual, result.inconsistency, counts]).double()
-        self.sums += rows.where(torch.isfinite(result.total), 0.0).sum(1)
+        rows = [result.total, result.blurry, result.residual, counts]
+        if result.inconsistency is not None:
+            rows += [result.inconsistency, counts]
+        finite = torch.stack(rows).where(torch.isfinite(result.total), 0.0)
+        self.sums[: len(rows)] += finite.sum(1, dtype=torch.float64)
 
     def load(self, saved: list[list[float]]) -> None:
-        """Continue from the sums of all ranks in a checkpoint, of any world size."""
-        if len(saved) == self.world.size:
-            mine = saved[self.world.rank]
+        """Continue from the sums of all ranks in a checkpoint, of any world size.
+
+        Former checkpoints hold five sums a rank: the heads' inconsistency of all images, here left out, came fourth.
+        """
+        rows = [[*row[:3], row[4], 0.0, 0.0] if len(row) == 5 else row for row in saved]
+        if len(rows) == self.world.size:
+            mine = rows[self.world.rank]
         else:
-            mine = [sum(column) for column in zip(*saved, strict=True)] if self.world.is_main else [0.0] * len(SUMS)
+            mine = [sum(column) for column in zip(*rows, strict=True)] if self.world.is_main else [0.0] * len(SUMS)
         self.sums.copy_(torch.tensor(mine, dtype=torch.float64))
 
     def flush(self, nimg: int, grad_norm: Tensor) -> tuple[dict[str, float | None], list[dict[str, float]]]:
@@ -89,10 +100,9 @@ class StepMetrics:
         if self.world.size > 1:
             dist.all_reduce(sums)
         self.sums.zero_()
-        *values, count = sums.tolist()
-        line: dict[str, float | None] = {
-            name: value / count if count else None for name, value in zip(SUMS, values, strict=False)
-        }
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        counts = dict.fromkeys(LOSSES, total["images"]) | {"head_inconsistency": total["diagnosed"]}
+        line: dict[str, float | None] = {name: total[name] / n if n else None for name, n in counts.items()}
         steps, seconds = max(1, self.num_steps), max(self.seconds, 1e-9)
         spent = self.watch.read()
         mine = {f"{phase}_s": spent.get(phase, 0.0) / steps for phase in PHASES}

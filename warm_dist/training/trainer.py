@@ -16,7 +16,7 @@ from warm_dist.checkpoints.manager import CheckpointManager
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.identity import first_difference
 from warm_dist.config.load import dump
-from warm_dist.config.run import Config
+from warm_dist.config.run import Config, TrainConfig
 from warm_dist.data import Batch, DataInfo
 from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import Loss, data_spectrum, loss
@@ -52,6 +52,11 @@ def loss_function(config: Config) -> Callable[..., Loss]:
     if config.process.preconditioning == "per_frequency":
         return per_frequency.loss
     return partial(loss, residual_weight=config.process.residual_weight)
+
+
+def _due(every: int | None, nimg: int, train: TrainConfig) -> bool:
+    """Whether what happens every so many images, and at the end, happens at nimg."""
+    return nimg == train.total_nimg or (every is not None and nimg % every == 0)
 
 
 class Trainer:
@@ -153,13 +158,15 @@ class Trainer:
         train = self.config.train
         rng.seed_torch(train.seed, self.nimg, self.world.rank)
         micro, _ = micro_batches(self.config, self.world.size)
+        diagnose = _due(train.log_nimg, self.nimg + train.batch_size, train)
         totals = []
         for low in range(0, len(data.x0), micro):
             self._at("forward")
             part = slice(low, low + micro)
             level = Level(data.level.sigma[part], data.level.alpha[part])
             condition = tuple(None if given is None else given[part] for given in data.condition)
-            result = self.loss(self.engine, self.spectrum, data.x0[part], level, data.noise[part], condition)
+            images = data.x0[part], level, data.noise[part]
+            result = self.loss(self.engine, self.spectrum, *images, condition, diagnose=diagnose)
             self._at("backward")
             self.engine.backward(result.total.mean())
             totals.append(result.total.detach())
@@ -177,7 +184,7 @@ class Trainer:
         return trace
 
     def _non_finite(self, trace: Trace) -> Tensor:
-        finite = torch.stack([torch.isfinite(total).all() for total in trace.totals]).all()
+        finite = torch.isfinite(torch.cat(trace.totals)).all()
         return ~(finite & torch.isfinite(self.grad_norm)).view(1)
 
     def _at(self, phase: str) -> None:
@@ -226,8 +233,7 @@ class Trainer:
         train = self.config.train
         last = self.nimg == train.total_nimg
         saving, logging, snapshot = (
-            last or (every is not None and self.nimg % every == 0)
-            for every in (train.save_nimg, train.log_nimg, train.snapshot_nimg)
+            _due(every, self.nimg, train) for every in (train.save_nimg, train.log_nimg, train.snapshot_nimg)
         )
         snapshot &= bool(train.ema_lengths)
         if not (stopping or saving or logging or snapshot or self._evaluation_is_due(evaluate, evaluated)):

@@ -64,10 +64,11 @@ def test_loss(dtype, rtol):
     sigma = torch.exp(normal.double() * 1.2 - 1.2)
     s, clean, epsilon = sigma[:, None, None, None], x0.double(), noise.double()
     edm = (s**2 + DATA**2) / (s * DATA) ** 2 * (edm_denoise(clean + s * epsilon, sigma) - clean) ** 2
-    ours = loss(network, SPECTRUM, x0, level, noise)
+    ours = loss(network, SPECTRUM, x0, level, noise, diagnose=True)
     for k in range(4):  # EDM's weight times a small difference would lose digits in float32; ours keeps them
         assert float(ours.total[k]) == pytest.approx(float(edm[k].mean()), rel=rtol)
     assert not ours.residual.any()
+    assert ours.inconsistency is not None
     assert not ours.inconsistency.any()
 
 

@@ -18,7 +18,7 @@ from warm_dist.diffusion.heads import (
     loss,
     targets,
 )
-from warm_dist.diffusion.process import Level
+from warm_dist.diffusion.process import Level, corrupt
 from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, unblurred
 
 SPECTRUM = fallback_spectrum(32, 32)
@@ -196,3 +196,16 @@ def test_inconsistency_is_zero_for_one_image_and_one_for_a_lost_residual():
     wrong = Heads(blurry, residual + 0.1 * blurry)  # A x̂0 = b̂ + 0.1 A b̂
     expected = 0.1 * blur(blurry, at.alpha).flatten(1).norm(dim=1) / blurry.flatten(1).norm(dim=1)
     torch.testing.assert_close(inconsistency(wrong, at), expected)
+
+
+def test_a_loss_tells_the_inconsistency_of_its_own_heads_when_asked():
+    """Fault: a diagnosis of the targets, which agree, or of unscaled outputs; one that is made and paid for unasked."""
+    at = level(0.3, 3.0)
+    x0, noise, out = (torch.randn(2, c, 32, 32, generator=torch.Generator().manual_seed(c)) for c in (3, 3, 6))
+    x = corrupt(x0, at, noise)
+    result = loss(lambda *inputs: out, SPECTRUM, x0, at, noise, diagnose=True)
+    expected = inconsistency(heads(lambda *inputs: out, SPECTRUM, x, at), at)
+    torch.testing.assert_close(result.inconsistency, expected)
+    plain = loss(lambda *inputs: out, SPECTRUM, x0, at, noise)
+    assert plain.inconsistency is None
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], result[:3], strict=True))

@@ -41,7 +41,10 @@ def test_target_is_what_makes_the_heads_exact():
     target = idct(c.t_data * dct(x0) - c.t_noise * dct(noise))
     estimate = heads(lambda *inputs: target, SPECTRUM, corrupt(x0, at, noise), at)
     torch.testing.assert_close(estimate.clean, x0)
-    assert float(loss(lambda *inputs: target, SPECTRUM, x0, at, noise).total) < 1e-20
+    result = loss(lambda *inputs: target, SPECTRUM, x0, at, noise)
+    assert float(result.total) < 1e-20
+    assert result.inconsistency is None
+    assert loss(silent, SPECTRUM, x0, at, noise, diagnose=True).inconsistency.tolist() == [0.0]
 
 
 def test_on_gaussian_data_the_right_answer_is_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.tiny_run import ALONE, BATCH, batches, config, info
+from warm_dist.diffusion.heads import Loss
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image
@@ -97,8 +99,14 @@ def test_the_memory_told_of_is_that_of_the_rank_that_needs_most(tmp_path, monkey
     assert line["memory_bytes"] == 3
 
 
-def test_sums_go_on_at_any_world_size(tmp_path):
-    saved: list[Any] = [[1.0, 2, 3, 4, 5], [10.0, 20, 30, 40, 50]]
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ([[1.0, 2, 3, 4, 5, 6], [10.0, 20, 30, 40, 50, 60]], [11, 22, 33, 44, 55, 66]),
+        ([[1.0, 2, 3, 99, 4], [10.0, 20, 30, 990, 40]], [11, 22, 33, 44, 0, 0]),  # before `diagnosed` was counted
+    ],
+)
+def test_sums_go_on_at_any_world_size(tmp_path, saved, expected):
     settings = config(tmp_path, engine="local")
     for size in (1, 2, 3):
         total = torch.zeros(len(step_metrics.SUMS), dtype=torch.float64)
@@ -106,4 +114,38 @@ def test_sums_go_on_at_any_world_size(tmp_path):
             one = StepMetrics(settings, World(rank, size, torch.device("cpu"), None), print)
             one.load(saved)
             total += one.sums
-        assert total.tolist() == [11, 22, 33, 44, 55]
+        assert total.tolist() == expected
+
+
+def test_means_are_over_the_images_that_were_finite_and_those_that_were_diagnosed(tmp_path):
+    """Fault: a line's inconsistency is a mean over images for which nobody computed it."""
+    measured = StepMetrics(config(tmp_path, engine="local"), ALONE, print)
+    one, bad = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, math.inf, 3.0])
+    measured.add(Loss(2 * one, 3 * one, one, None))
+    measured.add(Loss(2 * one, 3 * one, bad, None))
+    measured.add(Loss(2 * one, 3 * one, bad, 4 * one))
+    line, _ = measured.flush(BATCH, torch.ones(()))
+    assert [line[name] for name in step_metrics.LOSSES] == [2.0, 4.0, 6.0]
+    assert line["head_inconsistency"] == 8.0
+    assert not measured.sums.any()
+    line, _ = measured.flush(BATCH, torch.ones(()))
+    assert {line[name] for name in (*step_metrics.LOSSES, "head_inconsistency")} == {None}
+
+
+def test_the_heads_are_compared_in_the_step_before_a_line(tmp_path):
+    """Fault: a diagnosis in every step, or a line with that of another step than its last."""
+    settings = config(tmp_path, engine="local", train__total_nimg=BATCH * 10, train__log_nimg=BATCH * 4)
+    trainer, found = Trainer(settings, ALONE, info(), print), {}
+    loss = trainer.loss
+
+    def watched(*args: Any, **options: Any) -> Loss:
+        result = loss(*args, **options)
+        if result.inconsistency is not None:
+            found[trainer.nimg + BATCH] = float(result.inconsistency.double().mean())
+        return result
+
+    trainer.loss = watched
+    trainer.fit(batches(ALONE, 0), MetricsLog(tmp_path / "metrics.jsonl", 1), StopSignal(), None, set())
+    lines = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+    assert [line["nimg"] // BATCH for line in lines] == [4, 8, 10]
+    assert {line["nimg"]: line["head_inconsistency"] for line in lines} == pytest.approx(found)
