@@ -12,7 +12,16 @@ from torch import Tensor
 
 from warm_dist.data import DataInfo
 from warm_dist.diffusion.process import Level, expand
-from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, exact_float32, fallback_spectrum, idct, unblurred
+from warm_dist.diffusion.spectrum import (
+    blur,
+    dct,
+    eigenvalues,
+    exact_float32,
+    fallback_spectrum,
+    idct,
+    split,
+    unblurred,
+)
 
 
 class Heads(NamedTuple):
@@ -74,18 +83,19 @@ def coefficients(spectrum: Tensor, level: Level) -> Coefficients:
     spectrum: (H, W) float64, S_k = E[u0_k²]. At α = 0 the residual's scales are exactly 0 and the denoiser's are EDM's.
     """
     lam = eigenvalues(*spectrum.shape, device=spectrum.device)
-    exponent = -lam * level.alpha[:, None, None].square() / 2
+    exponent = lam * (level.alpha.square() / -2)[:, None, None]
     a, lost = torch.exp(exponent), -torch.expm1(exponent)  # 1 - a without cancellation
     s_b2 = (a.square() * spectrum).mean((1, 2))
     s_br = (a * lost * spectrum).mean((1, 2))
     s_r2 = (lost.square() * spectrum).mean((1, 2))
     sigma, s_b, v = level.sigma, s_b2.sqrt(), s_b2 + level.sigma.square()
+    c_in = v.rsqrt()
     return Coefficients(
         v=v,
         s_b=s_b,
-        c_in=v.rsqrt(),
+        c_in=c_in,
         c_skip_b=s_b2 / v,
-        c_out_b=sigma * s_b * v.rsqrt(),
+        c_out_b=sigma * s_b * c_in,
         c_skip_r=s_br / v,
         c_out_r=(s_r2 - s_br.square() / v).clamp_min(0).sqrt(),  # >= 0 by Cauchy-Schwarz; the clamp is for rounding
     )
@@ -144,14 +154,13 @@ def targets(x0: Tensor, level: Level, noise: Tensor, c: Coefficients) -> tuple[T
     T_b = (A x0 − c_skip,b x)/c_out,b, written as ((σ/s_b) A x0 − s_b ε)/√v to avoid cancellation at small σ.
     """
     with exact_float32():
-        blurry = blur(x0, level.alpha)
-        x = blurry + expand(level.sigma, x0) * noise
-        t_b = expand(level.sigma / (c.s_b * c.v.sqrt()), x0) * blurry - expand(c.s_b * c.c_in, x0) * noise
+        blurry, residual = split(x0, level.alpha)
         seen = c.c_out_r > 0
         scale = torch.where(seen, 1 / torch.where(seen, c.c_out_r, 1.0), 0.0)  # masked before the division
-        residual = unblurred(x0, level.alpha)
-        t_r = expand(scale, x0) * residual - expand(scale * c.c_skip_r, x0) * x
-    return x, t_b, t_r
+        factors = level.sigma, level.sigma / (c.s_b * c.v.sqrt()), c.s_b * c.c_in, scale, scale * c.c_skip_r
+        sigma, data, epsilon, to_residual, to_x = torch.stack(factors).to(x0.dtype)[..., None, None, None]
+        x = blurry + sigma * noise
+        return x, data * blurry - epsilon * noise, to_residual * residual - to_x * x
 
 
 def loss(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from warm_dist.diffusion.heads import Condition, Heads, Loss, Network, level_inputs
 from warm_dist.diffusion.process import Level, corrupt
-from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, exact_float32, idct, unblurred
+from warm_dist.diffusion.spectrum import dct, eigenvalues, exact_float32, idct, split
 
 
 class Scales(NamedTuple):
@@ -46,7 +46,7 @@ def heads(network: Network, spectrum: Tensor, x: Tensor, level: Level, condition
     c = scales(spectrum, level)
     out = evaluate(network, x, level, c, condition)
     clean = idct(c.c_skip.to(x.dtype) * dct(x) + c.c_out.to(x.dtype) * dct(out))
-    return Heads(blur(clean, level.alpha), unblurred(clean, level.alpha))
+    return Heads(*split(clean, level.alpha))
 
 
 def loss(
