@@ -118,15 +118,15 @@ def test_sums_go_on_at_any_world_size(tmp_path, saved, expected):
 
 
 def test_means_are_over_the_images_that_were_finite_and_those_that_were_diagnosed(tmp_path):
-    """Fault: a line's inconsistency is a mean over images for which nobody computed it."""
+    """Fault: a line's inconsistency is a mean over images for which nobody computed it; a micro-batch is lost."""
     measured = StepMetrics(config(tmp_path, engine="local"), ALONE, print)
-    one, bad = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, math.inf, 3.0])
+    one, bad, last = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, math.inf, 7.0]), torch.tensor([6.0, 4.0])
     measured.add(Loss(2 * one, 3 * one, one, None))
-    measured.add(Loss(2 * one, 3 * one, bad, None))
-    measured.add(Loss(2 * one, 3 * one, bad, 4 * one))
+    measured.add(Loss(2 * bad, 3 * bad, bad, 4 * bad))
+    measured.add(Loss(2 * last, 3 * last, last, 4 * last))
     line, _ = measured.flush(BATCH, torch.ones(()))
-    assert [line[name] for name in step_metrics.LOSSES] == [2.0, 4.0, 6.0]
-    assert line["head_inconsistency"] == 8.0
+    assert [line[name] for name in step_metrics.LOSSES] == [4.0, 8.0, 12.0]  # (6 + 12 + 10) / 7 images
+    assert line["head_inconsistency"] == 22.0  # 4 (12 + 10) / 4 images
     assert not measured.sums.any()
     line, _ = measured.flush(BATCH, torch.ones(()))
     assert {line[name] for name in (*step_metrics.LOSSES, "head_inconsistency")} == {None}
