@@ -1,19 +1,19 @@
 """What an engine costs the host: `launch/bench.py host`. Tiny tensors, the real number of blocks, one thread of a CPU.
 
 The trainer's own step of EDM's CIFAR-10 network with 8 channels, one image of 16x16: hardly any arithmetic is left, and
-what remains is what a GPU would wait for. Engines take turns in one process.
+what remains is what a GPU would wait for. Engines take turns in one process. And images/s of what a thread prepares ahead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launch.benchmarks.inputs import rates
 from launch.benchmarks.result import ROOT, Spread
 from warm_dist import errors
 from warm_dist.errors import ConfigError
@@ -105,6 +105,8 @@ def table(found: dict[str, Any]) -> str:
             if ratio["target"]:
                 line += f"  {ratio['target']:g}: {'met' if ratio['met'] else 'missed'}"
         lines.append(line)
+    lines += ["", f"{'prepared ahead':16}{'images/s':>12}{'min..max':>18}  on one core"]
+    lines += [f"{name:16}{Spread(**row).columns(0)}" for name, row in found["inputs"].items()]
     return "\n".join(lines)
 
 
@@ -112,10 +114,10 @@ def host(args: argparse.Namespace) -> int:
     """The subcommand `host`."""
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: at least 1")
-    os.environ["OMP_NUM_THREADS"] = "1"
     names = [(engine, precision) for precision in args.precisions for engine in args.engines]
     with tempfile.TemporaryDirectory(prefix="warm-dist-bench-") as folder:
         found = report(measure(names, args.rounds, folder, args.set))
+    found["inputs"] = {name: asdict(spread) for name, spread in rates(args.rounds).items()}
     print(json.dumps(found) if args.json else table(found))
     return errors.EXIT_OK
 

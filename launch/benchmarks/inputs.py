@@ -5,46 +5,44 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from launch.benchmarks.result import Spread
+from launch.benchmarks.result import ROOT, Spread
 
 if TYPE_CHECKING:
     from warm_dist.config.run import Config
-    from warm_dist.data import Batch
+
+BATCH = 256
+CASES = {"cifar10": ["train.augment=0"], "imagenet64": []}
+"""Config → changes. On a CPU the warp of `train.augment` would be most of it; with a GPU it is the GPU's work."""
 
 
-def prepare_rate(config: Config, images: int, rounds: int) -> Spread:
-    """Images a second of processor time that one thread prepares, in batches of `images`, after one that warms up.
-
-    The config's resolution, channels, classes, augmentation and levels; made-up pictures, a batch of new positions a
-    round. On a CPU the warp of `train.augment` is part of it; on a GPU it is the GPU's work, so measure the host there
-    with train.augment=0 (drawing the transforms takes 3 µs an image).
-    """
+def prepare_rate(config: Config, rounds: int) -> Spread:
+    """Images a second of processor time that one thread prepares, in the config's batches, after one that warms up."""
     import torch
 
-    from launch.benchmarks.pictures import made_up
+    from launch.benchmarks.pictures import images, made_up
+    from warm_dist.distributed.world import World
     from warm_dist.training.inputs import prepare
 
-    info, device, threads = made_up(config), torch.device("cpu"), torch.get_num_threads()
-    rates = []
+    world, info, threads = World(0, 1, torch.device("cpu"), None), made_up(config), torch.get_num_threads()
+    batches, rates = images(config, world), []
     torch.set_num_threads(1)
     try:
-        for number in range(rounds + 1):
-            batch = _batch(config, images, number * images)
+        for _ in range(rounds + 1):
+            batch = next(batches)
             began = time.thread_time()
-            prepare(batch, config, info, device)
-            rates.append(images / (time.thread_time() - began))
+            prepare(batch, config, info, world.device)
+            rates.append(config.train.batch_size / (time.thread_time() - began))
     finally:
         torch.set_num_threads(threads)
     return Spread.of(rates[1:])
 
 
-def _batch(config: Config, images: int, nimg: int) -> Batch:
-    import numpy as np
+def rates(rounds: int) -> dict[str, Spread]:
+    """`prepare_rate` of each of CASES, in batches of BATCH."""
+    from warm_dist.config.run import load_config
 
-    from warm_dist.data import Batch
-    from warm_dist.rng import generator
-
-    shape = (images, config.data.channels, config.data.resolution, config.data.resolution)
-    pictures = generator(0, "bench").integers(0, 256, shape, dtype=np.uint8)
-    labels = np.full(images, 0 if config.data.num_classes else -1)
-    return Batch(pictures, labels, np.arange(nimg, nimg + images), ("",) * images)
+    files = {name: str(ROOT / "configs" / f"{name}.json") for name in CASES}
+    return {
+        name: prepare_rate(load_config(files[name], [f"train.batch_size={BATCH}", *changes]), rounds)
+        for name, changes in CASES.items()
+    }

@@ -52,7 +52,7 @@ ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
 
 
 def forward_bytes(stage: int, precision: str) -> int:
-    """Bytes of a forward weight, and of its gradient. Stage 0 computes in bf16 over float32 weights (autocast)."""
+    """Bytes of a forward weight, and of its gradient. At stage 0 the network casts float32 weights."""
     return 2 if precision == "bf16" and stage else 4
 
 

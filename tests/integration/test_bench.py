@@ -104,3 +104,4 @@ def test_engines_are_compared_with_the_local_one_of_their_precision(tmp_path: Pa
         assert ratio["median"] == pytest.approx(report["ms"][name]["median"] / local)
         assert ratio["met"] == (ratio["median"] <= ratio["target"])
     assert len(report["ratios"]) == 4
+    assert report["inputs"].keys() == {"cifar10", "imagenet64"}

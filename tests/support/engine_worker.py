@@ -277,7 +277,7 @@ def ema_whole(world: World, root: Path) -> float:
 
 
 def gathered(world: World, root: Path) -> list[bool]:
-    """After a forward pass at stage 3: of each block's gathered weights, whether something still holds them."""
+    """After a forward pass at stage 3: of the root's and each block's gathered weights, whether something holds them."""
     settings = config(root, **SMALL, parallel__zero_stage=3)
     engine = build_engine(build(settings), settings, world)
     storages = []
@@ -289,6 +289,13 @@ def gathered(world: World, root: Path) -> list[bool]:
                 return plain(flat, *given)
 
             block.compute = compute
+    embed = engine.module.embed
+
+    def embedded(w: dict[str, Tensor], *given: Any) -> Tensor:
+        storages.append(StorageWeakRef(w["stem.weight"].untyped_storage()))
+        return embed(w, *given)
+
+    engine.module.embed = embedded
     level = torch.zeros(2)
     out = engine(torch.randn(2, 3, 8, 8), level, level, None)
     gc.collect()

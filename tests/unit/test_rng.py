@@ -16,15 +16,6 @@ def test_an_index_draws_the_same_wherever_it_stands():
     np.testing.assert_array_equal(rng.uniforms(0, "augment", [5], 2)[0], rng.uniforms(0, "augment", range(10), 2)[5])
 
 
-def test_streams_in_turn_are_those_made_one_by_one():
-    """Fault: half a number, or the rest of a block, is left over from the stream before."""
-    indices = [5, 0, 2**64 + 3, 5]
-    for count in (1, 2, 3, 7):
-        drawn = [stream.random(count, np.float32) for stream in rng.generators(3, "noise", indices)]
-        alone = [rng.generator(3, "noise", index).random(count, np.float32) for index in indices]
-        np.testing.assert_array_equal(drawn, alone)
-
-
 def test_seeds_purposes_and_indices_differ():
     draws = [
         rng.generator(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 2**70)]

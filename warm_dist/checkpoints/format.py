@@ -194,7 +194,12 @@ def load_saved(saved: Saved, rank: int, targets: Targets, tensors: Iterable[Publ
     tensors: the network's published tensors, by which checkpoints of the older format are named. Raises as `_load`.
     """
     if saved.meta["format"] == FORMAT:
-        return _load(saved, rank, targets)
+        _load(saved, rank, targets)
+    else:
+        _load_published(saved, rank, targets, tensors)
+
+
+def _load_published(saved: Saved, rank: int, targets: Targets, tensors: Iterable[Published]) -> None:
     by_flat: dict[str, list[Published]] = {}
     for tensor in tensors:
         by_flat.setdefault(tensor.flat, []).append(tensor)
@@ -212,7 +217,6 @@ def load_saved(saved: Saved, rank: int, targets: Targets, tensors: Iterable[Publ
             first, last = max(tensor.start, start), min(tensor.stop, start + target.numel())
             elements = tensor.piece.adopt(whole[tensor.name])
             target[first - start : last - start] = elements[first - tensor.start : last - tensor.start]
-    return None
 
 
 def _load(saved: Saved, rank: int, targets: Targets) -> None:
@@ -263,7 +267,7 @@ def export_tensors(parts: list[Part], tensors: Sequence[Published], path: Path, 
                 for part, layout in zip(parts, layouts, strict=True):
                     total += part[2] * _whole(part, layout, members)
                 for tensor in members:
-                    values = tensor.piece.publish(total[tensor.start : tensor.stop]).float().contiguous()
+                    values = tensor.piece.publish(total[tensor.start : tensor.stop]).float()
                     out.write(values.view(-1).numpy().data.cast("B"))
 
     replace_file(path, fill)
@@ -271,24 +275,22 @@ def export_tensors(parts: list[Part], tensors: Sequence[Published], path: Path, 
 
 def _whole(part: Part, layout: Layout, members: list[Published]) -> Tensor:
     """All elements of one flat parameter, (n,) float64, from a checkpoint of either format."""
+    if part[0].meta["format"] == FORMAT:
+        return _stored(part, layout, members[0].flat, members[-1].stop)
+    return torch.cat([tensor.piece.adopt(_stored(part, layout, tensor.name, tensor.piece.numel)) for tensor in members])
+
+
+def _stored(part: Part, layout: Layout, name: str, count: int) -> Tensor:
+    """All `count` elements under one name, (count,) float64, put together from their fragments."""
     saved, kind, _ = part
-    total = torch.empty(members[-1].stop, dtype=torch.float64)
-    if saved.meta["format"] == FORMAT:
-        named = [(members[0].flat, total)]
-    else:
-        named = [(tensor.name, torch.empty(tensor.piece.numel, dtype=torch.float64)) for tensor in members]
-    for name, into in named:
-        missing = into.numel()
-        for file, stored in layout.get(name, ()):
-            for tensor, values in _read(saved, file, [stored]):
-                into[tensor.start : tensor.stop] = values
-                missing -= len(values)
-        if missing:
-            raise CheckpointError(f"{saved}: lacks {kind}/{name}")
-    if saved.meta["format"] != FORMAT:
-        for member, (_, whole) in zip(members, named, strict=True):
-            total[member.start : member.stop] = member.piece.adopt(whole)
-    return total
+    out, missing = torch.empty(count, dtype=torch.float64), count
+    for file, stored in layout.get(name, ()):
+        for tensor, values in _read(saved, file, [stored]):
+            out[tensor.start : tensor.stop] = values
+            missing -= len(values)
+    if missing:
+        raise CheckpointError(f"{saved}: lacks {kind}/{name}")
+    return out
 
 
 Layout = dict[str, list[tuple[str, _Tensor]]]

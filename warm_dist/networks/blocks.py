@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from warm_dist.networks.flat import Flat, released, views
+from warm_dist.networks.flat import Flat, views
 from warm_dist.networks.group_norm import group_norm
 
 Init = Callable[[nn.Module], None]
@@ -108,13 +108,13 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
-def attend(x: Tensor, w: dict[str, Tensor], num_heads: int, eps: float) -> Tensor:
+def attend(x: Tensor, w: dict[str, Tensor], num_heads: int, groups: int, eps: float) -> Tensor:
     """Self-attention over the H·W pixels, without the residual sum, (B, C, H, W) → (B, C, H, W).
 
     w: the tensors norm, qkv and proj of `attention_layers` under "attention.".
     """
     b, c, height, width = x.shape
-    x = group_norm(x, w["attention.norm.weight"], w["attention.norm.bias"], num_groups(c), eps, silu=False)
+    x = group_norm(x, w["attention.norm.weight"], w["attention.norm.bias"], groups, eps, silu=False)
     pixels = x.permute(0, 2, 3, 1).reshape(b, height * width, c)
     qkv = functional.linear(pixels, w["attention.qkv.weight"], w["attention.qkv.bias"])
     # each (B, heads, H·W, C/heads) with the last axis contiguous, as flash attention needs it
@@ -135,8 +135,9 @@ class AuxiliaryDown(Flat):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C_out, H/2, W/2)."""
-        w = views(self.flat.to(x.dtype), self.pieces)
-        x = functional.conv2d(x, w["conv.weight"], w["conv.bias"], padding=2)
+        with self.keeping():
+            w = views(self.flat.to(x.dtype), self.pieces)
+            x = functional.conv2d(x, w["conv.weight"], w["conv.bias"], padding=2)
         return functional.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
 
 
@@ -171,7 +172,7 @@ class Block(Flat):
     ) -> None:
         super().__init__()
         self.options, self.mode = o, mode
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.groups = num_groups(in_channels), num_groups(out_channels)
         smooth = mode is not None and len(o.filter) > 2
         self.register_buffer("kernel", filter_kernel(o.filter) if smooth else None, persistent=False)
         layers: dict[str, nn.Module] = {
@@ -197,19 +198,17 @@ class Block(Flat):
 
         In the dtype of x, channels-last.
         """
-        if self.regathered:
-            with released(self.flat):
-                return self.compute(self.flat, x, emb)
-        return self.compute(self.flat, x, emb)
+        with self.keeping():
+            return self.compute(self.flat, x, emb)
 
     def _compute(self, flat: Tensor, x: Tensor, emb: Tensor) -> Tensor:
         o, w = self.options, views(flat.to(x.dtype), self.pieces)
-        h = group_norm(x, w["norm0.weight"], w["norm0.bias"], num_groups(self.in_channels), o.eps)
+        h = group_norm(x, w["norm0.weight"], w["norm0.bias"], self.groups[0], o.eps)
         h = functional.conv2d(resample(h, self.mode, self.kernel), w["conv0.weight"], w["conv0.bias"], padding=1)
         level = functional.linear(emb, w["affine.weight"], w["affine.bias"])
         scale, shift = level.chunk(2, dim=1) if o.adaptive_scale else (None, None)
         before = None if o.adaptive_scale else level
-        norm1 = w["norm1.weight"], w["norm1.bias"], num_groups(self.out_channels), o.eps
+        norm1 = w["norm1.weight"], w["norm1.bias"], self.groups[1], o.eps
         h = group_norm(h, *norm1, before=before, scale=scale, shift=shift)
         if o.dropout:
             h = functional.dropout(h, o.dropout, self.training)
@@ -218,7 +217,7 @@ class Block(Flat):
         if "skip.weight" in w:
             skip = pointwise(skip, w["skip.weight"], w["skip.bias"])
         h = scaled_sum(h, skip, o.skip_scale)
-        return scaled_sum(h, attend(h, w, self.num_heads, o.eps), o.skip_scale) if self.num_heads else h
+        return scaled_sum(h, attend(h, w, self.num_heads, self.groups[1], o.eps), o.skip_scale) if self.num_heads else h
 
 
 def scaled_sum(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The residual blocks compiled by torch.compile, one at a time: equal blocks share a graph, and ZeRO's hooks stay outside.
 
-Measured (21 blocks, 14 kinds): as long to compile as the whole network and no slower a step; and only a block at a time
-leaves the number of graphs bounded and lets stage 3 gather weights between them.
+Of 21 blocks 14 were kinds of their own. Compiling them took about as long as the whole network (202 and 228 s of g++, on a
+busy machine); a block at a time also bounds the number of graphs, and lets stage 3 gather weights between them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def compiles(setting: bool | None, device: torch.device) -> bool:
 def compile_blocks(network: nn.Module, cache: str | None, say: Say) -> None:
     """Compile every residual block at its first call; a failure is one warning, and the network then runs as it is.
 
-    cache: the folder that keeps compiled kernels, which ranks and later runs share; None for torch's own. Its files are
-    written under other names and renamed, so ranks may start together.
+    cache: the folder that keeps compiled kernels, which ranks and later runs share; None for torch's own. Ranks may start
+    together: torch writes its files under other names and renames them (`write_atomic` in its codecache.py).
     """
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache).expanduser())

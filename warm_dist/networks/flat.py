@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -60,8 +60,8 @@ def _piece(name: str, p: Tensor, num_heads: int) -> Piece:
 class Flat(nn.Module):
     """A module whose parameters are views of one parameter, `flat`.
 
-    A subclass makes its layers as usual and calls `flatten` at the end of its __init__; in `forward` it takes the
-    tensors by `views`.
+    A subclass makes its layers as usual and calls `flatten` at the end of its __init__; in `forward`, inside `keeping`,
+    it takes the tensors by `views`.
     """
 
     flat: nn.Parameter
@@ -79,6 +79,10 @@ class Flat(nn.Module):
         self.flat = nn.Parameter(
             torch.cat([piece.adopt(p.detach()) for piece, (_, p) in zip(self.pieces, found, strict=True)])
         )
+
+    def keeping(self) -> AbstractContextManager[object]:
+        """The context of a forward pass: autograd keeps the weights, or not if they are gathered anew for it."""
+        return released(self.flat) if self.regathered else nullcontext()
 
 
 def released(flat: Tensor) -> AbstractContextManager[object]:

@@ -82,6 +82,21 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _gradient(  # type: ignore[no-untyped-def]
+    dy_ptr, x_ptr, at, here, away, rstd, gain, offset, SILU: tl.constexpr, POLICY: tl.constexpr
+):  # fmt: skip
+    """A tile of dz, the gradient before the activation, and of xhat."""
+    x = tl.load(x_ptr + at, mask=here, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    dz = tl.load(dy_ptr + at, mask=here, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    xhat = (x + away[None, :]) * rstd[None, :]
+    if SILU:
+        z = xhat * gain[None, :] + offset[None, :]
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return dz, xhat
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     dy_ptr, x_ptr, before_ptr, gain_ptr, offset_ptr, mean_ptr, rstd_ptr, dx_ptr, dbefore_ptr, dgain_ptr, doffset_ptr,
     pixels, channels, gain_stride,
@@ -114,13 +129,7 @@ def _backward(  # type: ignore[no-untyped-def]
         row = start + tl.arange(0, ROWS)
         here = (row < pixels)[:, None] & inside[None, :]
         at = row[:, None] * channels + channel[None, :]
-        x = tl.load(x_ptr + at, mask=here, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dz = tl.load(dy_ptr + at, mask=here, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        xhat = (x + away[None, :]) * rstd[None, :]
-        if SILU:
-            z = xhat * gain[None, :] + offset[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+        dz, xhat = _gradient(dy_ptr, x_ptr, at, here, away, rstd, gain, offset, SILU, "evict_last")
         doffset_sums += dz
         dgain_sums += dz * xhat
         if BEFORE:
@@ -145,13 +154,7 @@ def _backward(  # type: ignore[no-untyped-def]
         row = (tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)
         here = (row < pixels)[:, None] & inside[None, :]
         at = row[:, None] * channels + channel[None, :]
-        x = tl.load(x_ptr + at, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dz = tl.load(dy_ptr + at, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        xhat = (x + away[None, :]) * rstd[None, :]
-        if SILU:
-            z = xhat * gain[None, :] + offset[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+        dz, xhat = _gradient(dy_ptr, x_ptr, at, here, away, rstd, gain, offset, SILU, "evict_first")
         dx = scale[None, :] * dz - mean[None, :] - slope[None, :] * xhat
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
 

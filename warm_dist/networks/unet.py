@@ -109,7 +109,7 @@ class UNet(Flat):
                 attention = res in attended and (adm or index == config.num_blocks)
                 self.decoder.append(Block(current + skips.pop(), width, options, attention=attention))
                 current = width
-        self.out_channels = current
+        self.groups = num_groups(current)
         layers["norm_out"] = Norm(current)
         layers["conv_out"] = initialised(
             nn.Conv2d(current, num_heads * channels, 3), kaiming_init(0.0) if adm else xavier_init(1e-5)
@@ -155,6 +155,12 @@ class UNet(Flat):
         self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """x: (B, C, H, W), c_noise, c_blur: (B,), labels: (B,) int64, -1 for none, augment: (B, 9) → (B, 2C, H, W)."""
+        with self.keeping():
+            return self._forward(x, c_noise, c_blur, labels, augment)
+
+    def _forward(
+        self, x: Tensor, c_noise: Tensor, c_blur: Tensor, labels: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
         w = views(self.flat.to(self.dtype), self.pieces)
         emb = self.embed(w, c_noise, c_blur, labels, augment)
         image = x.to(self.dtype, memory_format=torch.channels_last)
@@ -169,8 +175,7 @@ class UNet(Flat):
             h = self._run(block, h, emb)
         for block in self.decoder:
             h = self._run(block, h if block.mode else torch.cat([h, skips.pop()], dim=1), emb)
-        groups = num_groups(self.out_channels)
-        h = group_norm(h, w["norm_out.weight"], w["norm_out.bias"], groups, self.options.eps)
+        h = group_norm(h, w["norm_out.weight"], w["norm_out.bias"], self.groups, self.options.eps)
         return functional.conv2d(h, w["conv_out.weight"], w["conv_out.bias"], padding=1)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:

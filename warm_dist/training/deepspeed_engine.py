@@ -26,7 +26,7 @@ class DeepSpeedEngine(Engine):
     At stage 0 the weights stay float32, and the network casts them: DeepSpeed's own bf16 stage 0 loses accuracy.
     """
 
-    def __init__(self, module: nn.Module, config: Config, world: World, say: Say = print) -> None:
+    def __init__(self, module: nn.Module, config: Config, world: World, say: Say) -> None:
         self.stage = config.parallel.zero_stage
         super().__init__(module, config, world, say)
         deepspeed = _import_deepspeed()

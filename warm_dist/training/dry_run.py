@@ -10,7 +10,7 @@ from warm_dist.config.run import Config
 
 
 def forward_bytes(stage: int, precision: str) -> int:
-    """Bytes of a forward weight or its gradient; stage 0 computes in bf16 over float32 weights (autocast)."""
+    """Bytes of a forward weight or its gradient; at stage 0 the network casts float32 weights."""
     return 2 if precision == "bf16" and stage else 4
 
 

@@ -56,7 +56,7 @@ def test_attention_is_two_products_a_head(heads):
         shapes = {"norm.weight": (c,), "norm.bias": (c,), "qkv.weight": (3 * c, c), "qkv.bias": (3 * c,)}
         shapes |= {"proj.weight": (c, c), "proj.bias": (c,)}
         weights = {f"attention.{name}": torch.empty(shape) for name, shape in shapes.items()}
-        attend(torch.empty(batch, c, 5, 3), weights, heads, 1e-6)
+        attend(torch.empty(batch, c, 5, 3), weights, heads, 8, 1e-6)
     # q kᵀ and its product with v cost n² c multiply-adds each, whatever the number of heads; qkv and proj 3 and 1 n c²
     assert counter.get_total_flops() == 2 * batch * (2 * n * n * c + 4 * n * c * c)
 

@@ -12,7 +12,9 @@ def test_a_ratio_is_taken_within_its_round_and_precision():
     assert found["ratios"]["zero1 fp32"] == {"median": 1.1, "min": 1.05, "max": 1.2, "target": 1.1, "met": True}
     assert found["ms"]["zero1 fp32"]["median"] == 21
     assert not report({"local fp32": [10], "zero1 fp32": [12]})["ratios"]["zero1 fp32"]["met"]
-    assert "1.1: met" in table(found)
+    text = table(found | {"inputs": {"cifar10": {"median": 24400.4, "min": 22900, "max": 28300}}})
+    assert "1.1: met" in text
+    assert text.splitlines()[-1].split() == ["cifar10", "24400", "22900..28300"]
 
 
 def test_an_engine_without_its_local_one_has_no_ratio():
