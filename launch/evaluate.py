@@ -73,11 +73,11 @@ def main() -> int:
     from data_pipelines.reading.loader import open_loader
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
-    from warm_dist.distributed.world import join, set_threads, shutdown
+    from warm_dist.distributed.world import join, prepare_host, shutdown
     from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, cells_text, open_results, write_cells
 
     stop = StopSignal().install()
-    set_threads()
+    prepare_host()
     world = join(PATIENCE_S)
     results = on_main(world, lambda: open_results(args.out))
     same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")

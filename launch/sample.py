@@ -36,12 +36,12 @@ def main() -> int:
 
     from warm_dist.checkpoints.weights import load_guide, load_weights, weights_path
     from warm_dist.diffusion.samplers import nfe
-    from warm_dist.distributed.world import set_threads
+    from warm_dist.distributed.world import prepare_host
     from warm_dist.evaluation.generate import generate, sample_labels
     from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for, training_note
     from warm_dist.figures import save_grid
 
-    set_threads()
+    prepare_host()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_weights(weights_path(args.weights), device)
     config = model.config

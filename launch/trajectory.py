@@ -41,11 +41,11 @@ def main() -> int:
     from data_pipelines.reading.loader import open_loader
     from warm_dist.checkpoints.weights import load_weights, weights_path
     from warm_dist.config.bnr import describe
-    from warm_dist.distributed.world import set_threads
+    from warm_dist.distributed.world import prepare_host
     from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
     from warm_dist.evaluation.trajectory import draw_forward, draw_sampling
 
-    set_threads()
+    prepare_host()
     model = load_weights(weights_path(args.weights))
     if args.label is not None and not 0 <= args.label < model.config.data.num_classes:
         raise ConfigError(f"--label {args.label}: this network has {model.config.data.num_classes} classes")

@@ -115,7 +115,7 @@ def views(flat: Tensor, pieces: tuple[Piece, ...]) -> dict[str, Tensor]:
     parts = flat.split([piece.numel for piece in pieces])
     out = {}
     for piece, part in zip(pieces, parts, strict=True):
-        tensor = part.view(piece.used)
+        tensor = part.view(piece.used) if len(piece.used) > 1 else part
         out[piece.name] = tensor.permute(0, 3, 1, 2) if len(piece.used) == 4 else tensor
     return out
 

@@ -17,7 +17,7 @@ from warm_dist.data import Reader
 from warm_dist.distributed.collectives import PeerLost, is_peer_loss, on_main
 from warm_dist.distributed.heartbeat import Heartbeat
 from warm_dist.distributed.stop import StopSignal
-from warm_dist.distributed.world import join, set_threads, shutdown
+from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
 from warm_dist.runs.folder import METRICS, WEIGHTS, claim_run, describe_run, read_end, write_end
@@ -43,7 +43,7 @@ class Attempt:
         self.config, self.path, self.open_reader = config, Path(config.output), open_reader
         parallel = config.parallel
         self.stop = StopSignal().install()
-        set_threads()
+        prepare_host()
         try:
             self.world = join(parallel.timeout_s)
         except errors.UnreachableError as error:
