@@ -39,11 +39,23 @@ def main() -> int:
         raise ConfigError(f"--num-ranks {args.num_ranks}: must be at least 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     output = args.root / Path(load_config(args.config, args.set).output).name
-    quickstart = Quickstart(args.root, args.config, [f"output={output}", *args.set], args.num_ranks)
+    overrides = [f"output={output}", *precision(args.config), *args.set]
+    quickstart = Quickstart(args.root, args.config, overrides, args.num_ranks)
     try:
         return quickstart.run()
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command continues") from None
+
+
+def precision(config: Path) -> list[str]:
+    """The setting of bfloat16 where the device computes in it, unless the config decides."""
+    import torch
+
+    from warm_dist.networks.precision import has_bf16
+
+    decided = "precision" in (read_json(config) or {}).get("parallel", {})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ["parallel.precision=bf16"] if has_bf16(device) and not decided else []
 
 
 class Quickstart:

@@ -38,6 +38,8 @@ def digest(config: Config) -> str:
         reduce(getitem, path, tree).pop(leaf, None)
     # whether it is compiled changes rounding alone; false keeps the names of trials from before it was the default
     tree["parallel"]["compile"] = False
+    if tree["sampler"]["precision"] is None:
+        del tree["sampler"]["precision"]  # as before this key existed
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 

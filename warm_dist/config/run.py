@@ -145,6 +145,7 @@ class SamplerConfig(Section):
     s_noise: PositiveFloat = 1.003
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
     guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="of the network; null: parallel.precision")
 
     def model_post_init(self, context: Any) -> None:
         if self.sigma_min >= self.sigma_max:
@@ -168,7 +169,7 @@ class EvalConfig(Section):
         None, description="inception-2015-12-05.pt or the TorchScript file: path, http(s)://, s3:// (data.endpoint_url)"
     )
     extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="of that file")
-    extractor_bf16: bool = Field(False, description="inception and torchscript in bfloat16: faster, and not called FID")
+    extractor_bf16: bool = Field(False, description="the extractor in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
     kid_images: Count = Field(5000, description="generated and real images for KID, precision and recall; 0: none")
     cache_dir: str | None = Field(
@@ -182,8 +183,8 @@ class EvalConfig(Section):
         given = self.extractor in ("inception", "torchscript")
         if given and not (self.extractor_url and self.extractor_sha256):
             raise ValueError(f"extractor {self.extractor!r} needs eval.extractor_url and eval.extractor_sha256")
-        if self.extractor_bf16 and not given:
-            raise ValueError(f"eval.extractor_bf16 needs inception or torchscript; {self.extractor} is always float32")
+        if self.extractor_bf16 and self.extractor == "pixels":
+            raise ValueError("eval.extractor_bf16 needs a network as extractor; pixels is always float32")
 
 
 class TrackingConfig(Section):
@@ -258,6 +259,11 @@ class Config(Section):
         parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0
         if parallel.offload_optimizer and not sharded:
             raise ValueError("parallel.offload_optimizer needs engine deepspeed and parallel.zero_stage 1, 2 or 3")
+
+
+def sampling_precision(config: Config, sampler: SamplerConfig) -> str:
+    """What a network trained by `config` computes in when it is sampled: "fp32" or "bf16"."""
+    return sampler.precision or config.parallel.precision
 
 
 def check_sampling(config: Config, sampler: SamplerConfig) -> None:

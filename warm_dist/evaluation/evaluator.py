@@ -32,6 +32,7 @@ from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.evaluation.reference import Reference, ReferenceSpec
 from warm_dist.evaluation.sampler_choice import describe_sampling
 from warm_dist.figures import save_grid
+from warm_dist.networks.compiled import compile_blocks, compiles
 from warm_dist.networks.unet import build_network
 from warm_dist.runs.folder import SAMPLES
 from warm_dist.store.open import open_store
@@ -74,6 +75,9 @@ class Evaluator:
         places = [(folder, endpoint), *([(str(self.cache), None)] if self.cache else []), (str(run), None)]
         self.stores = [open_store(*place) for place in places]
         self.network = build_network(config).to(world.device)
+        self.compiled = compiles(config.parallel.compile, world.device)
+        if self.compiled:
+            compile_blocks(self.network, config.parallel.compile_cache, say)
         self._reference: Reference | None = None
         needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
@@ -140,7 +144,8 @@ class Evaluator:
                 sample_labels(settings.seed, indices, self.config.data.num_classes),
                 seed=settings.seed,
                 device=self.world.device,
-                batch_size=len(numbers),
+                batch_size=settings.batch_size if self.compiled else len(numbers),
+                fill=self.compiled,
                 sampler=sampler,
                 guide=guide(),
             )

@@ -41,14 +41,16 @@ def make_extractor(
 
     url, sha256: of the file, for Inception and TorchScript. bf16: compute in bfloat16. resolution: of the images,
     pixels. endpoint_url: of an s3:// URL, if not AWS's. Raises ConfigError for an unknown name, a missing url or
-    sha256, or bf16 where it has no effect, and as `fetch`.
+    sha256, or bf16 with pixels, and as `fetch`.
     """
     if name not in ("lite0", "pixels", "inception", "torchscript"):
         raise ConfigError(f"eval.extractor {name!r}: needs to be lite0, pixels, inception or torchscript")
-    if name in ("lite0", "pixels"):
+    if name == "pixels":
         if bf16:
-            raise ConfigError(f"eval.extractor_bf16 true: {name} has only float32; use inception or torchscript")
-        return Lite0(device) if name == "lite0" else Pixels()
+            raise ConfigError("eval.extractor_bf16 true: pixels has only float32; use lite0, inception or torchscript")
+        return Pixels()
+    if name == "lite0":
+        return Lite0(device, bf16)
     if not (url and sha256):
         raise ConfigError(
             f"eval.extractor {name!r}: extractor_url {url}, extractor_sha256 {sha256}; it needs both, the sha256 as "
@@ -108,10 +110,10 @@ class Lite0(_Network):
     resize = "bilinear, antialiased, to 224x224"
     num_features = 1280
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu", bf16: bool = False) -> None:
         weights = efficientnet_lite0.weights_file()
         layers = efficientnet_lite0.folded(efficientnet_lite0.network(weights))
-        super().__init__(layers, file_sha256(weights), device)
+        super().__init__(layers, file_sha256(weights), device, bf16)
 
     def _features(self, images: Tensor) -> Tensor:
         x = _rgb(images.to(self.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from warm_dist import rng
 from warm_dist.checkpoints.weights import Model
 from warm_dist.config.bnr import Cold
-from warm_dist.config.run import SamplerConfig, check_sampling
+from warm_dist.config.run import SamplerConfig, check_sampling, sampling_precision
 from warm_dist.data import to_uint8
 from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import Heads, data_spectrum, heads
 from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
+from warm_dist.distributed.world import use_device
 from warm_dist.errors import NumericsError
+from warm_dist.networks.precision import set_precision
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -41,6 +44,40 @@ def denoiser(model: Model, labels: Tensor | None, device: torch.device) -> Denoi
     return lambda x, level: estimate(model.network, spectrum, x, level, (labels,))
 
 
+class StepNoise:
+    """The normals of a batch at each step of a sampler, those of the next step drawn in a thread ahead of their use.
+
+    images: numbers in the stream `seed`; shape: of one. A context manager.
+    """
+
+    def __init__(self, seed: int, images: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self.seed, self.images, self.shape, self.device = seed, images, shape, device
+        self._pool = ThreadPoolExecutor(1, "noise", initializer=use_device, initargs=(device,))
+        self._ahead: dict[int, Future[Tensor]] = {}
+
+    def __enter__(self) -> StepNoise:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def start(self, step: int) -> None:
+        """Begin to draw the normals of a step; a second time it does nothing."""
+        if step not in self._ahead:
+            self._ahead[step] = self._pool.submit(self._draw, step)
+
+    def __call__(self, step: int) -> Tensor:
+        """The normals of a step, (B, *shape) float64 on the device; the next step's are then begun."""
+        self.start(step)
+        drawn = self._ahead.pop(step).result()
+        self.start(step + 1)
+        return drawn.to(self.device, non_blocking=True).double()
+
+    def _draw(self, step: int) -> Tensor:
+        drawn = torch.from_numpy(rng.normals(self.seed, f"sample step {step}", self.images, self.shape))
+        return drawn.pin_memory() if self.device.type == "cuda" else drawn
+
+
 @torch.inference_mode()
 def generate(
     model: Model,
@@ -50,6 +87,7 @@ def generate(
     seed: int,
     device: torch.device,
     batch_size: int,
+    fill: bool = False,
     sampler: SamplerConfig | None = None,
     guide: Model | None = None,
     watch: Watch | None = None,
@@ -57,27 +95,31 @@ def generate(
 ) -> NDArray[np.uint8]:
     """Generate the images `indices` of the stream `seed`, (len(indices), C, H, W) uint8.
 
-    labels: (len(indices),), -1 for none. sampler: replaces the config's. guide: the network of sampler.guide, see
-    `load_guide`; without one the model without labels guides. progress: called with the size of each batch.
-    Raises ConfigError if this network cannot be sampled so, NumericsError for a non-finite image.
+    labels: (len(indices),), -1 for none. fill: batches too small are filled up with their last image, so that a compiled
+    network sees one shape. sampler: replaces the config's. guide: the network of sampler.guide, see `load_guide`;
+    without one the model without labels guides. progress: called with the size of each batch. Computes in float64
+    outside the networks, whose precision is the sampler's. Raises ConfigError if this network cannot be sampled so,
+    NumericsError for a non-finite image.
     """
     _, config, info = model
     options = sampler or config.sampler
     check_sampling(config, options)
-    for part in (model, guide):
-        if part is not None:
-            part.network.eval()
+    for used in (model, guide):
+        if used is not None:
+            set_precision(used.network.eval(), sampling_precision(config, options))
     path, points = schedule(config, options)
     solve = sampler_of(options, path)
     channel_mean = torch.tensor(info.channel_mean, device=device)
     shape = (info.channels, info.resolution, info.resolution)
     out = np.empty((len(indices), *shape), np.uint8)
     for low in range(0, len(indices), batch_size):
-        part_indices = list(indices[low : low + batch_size])
-        given = torch.from_numpy(labels[low : low + batch_size]).to(device)
+        part = list(indices[low : low + batch_size])
+        extra = batch_size - len(part) if fill else 0
+        images = part + part[-1:] * extra
+        given = torch.from_numpy(np.pad(labels[low : low + batch_size], (0, extra), "edge")).to(device)
 
-        def normals(purpose: str, *shape: int, part: list[int] = part_indices) -> Tensor:
-            return torch.from_numpy(rng.normals(seed, purpose, part, shape)).double().to(device)
+        def normals(purpose: str, *shape: int, images: list[int] = images) -> Tensor:
+            return torch.from_numpy(rng.normals(seed, purpose, images, shape)).to(device).double()
 
         denoise = denoiser(model, given, device)
         if options.guidance != 1:
@@ -87,16 +129,12 @@ def generate(
             x = cold_start(normals("sample", *shape), normals("sample start", len(info.low_mean)), points[0], info)
         else:
             x = start(normals("sample", *shape), points[0], info if options.start == "measured" else None)
-
-        def fresh(step: int, draw: Callable[..., Tensor] = normals) -> Tensor:
-            return draw(f"sample step {step}", *shape)
-
-        x = solve(_watched(denoise, watch), x, points, fresh)
+        with StepNoise(seed, images, shape, device) as noise:
+            x = solve(_watched(denoise, watch), x, points, noise)[: len(part)]
         if not bool(torch.isfinite(x).all()):
-            first, last = part_indices[0], part_indices[-1]
-            raise NumericsError(f"sampling gave a non-finite image among numbers {first} to {last}")
-        out[low : low + len(part_indices)] = to_uint8(x, channel_mean).cpu().numpy()
-        progress(len(part_indices))
+            raise NumericsError(f"sampling gave a non-finite image among numbers {part[0]} to {part[-1]}")
+        out[low : low + len(part)] = to_uint8(x, channel_mean).cpu().numpy()
+        progress(len(part))
     return out
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from warm_dist.config.bnr import Cold, LogUniformBNR, UniformBNR, describe
 from warm_dist.config.load import dump, override
-from warm_dist.config.run import Config, SamplerConfig, check_sampling, validate
+from warm_dist.config.run import Config, SamplerConfig, check_sampling, sampling_precision, validate
 from warm_dist.config.values import exact
 from warm_dist.data import DataInfo
 from warm_dist.errors import ConfigError
@@ -27,6 +27,8 @@ def describe_sampling(config: Config, options: SamplerConfig) -> str:
         parts.append(f"churn {churn} in {low}..{high}, noise {noise}")
     if options.guidance != 1:
         parts.append(f"guidance {exact(options.guidance)} by {_describe_guide(options.guide)}")
+    if (precision := sampling_precision(config, options)) != "fp32":
+        parts.append(f"network in {precision}")
     return ", ".join(parts)
 
 

@@ -19,9 +19,9 @@ from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
 from warm_dist.networks.compiled import Say, compile_blocks, compiles
+from warm_dist.networks.precision import set_precision
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Engine(ABC):
         self.num_accumulation = micro_batches(config, world.size)[1]
         if compiles(config.parallel.compile, world.device):
             compile_blocks(module, config.parallel.compile_cache, say)
-        module.dtype = DTYPES[config.parallel.precision]  # type: ignore[assignment]  # see UNet
+        set_precision(module, config.parallel.precision)
 
     @abstractmethod
     def __call__(self, x: Tensor, c_noise: Tensor, c_blur: Tensor, *condition: Tensor | None) -> Tensor:

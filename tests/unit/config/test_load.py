@@ -48,7 +48,7 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("network.attention_resolutions=[7]", "the network works at [16, 8, 4]"),
         ("eval.extractor=inception", "eval.extractor_sha256"),
         ("eval.extractor=torchscript", "eval.extractor_sha256"),
-        ("eval.extractor_bf16=true", "lite0 is always float32"),
+        ('eval={"eval_nimg":32,"num_images":2,"extractor":"pixels","extractor_bf16":true}', "pixels is always float32"),
         ("tracking.mlflow_url=sqlite:///mlflow.db", "^https?://"),
         ("tracking.parent_run_id=sweep", "'tracking.parent_run_id'"),
         ('tracking={"log_model":false,"registered_model":"x"}', "needs tracking.log_model"),

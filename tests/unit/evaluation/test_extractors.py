@@ -51,9 +51,8 @@ def test_what_cannot_be_extracted_is_refused() -> None:
     for name in ("inception", "torchscript"):
         with pytest.raises(ConfigError, match="extractor_sha256 None; it needs both"):
             make_extractor(name, url="weights.pt")
-    for name in ("lite0", "pixels"):
-        with pytest.raises(ConfigError, match=f"eval.extractor_bf16 true: {name} has only float32"):
-            make_extractor(name, bf16=True)
+    with pytest.raises(ConfigError, match="pixels has only float32"):
+        make_extractor("pixels", bf16=True)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -85,6 +84,10 @@ def test_lite0_does_not_depend_on_the_batch(lite0: Lite0) -> None:
     assert out.dtype == np.float32
     assert np.array_equal(out, features(lite0, images, batch_size=9))
     assert np.allclose(out, features(lite0, images, batch_size=1), atol=1e-4)  # features reach 5; kernels may differ
+    half = make_extractor("lite0", bf16=True)
+    error = np.linalg.norm(features(half, images, batch_size=9) - out) / np.linalg.norm(out)
+    assert half.name == "lite0-bf16"
+    assert 1e-4 < error < 0.1  # of noise
     assert np.abs(out[0] - out[1]).max() > 0.1
     grey = np.repeat(images[:2, :1], 3, axis=1)
     assert np.array_equal(features(lite0, images[:2, :1], 2), features(lite0, grey, 2))

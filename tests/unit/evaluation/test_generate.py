@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from tests.support.networks import weight
 from tests.support.tiny_run import config, info
+from warm_dist import rng
 from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.load import dump
 from warm_dist.config.run import SamplerConfig
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.evaluation.generate import StepNoise, generate, sample_labels
 from warm_dist.networks.flat import publish
 from warm_dist.networks.unet import build_network
 
@@ -39,6 +40,42 @@ def test_an_image_is_its_seed_and_number(tmp_path):
     part = images(tmp_path, [4, 1], batch_size=2).astype(int)
     assert np.abs(part - whole[[4, 1]]).max() <= 1  # another batch size may round the last bit
     assert np.abs(images(tmp_path, range(6), 4, seed=1).astype(int) - whole).max() > 10
+
+
+def test_a_batch_that_is_filled_up_has_the_same_images_and_one_shape(tmp_path):
+    """Fault: a compiled network is compiled once more for the last, smaller batch of every evaluation."""
+    settings, shapes = config(tmp_path), set()
+    network = build_network(settings)
+    network.register_forward_pre_hook(lambda module, args: shapes.add(tuple(len(arg) for arg in args[:2])))
+    options = {"seed": 0, "device": CPU, "sampler": SAMPLER}
+    model, labels = Model(network, settings, info()), np.full(5, -1)
+    filled = generate(model, range(5), labels, batch_size=4, fill=True, **options)
+    assert shapes == {(4, 4)}
+    assert np.abs(filled.astype(int) - generate(model, range(5), labels, batch_size=4, **options)).max() <= 1
+
+
+def test_the_noise_of_the_next_step_is_drawn_while_this_one_is_used():
+    """Fault: the sampler waits for every draw, or is given that of another step."""
+    with StepNoise(3, [7, 2], (1, 2, 2), CPU) as noise:
+        for step in (0, 1, 4):
+            expected = torch.from_numpy(rng.normals(3, f"sample step {step}", [7, 2], (1, 2, 2))).double()
+            assert torch.equal(noise(step), expected)
+            assert noise._ahead[step + 1].result(timeout=60) is not None
+
+
+def test_a_sampler_computes_in_its_own_precision_or_that_of_training(tmp_path):
+    """Fault: a network trained in bfloat16 is sampled at half its speed, or one asked for in float32 is not."""
+    seen = []
+    for trained, asked in (("fp32", None), ("bf16", None), ("bf16", "fp32"), ("fp32", "bf16")):
+        settings = config(tmp_path, parallel__precision=trained)
+        network = build_network(settings)
+        network.encoder[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+        sampler = SamplerConfig(num_steps=2, method="first_order", precision=asked)
+        generate(
+            Model(network, settings, info()), [0], np.array([-1]), seed=0, device=CPU, batch_size=1, sampler=sampler
+        )
+    half, single = torch.bfloat16, torch.float32
+    assert seen == [single] * 2 + [half] * 2 + [single] * 2 + [half] * 2
 
 
 @pytest.mark.parametrize(

@@ -37,3 +37,8 @@ def test_the_description_knows_every_digit(tmp_path, key, method):
 def test_the_description_of_usual_numbers_is_short(tmp_path):
     text = "heun 18 steps, grid edm, sigma 0.002..80, rho 7, bnr 0.5, start measured"
     assert describe_sampling(config(tmp_path), SamplerConfig(method="heun", num_steps=18)) == text
+    half = config(tmp_path, parallel__precision="bf16")
+    for settings, precision in ((half, None), (config(tmp_path), "bf16")):
+        options = SamplerConfig(method="heun", num_steps=18, precision=precision)
+        assert describe_sampling(settings, options) == f"{text}, network in bf16"
+    assert describe_sampling(half, SamplerConfig(method="heun", num_steps=18, precision="fp32")) == text

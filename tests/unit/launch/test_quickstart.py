@@ -33,3 +33,15 @@ def test_the_report_compares_equal_specs(tmp_path: Path) -> None:
         "make ui",
     ):
         assert part in report
+
+
+def test_the_precision_is_the_devices_unless_the_config_decides(tmp_path, monkeypatch):
+    """Fault: a processor without bfloat16 emulates it, or the choice overrules the user's config."""
+    from warm_dist.networks import precision
+
+    path = tmp_path / "config.json"
+    for config, has, expected in (("{}", True, ["parallel.precision=bf16"]), ("{}", False, []),
+                                  ('{"parallel": {"precision": "fp32"}}', True, [])):  # fmt: skip
+        monkeypatch.setattr(precision, "has_bf16", lambda device, has=has: has)
+        path.write_text(config)
+        assert quickstart.precision(path) == expected
