@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -14,11 +15,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.support.networks import wake
 from tests.support.paths import ROOT
 from tests.support.tiny_run import config, info, steps
-from warm_dist.config.run import load_config
+from warm_dist.checkpoints.weights import Model
+from warm_dist.config.run import SamplerConfig, load_config
 from warm_dist.distributed.world import join, shutdown
+from warm_dist.evaluation.generate import generate
 from warm_dist.networks import group_norm_kernels as kernels
+from warm_dist.networks.compiled import compile_blocks
 from warm_dist.networks.group_norm import group_norm, reference
 from warm_dist.networks.unet import build_network
 from warm_dist.training.trainer import Trainer
@@ -170,3 +175,25 @@ def test_the_shipped_networks_call_no_kernel_that_turns_a_layout(name):
     assert names
     assert not [key for key in names if "nchwToNhwc" in key or "nhwcToNchw" in key]
     assert any("flash" in key or "fmha" in key or "sdpa" in key for key in names), "attention is not fused"
+
+
+@gpu
+@needs_gpu
+def test_samples_of_the_compiled_network_in_bfloat16_are_those_of_the_plain_one(tmp_path):
+    """Fault: a compiled evaluation that draws other images, or compiles its smaller last batch anew."""
+    settings = config(tmp_path)
+    model = Model(wake(build_network(settings)).cuda(), settings, info())
+    options = {"seed": 0, "device": torch.device("cuda"), "batch_size": 4, "fill": True}
+
+    def images(count: int, precision: str) -> Tensor:
+        sampler = SamplerConfig(num_steps=8, precision=precision)
+        drawn = generate(model, range(count), np.full(count, -1), sampler=sampler, **options)
+        return torch.from_numpy(drawn).double()
+
+    plain, lines = images(6, "fp32"), []
+    compile_blocks(model.network, None, lines.append)
+    assert float((images(6, "bf16") - plain).square().mean().sqrt()) < 5  # of 255; on a CPU 1.1 with a trained network
+    assert not any("warning" in line for line in lines), lines
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    images(7, "bf16")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
