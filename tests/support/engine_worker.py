@@ -144,13 +144,13 @@ def engines(world: World, root: Path, *saved: str) -> dict[str, Any]:
 
 
 def compiled(world: World, root: Path) -> dict[str, Any]:
-    """A few steps of the network as torch.compile makes it, and what its parameters are called."""
-    out = {}
+    """A few steps of the network as torch.compile makes it, all ranks in one cache, and what its parameters are called."""
+    out, compiling = {}, {"parallel__compile": True, "parallel__compile_cache": str(root / "kernels")}
     for name, changes in {
         "local": {"engine": "local"},
         **{f"zero{s}": {"parallel__zero_stage": s} for s in range(4)},
     }.items():
-        trainer = start(world, config(root / f"compiled-{name}", **SMALL, **changes, parallel__compile=True))
+        trainer = start(world, config(root / f"compiled-{name}", **SMALL, **changes, **compiling))
         losses, _ = steps(world, trainer, 3)
         calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
         out[name] = {"losses": losses, "captured": calls, "names": sorted({f.name for f in trainer.engine.fragments()})}
@@ -276,9 +276,10 @@ def ema_whole(world: World, root: Path) -> float:
     return max(float((full[name] - plain[name]).abs().max() / plain[name].abs().max()) for name in plain)
 
 
-def gathered(world: World, root: Path) -> list[bool]:
+def gathered(world: World, root: Path, how: str = "plain") -> list[bool]:
     """After a forward pass at stage 3: of the root's and each block's gathered weights, whether something holds them."""
-    settings = config(root, **SMALL, parallel__zero_stage=3)
+    compiling = {"parallel__compile": how == "compiled", "parallel__compile_cache": str(root / "kernels")}
+    settings = config(root, **SMALL, parallel__zero_stage=3, **compiling)
     engine = build_engine(build(settings), settings, world)
     storages = []
     for block in engine.module.modules():
