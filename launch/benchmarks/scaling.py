@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from warm_dist import errors
 from warm_dist.config.run import Config
-from warm_dist.training.dry_run import memory_bytes
+from warm_dist.training.memory import forward_bytes, memory_bytes
 
 if TYPE_CHECKING:
     from warm_dist.networks.flops import NetworkSize
@@ -49,11 +49,6 @@ class Machine:
 DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
 # The same GPUs in nodes with one network card of 100 Gb/s.
 ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
-
-
-def forward_bytes(stage: int, precision: str) -> int:
-    """Bytes of a forward weight, and of its gradient. At stage 0 the network casts float32 weights."""
-    return 2 if precision == "bf16" and stage else 4
 
 
 def sent_bytes(parameters: int, size: int, stage: int, precision: str, accumulations: int = 1) -> int:

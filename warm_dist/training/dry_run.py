@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import json
 
-from warm_dist.config.batch import batch_equation, check_world_size
+from warm_dist.config.batch import batch_equation, check_world_size, micro_batches
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-
-
-def forward_bytes(stage: int, precision: str) -> int:
-    """Bytes of a forward weight or its gradient; at stage 0 the network casts float32 weights."""
-    return 2 if precision == "bf16" and stage else 4
-
-
-def memory_bytes(
-    parameters: int, size: int, stage: int, precision: str, num_emas: int = 1, offload: bool = False
-) -> int:
-    """Bytes of weights, gradients, Adam and EMAs on a rank's device, without activations.
-
-    Stage 0 has float32 weights and gradients; higher stages add a float32 master partition to the forward weights.
-    offload: master weights, Adam and EMAs are on the host. Source: ZeRO (arXiv 1910.02054), section 5.
-    """
-    shard, each = parameters / size, forward_bytes(stage, precision)
-    weights = each * (shard if stage == 3 else parameters)
-    gradients = each * (shard if stage >= 2 else parameters)
-    adam = 8 * (shard if stage else parameters)
-    master = 4 * shard if stage else 0
-    state = 0 if offload else adam + master + 4 * num_emas * shard
-    return int(weights + gradients + state)
 
 
 def dry_run(config: Config, size: int) -> str:
@@ -36,19 +14,40 @@ def dry_run(config: Config, size: int) -> str:
     from warm_dist.networks.flops import size_of
 
     check_world_size(config, size)
-    network, parallel = size_of(config), config.parallel
-    parameters, emas = network.parameters, 1 + len(config.train.ema_lengths)
+    network = size_of(config)
+    return "\n".join(
+        [
+            json.dumps(dump(config), indent=2),
+            batch_equation(config, size),
+            f"parameters: {network.parameters:,} ({network.parameters / 1e6:.1f} M)",
+            f"operations: {network.flops / 1e9:.1f} GFLOP per image, forward and backward",
+            *_memory(config, size, network.parameters),
+        ]
+    )
+
+
+def _memory(config: Config, size: int, parameters: int) -> list[str]:
+    """Lines of the peak memory on a GPU, by engine and stage."""
+    from warm_dist.training.memory import forward_dtype, memory_bytes, passes, peak_bytes
+
+    parallel, micro = config.parallel, micro_batches(config, size)[0]
+    compiled, chosen = parallel.compile is not False, parallel.zero_stage if config.engine == "deepspeed" else None
+    stages = (None,) if chosen is None else range(4)
+    # a compiled block casts its weights where it needs them, so that one run is good for every stage
+    dtypes = {forward_dtype(config, chosen if compiled else stage) for stage in stages}
+    measured = {dtype: passes(config, micro, dtype, compiled=compiled) for dtype in dtypes}
     lines = [
-        json.dumps(dump(config), indent=2),
-        batch_equation(config, size),
-        f"parameters: {parameters:,} ({parameters / 1e6:.1f} M)",
-        f"operations: {network.flops / 1e9:.1f} GFLOP per image, forward and backward",
-        f"memory per rank without activations, {size} ranks, {parallel.precision}"
-        f"{', optimizer on the host' if parallel.offload_optimizer else ''}:",
+        f"peak memory per rank on a GPU, {size} ranks, {micro} images, {parallel.precision}, "
+        f"{'compiled' if compiled else 'not compiled'}{', recomputing activations' * parallel.activation_checkpointing}"
+        f"{', optimizer on the host' * parallel.offload_optimizer}, GiB:",
+        "            state  activations, buffers  total",
     ]
-    for stage in range(4):
-        chosen = "  <- parallel.zero_stage" if stage == parallel.zero_stage and config.engine == "deepspeed" else ""
-        offload = parallel.offload_optimizer and stage > 0
-        size_gib = memory_bytes(parameters, size, stage, parallel.precision, emas, offload) / 2**30
-        lines.append(f"  ZeRO {stage}: {size_gib:8.3f} GiB{chosen}")
-    return "\n".join(lines)
+    for stage in stages:
+        dtype = forward_dtype(config, chosen if compiled else stage)
+        emas, offload = 1 + len(config.train.ema_lengths), parallel.offload_optimizer and bool(stage)
+        state = memory_bytes(parameters, size, stage or 0, parallel.precision, emas, offload) / 2**30
+        total = peak_bytes(config, size, stage, measured[dtype]) / 2**30
+        name = "local " if stage is None else f"ZeRO {stage}"
+        mark = "  <- parallel.zero_stage" if stage is not None and stage == chosen else ""
+        lines.append(f"  {name}: {state:8.3f} {total - state:21.3f} {total:6.2f}{mark}")
+    return lines
