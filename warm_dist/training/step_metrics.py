@@ -157,7 +157,7 @@ def progress(line: dict[str, Any], nimg: int, total_nimg: int) -> str:
         return f"nimg {nimg}/{total_nimg}  no finite loss since the last line"
     return (
         f"nimg {nimg}/{total_nimg}  loss {line['loss']:.4f} (blurry {line['loss_blurry']:.4f}, residual "
-        f"{line['loss_residual']:.4f})  {line['images_per_s']:.0f} images/s  "
+        f"{line['loss_residual']:.4f})  {line['images_per_s']:.0f} images/s  {line['memory_bytes'] / 2**30:.2f} GiB  "
         f"ETA {eta((total_nimg - nimg) / line['images_per_s'])}"
     )
 
