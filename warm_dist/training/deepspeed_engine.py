@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from warm_dist.config.batch import micro_batches
 from warm_dist.config.run import Config
 from warm_dist.distributed.world import World
+from warm_dist.networks.blocks import Block
 from warm_dist.networks.compiled import Say
 from warm_dist.networks.flat import Flat
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
@@ -42,7 +43,8 @@ class DeepSpeedEngine(Engine):
             _remember_signatures(module)
             for part in module.modules():
                 if isinstance(part, Flat):
-                    part.regathered = True
+                    # a checkpointed block keeps nothing anyway, and its own hooks would hide it from the checkpoint
+                    part.regathered = not (config.parallel.activation_checkpointing and isinstance(part, Block))
         self.optimizer = optimizer if self.stage == 0 else self.zero.optimizer
         # the engine's own forward only adds hooks and timers, which stage 3 alone needs
         self.run = self.engine if self.stage == 3 else module
