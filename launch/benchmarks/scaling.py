@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from warm_dist import errors
 from warm_dist.config.run import Config
-from warm_dist.training.memory import forward_bytes, memory_bytes
+from warm_dist.training.dry_run import forward_bytes, memory_bytes
 
 if TYPE_CHECKING:
     from warm_dist.networks.flops import NetworkSize

@@ -6,12 +6,16 @@ two heads help. Source: derived, docs/mathematics.md, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from warm_dist.config.run import Config
 from warm_dist.diffusion.heads import Condition, Heads, Loss, Network, level_inputs
+from warm_dist.diffusion.heads import loss as heads_loss
 from warm_dist.diffusion.process import Level, corrupt
 from warm_dist.diffusion.spectrum import dct, eigenvalues, exact_float32, idct, split
 
@@ -66,3 +70,10 @@ def loss(
         total = (out - target).square().mean((1, 2, 3))
         nothing = torch.zeros_like(total)
         return Loss(total, nothing, total, nothing if diagnose else None)  # one head cannot contradict itself
+
+
+def loss_function(config: Config) -> Callable[..., Loss]:
+    """The loss selected by process.preconditioning and process.residual_weight."""
+    if config.process.preconditioning == "per_frequency":
+        return loss
+    return partial(heads_loss, residual_weight=config.process.residual_weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from warm_dist.config.identity import first_difference
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config, TrainConfig
 from warm_dist.data import Batch, DataInfo
-from warm_dist.diffusion import per_frequency
-from warm_dist.diffusion.heads import Loss, data_spectrum, loss
+from warm_dist.diffusion.heads import data_spectrum
+from warm_dist.diffusion.per_frequency import loss_function
 from warm_dist.diffusion.process import Level
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.heartbeat import Heartbeat
@@ -45,13 +44,6 @@ def learning_rate(config: Config, nimg: int) -> float:
     ramp = min(1.0, (nimg + train.batch_size) / train.lr_ramp_nimg) if train.lr_ramp_nimg else 1.0
     decay = min(1.0, (train.total_nimg - nimg) / train.lr_decay_nimg) if train.lr_decay_nimg else 1.0
     return train.lr * ramp * decay
-
-
-def loss_function(config: Config) -> Callable[..., Loss]:
-    """The loss selected by process.preconditioning and process.residual_weight."""
-    if config.process.preconditioning == "per_frequency":
-        return per_frequency.loss
-    return partial(loss, residual_weight=config.process.residual_weight)
 
 
 def _due(every: int | None, nimg: int, train: TrainConfig) -> bool:

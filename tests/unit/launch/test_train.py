@@ -10,8 +10,8 @@ from tests.support.commands import call
 from tests.support.paths import ROOT
 from warm_dist.config.run import Config
 from warm_dist.errors import WorldSizeError
-from warm_dist.training import memory
-from warm_dist.training.memory import Passes
+from warm_dist.training import dry_run
+from warm_dist.training.dry_run import Passes
 
 
 def test_dry_run_needs_neither_data_nor_gpu(
@@ -20,7 +20,7 @@ def test_dry_run_needs_neither_data_nor_gpu(
     def two_gib_an_image(config: Config, images: int, weights: torch.dtype, compiled: bool) -> Passes:
         return Passes(295_941_318, [(images * 2**31, 0)])
 
-    monkeypatch.setattr(memory, "passes", two_gib_an_image)  # seconds; tests/unit/training/test_memory.py has it
+    monkeypatch.setattr(dry_run, "passes", two_gib_an_image)  # seconds; tests/unit/training/test_dry_run.py has it
     words = ["--dry-run", "--config", ROOT / "configs" / "imagenet64.json"]
     assert call(train.main, *words, "--world-size", 32) == 0
     said = capsys.readouterr().out

@@ -13,8 +13,8 @@ from tests.support.tiny_run import ALONE, batches, config, info
 from warm_dist.config.batch import micro_batches
 from warm_dist.diffusion import spectrum
 from warm_dist.networks.memory import Meter
+from warm_dist.training.dry_run import forward_dtype, memory_bytes, passes, peak_bytes
 from warm_dist.training.inputs import prepare
-from warm_dist.training.memory import forward_dtype, memory_bytes, passes, peak_bytes
 from warm_dist.training.trainer import Trainer
 
 P = 1_000_000
