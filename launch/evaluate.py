@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     add_set(parser)
     parser.add_argument("--num-images", type=int, help="per block; default: the config's eval.num_images, else 2048")
     parser.add_argument("--blocks", type=int, default=3, help="of seeds, for mean and spread (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size, else 64")
+    parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size")
     parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")

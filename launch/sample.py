@@ -27,9 +27,10 @@ def main() -> int:
     parser.add_argument("--method", help=text)
     add_set(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, help="default: as many as fit into the GPU, 64 on a CPU")
     args = parser.parse_args()
-    if args.n < 1 or args.batch_size < 1 or args.seed < 0 or not 0 <= (args.bnr or 0) < math.inf:
+    given = [args.n] if args.batch_size is None else [args.n, args.batch_size]
+    if min(given) < 1 or args.seed < 0 or not 0 <= (args.bnr or 0) < math.inf:
         raise ConfigError("--n and --batch-size must be positive, --seed and --bnr not negative")
     if args.out.suffix not in (".png", ".npy"):
         raise ConfigError(f"--out {args.out}: must end in .png or .npy")
@@ -39,9 +40,10 @@ def main() -> int:
     from tqdm import tqdm
 
     from warm_dist.checkpoints.weights import load_guide, load_weights, weights_path
+    from warm_dist.config.run import sampling_precision
     from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import prepare_host
-    from warm_dist.evaluation.generate import generate, sample_labels
+    from warm_dist.evaluation.generate import fitting_batch, generate, sample_labels
     from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for, training_note
     from warm_dist.figures import save_grid
     from warm_dist.networks.compiled import compile_blocks, compiles
@@ -61,11 +63,12 @@ def main() -> int:
     labels = sample_labels(args.seed, indices, config.data.num_classes)
     if args.label is not None:
         labels[:] = args.label
+    batch_size = args.batch_size or fitting_batch(config, sampling_precision(config, sampler), device)
     spent = nfe(sampler.method, sampler.num_steps)
     compiled = compiles(config.parallel.compile, device) and args.n * spent >= COMPILE_FROM
     if compiled:
         compile_blocks(model.network, config.parallel.compile_cache, print)
-    options = {"seed": args.seed, "device": device, "batch_size": args.batch_size, "sampler": sampler, "guide": guide}
+    options = {"seed": args.seed, "device": device, "batch_size": batch_size, "sampler": sampler, "guide": guide}
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         images = generate(model, indices, labels, **options, fill=compiled, progress=bar.update)
     with errors.writing(args.out):

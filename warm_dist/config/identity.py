@@ -38,8 +38,11 @@ def digest(config: Config) -> str:
         reduce(getitem, path, tree).pop(leaf, None)
     # whether it is compiled changes rounding alone; false keeps the names of trials from before it was the default
     tree["parallel"]["compile"] = False
+    # as before these keys existed, or could be null
     if tree["sampler"]["precision"] is None:
-        del tree["sampler"]["precision"]  # as before this key existed
+        del tree["sampler"]["precision"]
+    if tree["eval"] and tree["eval"]["batch_size"] is None:
+        tree["eval"]["batch_size"] = 64
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 

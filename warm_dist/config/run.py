@@ -175,7 +175,9 @@ class EvalConfig(Section):
     cache_dir: str | None = Field(
         None, description="local folder for real images' statistics; null: beside the manifest"
     )
-    batch_size: Positive = Field(64, description="images per rank and batch")
+    batch_size: Positive | None = Field(
+        None, description="images per rank and batch; null: as many as fit into the GPU, 64 on a CPU"
+    )
     grid: Annotated[int, Field(ge=1, le=32)] = Field(8, description="the sample picture is grid x grid images")
     seed: Count = 0
 

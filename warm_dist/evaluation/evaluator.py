@@ -17,17 +17,17 @@ from torch import Tensor
 
 from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.bnr import describe
-from warm_dist.config.run import Config, EvalConfig, SamplerConfig
+from warm_dist.config.run import Config, EvalConfig, SamplerConfig, sampling_precision
 from warm_dist.data import DataInfo
 from warm_dist.diffusion.samplers import nfe
-from warm_dist.distributed.collectives import any_rank, collect, on_main
+from warm_dist.distributed.collectives import any_rank, collect, gather, on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.evaluation import frechet, reference
 from warm_dist.evaluation.extractors import make_extractor
 from warm_dist.evaluation.feature_stream import FeatureStream, batches_of, each_batch
-from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.evaluation.generate import fitting_batch, generate, sample_labels
 from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.evaluation.reference import Reference, ReferenceSpec
 from warm_dist.evaluation.sampler_choice import describe_sampling
@@ -78,6 +78,8 @@ class Evaluator:
         self.compiled = compiles(config.parallel.compile, world.device)
         if self.compiled:
             compile_blocks(self.network, config.parallel.compile_cache, say)
+        precision = sampling_precision(config, config.sampler)
+        self.batch_size = settings.batch_size or min(gather(world, fitting_batch(config, precision, world.device)))
         self._reference: Reference | None = None
         needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
@@ -144,7 +146,7 @@ class Evaluator:
                 sample_labels(settings.seed, indices, self.config.data.num_classes),
                 seed=settings.seed,
                 device=self.world.device,
-                batch_size=settings.batch_size if self.compiled else len(numbers),
+                batch_size=self.batch_size if self.compiled else len(numbers),
                 fill=self.compiled,
                 sampler=sampler,
                 guide=guide(),
@@ -153,7 +155,7 @@ class Evaluator:
             shown.extend((k, image) for k, image in zip(numbers, images, strict=True) if grid and k < settings.grid**2)
 
         after = self._after("sampling", settings.num_images, stop)
-        each_batch(self.world, settings.num_images, settings.batch_size, work, after)
+        each_batch(self.world, settings.num_images, self.batch_size, work, after)
         (moments,), rows = stream.result()
         pictures = sorted((pair for part in collect(self.world, shown) for pair in part), key=itemgetter(0))
         real = self._real(stop)
@@ -220,7 +222,7 @@ class Evaluator:
                     stack.enter_context(reference.turn(self.cache, spec, patience_s))
                     self._reference = reference.load(self.stores, spec)
             if any_rank(self.world, self.world.is_main and self._reference is None):
-                after, size = self._after("real features", self.num_real, stop), self.settings.batch_size
+                after, size = self._after("real features", self.num_real, stop), self.batch_size
                 found = reference.measure(
                     self.world, self.extractor, spec, self.info.num_images, self.read, size, after
                 )
@@ -234,7 +236,7 @@ class Evaluator:
         """A callback for each batch: moves rank 0's progress bar, raises Stopped if any rank was asked to stop."""
         from tqdm import tqdm
 
-        total = sum(map(len, batches_of(self.world, num_images, self.settings.batch_size)[0]))
+        total = sum(map(len, batches_of(self.world, num_images, self.batch_size)[0]))
         bar = tqdm(total=total, desc=f"{what} (rank 0)", unit="image", disable=None if self.world.is_main else True)
 
         def after(done: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from warm_dist import rng
 from warm_dist.checkpoints.weights import Model
 from warm_dist.config.bnr import Cold
-from warm_dist.config.run import SamplerConfig, check_sampling, sampling_precision
+from warm_dist.config.run import Config, SamplerConfig, check_sampling, sampling_precision
 from warm_dist.data import to_uint8
 from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import Heads, data_spectrum, heads
@@ -21,7 +22,10 @@ from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
 from warm_dist.distributed.world import use_device
 from warm_dist.errors import NumericsError
-from warm_dist.networks.precision import set_precision
+from warm_dist.networks.memory import forward_bytes_per_image
+from warm_dist.networks.precision import DTYPES, set_precision
+
+MOST_IMAGES = 512  # at a time: more hardly make a GPU faster, and a run that is asked to stop waits for them
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
@@ -30,6 +34,22 @@ def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArra
         return np.full(len(indices), -1, np.int64)
     drawn = [draw.integers(num_classes) for draw in rng.generators(seed, "sample label", indices)]
     return np.array(drawn, np.int64)
+
+
+def fitting_batch(config: Config, precision: str, device: torch.device) -> int:
+    """How many images to sample at a time: 64 on a CPU; on a GPU the power of two that takes half of what is free.
+
+    precision: of the network. The other half is for what the prediction leaves out, see `networks.memory`.
+    """
+    if device.type != "cuda":
+        return 64
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return power_of_two_below(free / 2 / forward_bytes_per_image(config, dtype=DTYPES[precision]))
+
+
+def power_of_two_below(count: float) -> int:
+    """The largest power of two that is not above count, from 1 to MOST_IMAGES."""
+    return int(2 ** math.floor(math.log2(min(max(count, 1), MOST_IMAGES))))
 
 
 Watch = Callable[[Tensor, Level, Heads], None]

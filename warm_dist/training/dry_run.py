@@ -68,7 +68,7 @@ class Passes(NamedTuple):
 def passes(config: Config, images: int, weights: torch.dtype, device: str = "cuda", compiled: bool = False) -> Passes:
     """Run the loss of so many images forward and backward on fake tensors. Arguments as `networks.memory.planned`."""
     from warm_dist.networks.memory import planned
-    from warm_dist.training.engine import DTYPES
+    from warm_dist.networks.precision import DTYPES
 
     dtype = DTYPES[config.parallel.precision]
     heads = 1 if config.process.preconditioning == "per_frequency" else 2

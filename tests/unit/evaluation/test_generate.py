@@ -19,7 +19,8 @@ from warm_dist.config.load import dump
 from warm_dist.config.run import SamplerConfig
 from warm_dist.diffusion.heads import Heads
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
-from warm_dist.evaluation.generate import StepNoise, generate, sample_labels
+from warm_dist.evaluation import generate as generate_module
+from warm_dist.evaluation.generate import StepNoise, fitting_batch, generate, sample_labels
 from warm_dist.networks.flat import publish
 from warm_dist.networks.unet import build_network
 
@@ -52,6 +53,21 @@ def test_a_batch_that_is_filled_up_has_the_same_images_and_one_shape(tmp_path):
     filled = generate(model, range(5), labels, batch_size=4, fill=True, **options)
     assert shapes == {(4, 4)}
     assert np.abs(filled.astype(int) - generate(model, range(5), labels, batch_size=4, **options)).max() <= 1
+
+
+@pytest.mark.parametrize(("free_gib", "expected"), [(4, 128), (8, 256), (15, 256), (4000, 512), (0.001, 1)])
+def test_a_gpu_samples_as_many_images_as_fit_into_half_of_what_is_free(tmp_path, monkeypatch, free_gib, expected):
+    """Fault: a large GPU samples 64 images at a time, or one that training has filled runs out of memory."""
+    settings = config(tmp_path)
+    assert fitting_batch(settings, "bf16", CPU) == 64
+    monkeypatch.setattr(
+        generate_module, "forward_bytes_per_image", lambda config, dtype: {torch.bfloat16: 2**24}[dtype]
+    )
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * gib / 2), 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(free_gib * gib / 2) + 3 * gib)  # free as well
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * gib)
+    assert fitting_batch(settings, "bf16", torch.device("cuda")) == expected
 
 
 def test_the_noise_of_the_next_step_is_drawn_while_this_one_is_used():
