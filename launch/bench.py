@@ -1,4 +1,4 @@
-"""Measure this program: `launch/bench.py data|step|host|features|sweep`, or model its `scaling`. `make peers` installs peers."""
+"""Measure this program: `launch/bench.py data|step|gpu|host|features|sweep`, or model its `scaling`. `make peers` installs peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from warm_dist import errors
 
 
 def main() -> int:
-    from launch.benchmarks import features, host, step, sweep
+    from launch.benchmarks import features, gpu, host, step, sweep
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -24,6 +24,7 @@ def main() -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=data)
     step.add_arguments(commands.add_parser("step", help="what EMAs, metrics and a second rank cost a step"))
+    gpu.add_arguments(commands.add_parser("gpu", help="training step, sampling and evaluation on a GPU, beside peers"))
     host.add_arguments(commands.add_parser("host", help="what each engine costs the host, with tiny tensors"))
     features.add_arguments(commands.add_parser("features", help="what evaluation costs, beside clean-fid"))
     sweep.add_arguments(commands.add_parser("sweep", help="what Ray costs a trial, beside the same command by hand"))

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launch.benchmarks.contenders import ENGINES, PRECISIONS, changed, engine_keys, unlogged
 from launch.benchmarks.inputs import rates
 from launch.benchmarks.result import ROOT, Spread
 from warm_dist import errors
@@ -23,33 +24,15 @@ if TYPE_CHECKING:
     from warm_dist.training.inputs import Prepared
     from warm_dist.training.trainer import Trainer
 
-ENGINES = ("local", "zero0", "zero1", "zero2", "zero3")
-PRECISIONS = ("fp32", "bf16")
 WARM_UP, STEPS = 5, 8  # steps before the first round, steps a round
 TARGETS = {"zero1": 1.1, "zero2": 1.1, "zero3": 1.5}  # times the local engine in the same precision
-SMALL = {
-    "data.resolution": 16,
-    "data.num_lanes": 1,
-    "network.channels": 8,
-    "network.attention_resolutions": [16],
-    "train.batch_size": 1,
-    "train.total_nimg": 1 << 20,
-    "train.lr_ramp_nimg": 0,
-    "train.log_nimg": 1 << 20,
-    "train.save_nimg": 1 << 20,
-    "train.snapshot_nimg": None,
-    "eval": None,
-}
+SMALL = {"data.resolution": 16, "network.channels": 8, "network.attention_resolutions": [16], "train.lr_ramp_nimg": 0}
 
 
 def settings(engine: str, precision: str, folder: str, changes: list[str]) -> Config:
     """The config that one contender runs."""
-    from warm_dist.config.run import load_config
-
-    mine: dict[str, Any] = {**SMALL, "output": folder, "parallel.precision": precision}
-    mine |= {"engine": "local"} if engine == "local" else {"parallel.zero_stage": int(engine[-1])}
-    sets = [f"{key}={json.dumps(value)}" for key, value in mine.items()]
-    return load_config(ROOT / "configs" / "cifar10.json", [*sets, *changes])
+    mine = unlogged(1) | SMALL | engine_keys(engine, precision) | {"output": folder}
+    return changed(ROOT / "configs" / "cifar10.json", mine, changes)
 
 
 def measure(names: list[tuple[str, str]], rounds: int, folder: str, changes: list[str]) -> dict[str, list[float]]:
@@ -57,9 +40,8 @@ def measure(names: list[tuple[str, str]], rounds: int, folder: str, changes: lis
     import torch
     from tqdm import tqdm
 
-    from launch.benchmarks.pictures import images, made_up
+    from launch.benchmarks.pictures import made_up, prepared
     from warm_dist.distributed.world import join, shutdown
-    from warm_dist.training.inputs import prepare
     from warm_dist.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -67,8 +49,7 @@ def measure(names: list[tuple[str, str]], rounds: int, folder: str, changes: lis
     contenders: dict[str, tuple[Trainer, Prepared]] = {}
     for engine, precision in names:
         config = settings(engine, precision, folder, changes)
-        trainer = Trainer(config, world, made_up(config), lambda text: None)
-        data = prepare(next(images(config, world)), config, trainer.info, world.device)
+        trainer, data = Trainer(config, world, made_up(config), lambda text: None), prepared(config, world)
         for _ in range(WARM_UP):
             trainer.step(data)
         contenders[f"{engine} {precision}"] = trainer, data

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from warm_dist.config.run import Config
     from warm_dist.data import Batch, DataInfo
     from warm_dist.distributed.world import World
+    from warm_dist.training.inputs import Prepared
 
 SIZE = 64  # pixels
 SCALES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the photographs that crops are taken from
@@ -78,3 +79,10 @@ def images(config: Config, world: World) -> Iterator[Batch]:
         positions = np.arange(nimg + world.rank * share, nimg + (world.rank + 1) * share)
         yield Batch(pictures, labels, positions, tuple(map(str, positions)))
         nimg += config.train.batch_size
+
+
+def prepared(config: Config, world: World) -> Prepared:
+    """The inputs of one training step on made-up pictures."""
+    from warm_dist.training.inputs import prepare
+
+    return prepare(next(images(config, world)), config, made_up(config), world.device)
