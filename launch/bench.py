@@ -28,10 +28,12 @@ def main() -> int:
     host.add_arguments(commands.add_parser("host", help="what each engine costs the host, with tiny tensors"))
     features.add_arguments(commands.add_parser("features", help="what evaluation costs, beside clean-fid"))
     sweep.add_arguments(commands.add_parser("sweep", help="what Ray costs a trial, beside the same command by hand"))
-    text = "a model of a step on 1 to 1024 GPUs, launch/benchmarks/scaling.py; measures nothing"
+    text = "a model of a step on 1 to 1024 GPUs, launch/benchmarks/scaling.py; measures nothing itself"
     command = commands.add_parser("scaling", help=text)
     command.add_argument("--config", default=str(ROOT / "configs" / "imagenet64.json"), help="a file of configs/")
     command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key")
+    text = "what `gpu --json` printed: take MFU and the host's time from there instead of published figures"
+    command.add_argument("--measured", type=Path, metavar="FILE", help=text)
     command.set_defaults(run=scaling)
     args = parser.parse_args()
     return int(args.run(args))

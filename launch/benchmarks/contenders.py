@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 ENGINES = ("local", "zero0", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 STEPS, WARM_UP = 8, 3  # training steps of a round, and before the first one
+SLACK_S = 5.0  # for what cannot be cut off at once: a compiler's process, kernels that run
+
+
+def parts_of(name: str) -> tuple[str, str, bool]:
+    """Of the contender WHAT-PRECISION, or WHAT-PRECISION-compiled: what, precision, and whether it is compiled."""
+    what, precision, *how = name.split("-")
+    return what, precision, bool(how)
 
 
 def unlogged(batch_size: int) -> dict[str, Any]:
@@ -149,8 +156,8 @@ class Rounds:
     """Rounds of all contenders in turn, within a budget of seconds.
 
     start: builds a contender by name, when its first turn comes. What a start and the first round of a contender may
-    take is what the further rounds of those before it leave over; it is cut off there. rounds, facts: of those that
-    were measured. failed: reasons by name, of those that raised; unreached: names without a round.
+    take is what the further rounds of those before it, and slack_s, leave over; it is cut off there. rounds, facts: of
+    those that were measured. failed: reasons by name, of those that raised; unreached: names without a round.
     """
 
     def __init__(
@@ -160,8 +167,10 @@ class Rounds:
         budget_s: float,
         clock: Callable[[], float] = time.monotonic,
         limit: Callable[[float], AbstractContextManager[None]] = within,
+        slack_s: float = SLACK_S,
     ) -> None:
         self._start, self._number, self._clock, self._limit = start, number, clock, limit
+        self._slack_s = slack_s
         self._end = clock() + budget_s
         self._running: dict[str, Contender] = {}
         self._took: dict[str, float] = {}  # seconds of the first round
@@ -175,7 +184,8 @@ class Rounds:
         try:
             for number in range(self._number):
                 for name in [name for name in names if name in self._running or not number]:
-                    self._turn(name, (self._number - 1) * sum(self._took.values()) if not number else 0.0)
+                    later = 0.0 if number else (self._number - 1) * sum(self._took.values()) + self._slack_s
+                    self._turn(name, later)
                     yield
         finally:
             for contender in self._running.values():

@@ -26,6 +26,7 @@ from launch.benchmarks.contenders import (
     Rounds,
     changed,
     engine_keys,
+    parts_of,
     unlogged,
 )
 from launch.benchmarks.result import ROOT, Spread
@@ -50,12 +51,6 @@ FIRST = (
 ALL = [f"{engine}-{precision}{how}" for precision in PRECISIONS for engine in ENGINES for how in ("-compiled", "")]
 CONTENDERS = (*FIRST, *(name for name in reversed(ALL) if name not in FIRST))
 """WHAT-PRECISION, with -compiled behind it or eager, in the order of their turns."""
-
-
-def parts_of(name: str) -> tuple[str, str, bool]:
-    """A contender's what, precision, and whether it is compiled."""
-    what, precision, *how = name.split("-")
-    return what, precision, bool(how)
 
 
 def settings(name: str, config: str, batch_size: int, folder: str, changes: list[str]) -> Config:
@@ -244,7 +239,8 @@ def gpu(args: argparse.Namespace) -> int:
             pass
         found = report(rounds, common, world.device)
         shutdown()
-    found |= {"config": args.config, "set": args.set, "budget_s": args.budget, "skipped": skipped}
+    found |= {"config": args.config, "set": args.set, "skipped": skipped}
+    found |= {"budget_s": args.budget, "took_s": time.monotonic() - begun}
     print(json.dumps(found) if args.json else table(found))
     return errors.EXIT_OK
 

@@ -1,5 +1,6 @@
-"""Time, memory and bytes of a training step from one GPU to a thousand: formulas, no measurements. docs/scaling.md.
+"""Time, memory and bytes of a training step from one GPU to a thousand: formulas. docs/scaling.md.
 
+What they take from measurements is one GPU's MFU and the time in which it waits for the host: `--measured`, else constants.
 P parameters, W ranks, A accumulations. Weights and gradients take `forward_bytes` each a parameter: 2 in bf16 above stage 0.
 """
 
@@ -7,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from launch.benchmarks.contenders import ENGINES, parts_of
 from warm_dist import errors
+from warm_dist.config.load import read_tree
 from warm_dist.config.run import Config
+from warm_dist.errors import ConfigError
 from warm_dist.training.dry_run import forward_bytes, memory_bytes
 
 if TYPE_CHECKING:
@@ -26,8 +30,9 @@ EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 class Machine:
     """What a rank computes and moves. All in operations or bytes a second, latency_s a message between two ranks.
 
-    mfu: share of peak_flops that the forward and backward pass reach. Bandwidths are what one rank sends in a ring:
-    among the ranks_per_node of a node, and when the ring leaves it.
+    mfu: share of peak_flops that the forward and backward pass reach while the GPU does not wait for the host; host_s:
+    seconds a micro-batch that it waits. Bandwidths are what one rank sends in a ring: among the ranks_per_node of a
+    node, and when the ring leaves it.
     """
 
     peak_flops: float
@@ -37,6 +42,7 @@ class Machine:
     network_bandwidth: float
     ranks_per_node: int
     latency_s: float
+    host_s: float = 0.0
 
     def bandwidth(self, size: int) -> float:
         """Of a ring over `size` ranks."""
@@ -45,7 +51,8 @@ class Machine:
 
 # Peak and memory: NVIDIA's H100 SXM data sheet. Node: NVLink, 900 GB/s in both directions together. Network: the DGX H100
 # data sheet's 8 ConnectX-7 of 400 Gb/s a node, each carrying one of eight rings. Latency: an assumption.
-# MFU: EDM's README has this network at 2500 Mimg on 32 A100 in about 13 days: 0.147 of 312e12 operations a second.
+# MFU: EDM's README has this network at 2500 Mimg on 32 A100 in about 13 days: 0.147 of 312e12 operations a second, in
+# which whatever the host costs is contained: host_s is 0 beside it.
 DGX_H100 = Machine(989.4e12, 0.15, 3.35e12, 450e9, 400e9, 8, 10e-6)
 # The same GPUs in nodes with one network card of 100 Gb/s.
 ETHERNET = Machine(989.4e12, 0.15, 3.35e12, 450e9, 12.5e9, 8, 20e-6)
@@ -101,7 +108,7 @@ def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, sta
     share = images / ranks
     accumulations = math.ceil(share / (config.train.micro_batch_size or share))
     again = 4 / 3 if config.parallel.activation_checkpointing else 1  # the forward once more
-    compute = share * network.flops * again / (machine.peak_flops * machine.mfu)
+    compute = share * network.flops * again / (machine.peak_flops * machine.mfu) + accumulations * machine.host_s
     sent = sent_bytes(network.parameters, ranks, stage, precision, accumulations)
     hops = 2 * math.ceil(math.log2(ranks))  # a tree's, there and back
     waits = messages(stage, network.blocks, accumulations) * hops * machine.latency_s
@@ -111,19 +118,55 @@ def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, sta
     return Step(images, sent, compute, sent / machine.bandwidth(ranks) + waits, touched / machine.memory_bandwidth)
 
 
+def nearest(measured: dict[str, Any], stage: int, precision: str) -> str:
+    """The measured training step most like the one at a stage: its stage counts first, then precision, then compiling.
+
+    measured: what `bench.py gpu --json` prints. Raises ConfigError if it has no training step with an MFU.
+    """
+
+    def distance(name: str) -> tuple[int, bool, bool, bool]:
+        engine, its, compiled = parts_of(name)
+        own = 0 if engine == "local" else int(engine[-1])
+        return abs(own - stage), its != precision, not compiled, engine == "local"
+
+    rows: dict[str, dict[str, Any]] = measured.get("rows", {})
+    names = [name for name in rows if parts_of(name)[0] in ENGINES and rows[name]["mfu"] is not None]
+    if not names:
+        raise ConfigError(
+            "--measured: has no training step with an MFU; it takes what launch/bench.py gpu --json prints on a GPU, "
+            "with --set parallel.peak_flops=N where the GPU's peak is unknown"
+        )
+    return min(names, key=distance)
+
+
+def as_measured(machine: Machine, measured: dict[str, Any] | None, stage: int, precision: str) -> Machine:
+    """The machine with the MFU and the host's time that were measured at the nearest stage; as it is without `measured`.
+
+    A step of t seconds in which the GPU waits a share w: its kernels take t (1 - w), so they reach MFU / (1 - w), and
+    each micro-batch waits t w / their number.
+    """
+    if measured is None:
+        return machine
+    row = measured["rows"][nearest(measured, stage, precision)]
+    share = row["wait_share"] or 0.0
+    waits = row["seconds"]["median"] * share / measured["micro_batches"]
+    return replace(machine, mfu=row["mfu"] / (1 - share), host_s=waits)
+
+
 def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
     """Bytes of one checkpoint of all ranks together: master weights, both moments and every EMA in float32."""
     return 4 * (3 + num_emas) * parameters
 
 
-def table(config: Config, network: NetworkSize) -> str:
-    """Every stage from 1 to 1024 GPUs on both machines, as text."""
+def table(config: Config, network: NetworkSize, measured: dict[str, Any] | None = None) -> str:
+    """Every stage from 1 to 1024 GPUs on both machines, as text. measured: what `bench.py gpu --json` printed."""
     machines, precision, emas = {"DGX H100": DGX_H100, "H100, 100 Gb/s a node": ETHERNET}, config.parallel.precision, 1
     emas += len(config.train.ema_lengths)
     lines = [
         f"{network.parameters / 1e6:.1f} M parameters, {network.flops / 1e9:.1f} GFLOP an image (forward and backward), "
         f"batch {config.train.batch_size}, {precision}, {emas} EMAs",
         f"checkpoint: {checkpoint_bytes(network.parameters, emas) / 1e9:.2f} GB",
+        *([] if measured is None else told(measured, precision)),
         "",
         f"{'GPUs':>5}{'ZeRO':>5}{'GiB a GPU':>11}{'offloaded':>11}{'GB sent':>9}",
     ]
@@ -134,7 +177,10 @@ def table(config: Config, network: NetworkSize) -> str:
                 memory_bytes(network.parameters, ranks, stage, precision, emas, offload) / 2**30
                 for offload in ((False, True) if stage else (False,))
             ]
-            steps = [step(machine, config, network, ranks, stage) for machine in machines.values()]
+            steps = [
+                step(as_measured(machine, measured, stage, precision), config, network, ranks, stage)
+                for machine in machines.values()
+            ]
             row = f"{ranks:5}{stage:5}{gib[0]:11.2f}" + (f"{gib[1]:11.2f}" if stage else f"{'':11}")
             row += f"{steps[0].sent / 1e9:9.2f}"
             lines.append(
@@ -143,11 +189,25 @@ def table(config: Config, network: NetworkSize) -> str:
     return "\n".join(lines)
 
 
+def told(measured: dict[str, Any], precision: str) -> list[str]:
+    """Lines about what each stage takes of the measurements."""
+    names = [nearest(measured, stage, precision) for stage in range(4)]
+    machines = [as_measured(DGX_H100, measured, stage, precision) for stage in range(4)]
+    return [
+        f"measured on {measured['device']}: {measured['config']}, {measured['images']} images a step",
+        *(
+            f"  stage {stage}: MFU {machine.mfu:.3f}, and a micro-batch waits {1e3 * machine.host_s:.1f} ms, as {name}"
+            for stage, (name, machine) in enumerate(zip(names, machines, strict=True))
+        ),
+    ]
+
+
 def scaling(args: argparse.Namespace) -> int:
     """The subcommand `scaling`."""
     from warm_dist.config.run import load_config
     from warm_dist.networks.flops import size_of
 
     config = load_config(args.config, args.set)
-    print(table(config, size_of(config)))
+    measured = read_tree(args.measured) if args.measured else None
+    print(table(config, size_of(config), measured))
     return errors.EXIT_OK

@@ -16,7 +16,7 @@ COMMANDS = [f"launch/{name}.py" for name in (
     "bench", "ema", "evaluate", "export", "k8s", "mirror", "node", "quickstart", "report", "sample", "spectrum", "sweep",
     "sweep_quickstart", "train", "trajectory", "ui")]  # fmt: skip
 COMMANDS += [f"-m data_pipelines.{name}" for name in ("index", "info", "pack", "verify")]
-COMMANDS += [f"launch/bench.py {name}" for name in ("data", "step", "features", "sweep", "scaling")]
+COMMANDS += [f"launch/bench.py {name}" for name in ("data", "step", "gpu", "features", "sweep", "scaling")]
 COMMANDS += ["launch/k8s.py render", "launch/k8s.py pack"]
 
 

@@ -105,3 +105,65 @@ def test_engines_are_compared_with_the_local_one_of_their_precision(tmp_path: Pa
         assert ratio["met"] == (ratio["median"] <= ratio["target"])
     assert len(report["ratios"]) == 4
     assert report["inputs"].keys() == {"cifar10", "imagenet64"}
+
+
+SMALL = {
+    "data.resolution": 16,
+    "network.channels": 32,
+    "network.channel_mult": [1],
+    "network.num_blocks": 1,
+    "network.attention_resolutions": [],
+    "sampler.num_steps": 2,
+}
+
+
+def gpu(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What `bench.py gpu` reports of two rounds of a tiny network on the processor."""
+    small = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    common = ["--device", "cpu", "--images", "2", "--rounds", "2", "--json", *small]
+    found: dict[str, Any] = json.loads(launch(tmp_path, "gpu", *common, *arguments).stdout)
+    return found
+
+
+def test_a_device_is_measured_without_peers(tmp_path: Path) -> None:
+    """Fault: a contender that is never called, figures of a GPU on a processor, or an error for want of peers."""
+    names = ["local-bf16", "zero1-fp32", "sampling-fp32", "evaluation-bf16"]
+    none = ["--peers-python", str(tmp_path / "none"), "--contenders", *names, "diffusers-bf16"]
+    found = gpu(tmp_path, *none)
+    assert [*found["rows"]] == names
+    assert found["skipped"] == f"peers are skipped: {tmp_path}/none does not exist; `make peers` makes it"
+    assert found["failed"] == {}
+    assert found["unreached"] == []
+    for row in found["rows"].values():
+        assert row["rounds"] == 2
+        assert 0 < row["images_per_s"]["min"] <= row["images_per_s"]["median"] <= row["images_per_s"]["max"]
+        assert [row[key] for key in ("mfu", "peak_gib", "wait_share", "compile_s")] == [None] * 4
+    # lite0 alone takes 16 ms an image
+    samples, evaluation = (found["rows"][name]["seconds"]["median"] for name in names[2:])
+    assert evaluation > samples
+
+
+def test_what_the_budget_leaves_out_is_listed(tmp_path: Path) -> None:
+    """Fault: one contender's failure ends the command, or compiling goes on beyond the budget."""
+    few = ["--set", "parallel.peak_flops=1e12", "--contenders", "local-fp32", "local-fp32-compiled", "zero2-bf16"]
+    cold = ["--set", f"parallel.compile_cache={tmp_path}/kernels"]
+    found = gpu(tmp_path, *few, *cold, "--budget", "16")
+    assert [*found["rows"]] == ["local-fp32"]
+    assert found["rows"]["local-fp32"]["rounds"] == 2
+    assert found["rows"]["local-fp32"]["mfu"] > 0
+    assert found["unreached"] == ["local-fp32-compiled", "zero2-bf16"]
+    assert found["took_s"] < 24  # the compiler is let go a moment later
+
+
+@pytest.mark.parametrize("peer", ["diffusers-bf16", "denoising_diffusion_pytorch-bf16"])
+def test_a_peer_takes_its_turns(tmp_path: Path, peer: str) -> None:
+    """Fault: a peer's answer is read out of turn, or its network is not the size of ours."""
+    if not PEERS.exists():
+        pytest.skip(f"{PEERS} does not exist; `make peers` makes it, WARM_DIST_PEERS_PYTHON names another")
+    found = gpu(tmp_path, "--peers-python", str(PEERS), "--contenders", "local-bf16", peer)
+    assert (found["failed"], found["unreached"], [*found["rows"]]) == ({}, [], ["local-bf16", peer])
+    row = found["rows"][peer]
+    assert (row["rounds"], row["compile_s"]) == (2, None)
+    assert row["images_per_s"]["min"] > 0
+    assert 0.2 < row["flops_per_image"] / found["rows"]["local-bf16"]["flops_per_image"] < 5
+    assert row["versions"]["torch"]

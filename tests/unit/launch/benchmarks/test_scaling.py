@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from launch import bench
-from launch.benchmarks.scaling import DGX_H100, ETHERNET, Machine, checkpoint_bytes, messages, sent_bytes, step
+from launch.benchmarks.scaling import (
+    DGX_H100,
+    ETHERNET,
+    Machine,
+    as_measured,
+    checkpoint_bytes,
+    messages,
+    nearest,
+    sent_bytes,
+    step,
+)
 from tests.support.commands import call
 from tests.support.paths import ROOT
 from warm_dist.config.run import Config, load_config
+from warm_dist.errors import ConfigError
 from warm_dist.networks.flops import NetworkSize, flops_per_image, size_of
 
 P = 1_000_000
@@ -83,3 +96,68 @@ def test_the_table_is_printed(capsys):
     assert call(bench.main, "scaling") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert [(int(row[0]), int(row[1])) for row in rows] == [(n, s) for n in (1, 8, 64, 256, 1024) for s in range(4)]
+
+
+def test_every_micro_batch_waits_for_the_host():
+    """Fault: the host's time is counted once a step, or shrinks with the number of ranks."""
+    settings, network = config("train.batch_size=512", "train.micro_batch_size=64"), NetworkSize(P, 10, 10**9)
+    for ranks, accumulations in ((1, 8), (4, 2), (64, 1)):
+        plain, waiting = (step(m, settings, network, ranks, 1) for m in (SLOW, replace(SLOW, host_s=0.25)))
+        assert waiting.seconds - plain.seconds == pytest.approx(accumulations * 0.25)
+
+
+def measured(*names: str, **changes: object) -> dict:
+    """256 images in 4 s, of which the GPU waits a quarter."""
+    row = {"mfu": 0.5, "wait_share": 0.25, "seconds": {"median": 4.0}} | changes
+    facts = {"device": "a GPU", "config": "a config", "images": 256, "micro_batches": 2}
+    return facts | {"rows": {name: dict(row) for name in names}}
+
+
+def test_a_measured_step_is_given_back():
+    """Fault: the wait is in the MFU and beside it, and so counted twice."""
+    machine = as_measured(replace(SLOW, peak_flops=1e13), measured("zero1-bf16-compiled"), 1, "bf16")
+    assert machine.host_s == pytest.approx(0.5)
+    assert machine.mfu == pytest.approx(0.5 / 0.75)
+    settings = config("train.batch_size=256", "train.micro_batch_size=128")
+    flops = round(0.5 * 1e13 * 4.0 / 256)  # of an image, so that the MFU of the whole step is 0.5
+    assert step(machine, settings, NetworkSize(P, 10, flops), 1, 1).compute_s == pytest.approx(4.0)
+    assert as_measured(SLOW, None, 1, "bf16") == SLOW
+
+
+def test_the_nearest_measurement_is_taken():
+    """Fault: sampling or a peer stands for a training step, or another stage is nearer than eager steps of the same."""
+    names = [
+        "sampling-bf16",
+        "diffusers-bf16",
+        "local-bf16-compiled",
+        "zero1-bf16-compiled",
+        "zero1-fp32",
+        "zero3-bf16",
+    ]
+    found = measured(*names)
+    assert [nearest(found, stage, "bf16") for stage in (0, 1, 3)] == [
+        "local-bf16-compiled",
+        "zero1-bf16-compiled",
+        "zero3-bf16",
+    ]
+    assert nearest(found, 1, "fp32") == "zero1-fp32"
+    found["rows"]["zero0-bf16-compiled"] = found["rows"]["zero3-bf16"]
+    assert nearest(found, 0, "bf16") == "zero0-bf16-compiled"
+    found["rows"]["zero3-bf16"] = found["rows"]["zero3-bf16"] | {"mfu": None}
+    assert nearest(found, 3, "bf16") != "zero3-bf16"
+    with pytest.raises(ConfigError, match="no training step with an MFU"):
+        nearest(measured("sampling-bf16"), 1, "bf16")
+
+
+def test_the_table_tells_what_was_measured(tmp_path, capsys):
+    """Fault: --measured is read and not used, or one stage's figures serve all."""
+    plain = call(bench.main, "scaling"), capsys.readouterr().out
+    path, found = tmp_path / "gpu.json", measured("zero1-bf16-compiled")
+    found["rows"]["zero3-bf16"] = measured("x-bf16", mfu=0.25)["rows"]["x-bf16"]
+    path.write_text(json.dumps(found))
+    assert call(bench.main, "scaling", "--measured", path) == plain[0] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "measured on a GPU: a config, 256 images a step"
+    assert lines[4] == "  stage 1: MFU 0.667, and a micro-batch waits 500.0 ms, as zero1-bf16-compiled"
+    assert lines[6] == "  stage 3: MFU 0.333, and a micro-batch waits 500.0 ms, as zero3-bf16"
+    assert lines[-1] != plain[1].splitlines()[-1]
