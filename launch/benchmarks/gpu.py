@@ -6,6 +6,7 @@ Everybody takes turns on made-up pictures, within a budget of seconds; what tell
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -51,6 +52,19 @@ FIRST = (
 ALL = [f"{engine}-{precision}{how}" for precision in PRECISIONS for engine in ENGINES for how in ("-compiled", "")]
 CONTENDERS = (*FIRST, *(name for name in reversed(ALL) if name not in FIRST))
 """WHAT-PRECISION, with -compiled behind it or eager, in the order of their turns."""
+
+
+def calls_of(what: str) -> tuple[int, int]:
+    """Calls of a round, and before the first one: a batch of samples takes as long as many steps."""
+    return (1, 1) if what in ("sampling", "evaluation") else (STEPS, WARM_UP)
+
+
+def release() -> None:
+    """Give back to the device what nobody holds any more: peers are in processes of their own."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def settings(name: str, config: str, batch_size: int, folder: str, changes: list[str]) -> Config:
@@ -117,8 +131,7 @@ class Ours:
                 return step_of(config, world, said.append)
             return samples_of(sampling_model(config, compiled, world.device, said.append), world, what == "evaluation")
 
-        calls, warm_up = (STEPS, WARM_UP) if what in ENGINES else (1, 1)
-        self._subject = Subject(make, world.device, calls, warm_up)
+        self._subject = Subject(make, world.device, *calls_of(what))
         self.round = self._subject.round
         if warnings := [text for text in said if text.startswith("warning: ")]:
             raise WarmDistError(warnings[0].removeprefix("warning: "))
@@ -129,6 +142,7 @@ class Ours:
     def close(self) -> None:
         """Let its tensors go."""
         del self._subject, self.round
+        release()
 
 
 def row(
@@ -142,7 +156,6 @@ def row(
     what, _, compiled = parts_of(name)
     seconds = Spread.of([found["seconds"] for found in rounds])
     speed = Spread.of([images / found["seconds"] for found in rounds])
-    warm_up = 1 if what in ("sampling", "evaluation") else WARM_UP
     flops = facts.get("flops_per_image")
     peaks = [found["peak"] for found in rounds if found["peak"] is not None]
     return {
@@ -152,7 +165,7 @@ def row(
         "peak_gib": max(peaks) / 2**30 if peaks else None,
         "state_gib": None if facts["state"] is None else facts["state"] / 2**30,
         "wait_share": facts["wait_share"],
-        "compile_s": facts["first_s"] - warm_up * seconds.median if compiled else None,
+        "compile_s": facts["first_s"] - calls_of(what)[1] * seconds.median if compiled else None,
         "cached": facts["cached"] if compiled else None,
         "rounds": len(rounds),
         **{key: facts[key] for key in ("flops_per_image", "parameters", "versions") if key in facts},
@@ -229,6 +242,7 @@ def gpu(args: argparse.Namespace) -> int:
 
         def start(name: str) -> Contender:
             what, _, compiled = parts_of(name)
+            release()  # after one that failed, or was cut off
             if what not in PEERS:
                 return Ours(name, configs[name], world)
             log = Path(folder) / f"{name}.log"

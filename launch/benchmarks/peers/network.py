@@ -7,7 +7,6 @@ measured by the same `Subject`.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -46,7 +45,6 @@ class Subject:
         self, make: Callable[[], Callable[[], object]], device: torch.device, calls: int, warm_up: int
     ) -> None:
         self.cuda, self.calls = device.type == "cuda", calls
-        gc.collect()  # what a contender that failed has left
         before, missing = self._allocated(), _missing()
         self.call = make()
         self.first_s = self._seconds(warm_up)

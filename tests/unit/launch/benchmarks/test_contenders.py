@@ -42,7 +42,8 @@ class Made:
 
     def __init__(self, clock: Clock, start_s: float, seconds: float, also: Callable[[], None] = lambda: None) -> None:
         clock.spend(start_s)
-        self.clock, self.seconds, self.also, self.closed = clock, seconds, also, False
+        self.clock, self.seconds, self.also = clock, seconds, also
+        self.closed_at: float | None = None
         self.facts = {"seconds": seconds}
 
     def round(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Made:
         return {"seconds": self.seconds, "at": self.clock.now}
 
     def close(self) -> None:
-        self.closed = True
+        self.closed_at = self.clock.now
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_everybody_has_a_turn_a_round(clock: Clock) -> None:
     assert [found["at"] for found in rounds.rounds["b"]] == [8, 11, 14]
     assert rounds.facts == {"a": {"seconds": 1}, "b": {"seconds": 2}}
     assert (rounds.failed, rounds.unreached) == ({}, [])
-    assert all(one.closed for one in made.values())
+    assert [one.closed_at for one in made.values()] == [14, 14]
 
 
 def test_a_long_start_cannot_take_the_rounds_of_those_before_it(clock: Clock) -> None:
@@ -96,7 +97,7 @@ def test_a_round_that_the_budget_cuts_off_does_not_count(clock: Clock) -> None:
     assert (rounds.unreached, clock.now) == ([], 10.5)  # with the slack
     rounds, made = measured(clock, 1, 3, b=lambda: Made(clock, 0, 4))
     assert (rounds.rounds, rounds.unreached) == ({}, ["b"])
-    assert made["b"].closed
+    assert made["b"].closed_at is not None
 
 
 def test_a_failure_is_told_and_the_others_go_on(clock: Clock) -> None:
@@ -112,10 +113,10 @@ def test_a_failure_is_told_and_the_others_go_on(clock: Clock) -> None:
     def refuse() -> Made:
         raise ValueError
 
-    rounds, made = measured(clock, 3, 99, a=lambda: Made(clock, 0, 1), b=lambda: Made(clock, 0, 1, fail), c=refuse)
+    rounds, made = measured(clock, 4, 99, a=lambda: Made(clock, 0, 1), b=lambda: Made(clock, 0, 1, fail), c=refuse)
     assert rounds.failed == {"b": "no 7 GiB (beside 1 other contenders)", "c": "ValueError"}
-    assert (len(rounds.rounds["a"]), rounds.rounds.keys(), rounds.facts.keys()) == (3, {"a"}, {"a"})
-    assert made["b"].closed
+    assert (len(rounds.rounds["a"]), rounds.rounds.keys(), rounds.facts.keys()) == (4, {"a"}, {"a"})
+    assert (made["b"].closed_at, made["a"].closed_at) == (5, 6)
 
 
 def test_a_limit_ends_what_runs_and_leaves_the_timer_of_others() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from launch import bench
 from launch.benchmarks.contenders import ENGINES, PRECISIONS, Rounds
-from launch.benchmarks.gpu import CONTENDERS, report, row, settings, table
+from launch.benchmarks.gpu import CONTENDERS, PEERS, report, row, settings, table
+from launch.benchmarks.peers import network
 from tests.support.commands import call
 from tests.support.paths import ROOT
 from warm_dist.errors import ConfigError
@@ -29,6 +30,7 @@ def test_every_engine_has_its_turn_and_the_telling_ones_come_first() -> None:
     ours = {f"{engine}-{precision}{how}" for engine in ENGINES for precision in PRECISIONS for how in ("", "-compiled")}
     assert ours < set(CONTENDERS)
     assert len(set(CONTENDERS)) == len(CONTENDERS)
+    assert {*PEERS} == network.PEERS.keys()
     assert CONTENDERS[:2] == ("local-bf16-compiled", "zero1-bf16-compiled")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from launch.benchmarks.peers import network
 from launch.benchmarks.peers.network import Peer, Subject, covered, flops_per_image, step_of
 
 
@@ -17,30 +20,28 @@ def test_what_overlaps_is_covered_once(spans: list[tuple[float, float]], length:
     assert covered(spans) == length
 
 
-def test_a_round_is_so_many_calls_after_one_that_is_not_timed() -> None:
+def test_a_round_is_so_many_calls_after_one_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: the calls of the warm-up are in the figures, or seconds are those of the round."""
-    calls, clock = [], iter(range(1000))
-    subject = Subject(lambda: lambda: calls.append(next(clock)), torch.device("cpu"), 4, 3)
-    assert len(calls) == 3
-    found = subject.round()
+    calls: list[None] = []
+    # a second passes with every call
+    monkeypatch.setattr(network, "time", SimpleNamespace(perf_counter=lambda: float(len(calls))))
+    subject = Subject(lambda: lambda: calls.append(None), torch.device("cpu"), 4, 3)
+    assert subject.facts() == {"first_s": 3, "state": None, "cached": True, "wait_share": None}
+    assert subject.round() == {"seconds": 1, "peak": None}
     assert len(calls) == 3 + 1 + 4
-    assert 0 < found["seconds"] < 0.1
-    assert found["peak"] is None
-    assert subject.facts() | {"first_s": 0} == {"first_s": 0, "state": None, "cached": True, "wait_share": None}
-    alone = Subject(lambda: lambda: calls.append(0), torch.device("cpu"), 1, 1)
-    alone.round()
-    assert calls.count(0) == 3  # the first of all; one to warm up; a round of one is not warmed up again
+    Subject(lambda: lambda: calls.append(None), torch.device("cpu"), 1, 1).round()
+    assert len(calls) == 3 + 1 + 4 + 1 + 1  # a round of one call is not warmed up again
 
 
 def test_a_peers_step_learns_and_forgets_its_gradient() -> None:
     """Fault: gradients add up over steps, or the optimizer has other weights than the loss."""
     torch.manual_seed(0)
-    network = torch.nn.Conv2d(3, 3, 3, padding=1)
-    peer = Peer(network, lambda images: network(images).float().square().mean(), torch.optim.Adam(network.parameters()))
-    before = network.weight.detach().clone()
+    layer = torch.nn.Conv2d(3, 3, 3, padding=1)
+    peer = Peer(layer, lambda images: layer(images).float().square().mean(), torch.optim.Adam(layer.parameters()))
+    before = layer.weight.detach().clone()
     step_of(peer, torch.rand(2, 3, 4, 4))()
-    assert network.weight.grad is None
-    assert not torch.equal(network.weight, before)
+    assert layer.weight.grad is None
+    assert not torch.equal(layer.weight, before)
 
 
 def test_operations_are_counted_as_ours_are() -> None:
