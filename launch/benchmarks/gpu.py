@@ -75,15 +75,13 @@ def settings(name: str, config: str, batch_size: int, folder: str, changes: list
 
 
 def sampling_model(config: Config, compiled: bool, device: torch.device, say: Say) -> Model:
-    """A config's untrained network, made ready for sampling in the precision of its training."""
+    """A config's untrained network, which samples in the precision of its training."""
     from launch.benchmarks.pictures import made_up
     from warm_dist.checkpoints.weights import Model
     from warm_dist.networks.compiled import compile_blocks
     from warm_dist.networks.unet import build_network
-    from warm_dist.training.engine import DTYPES
 
-    network = build_network(config).to(device).eval()
-    network.dtype = DTYPES[config.parallel.precision]
+    network = build_network(config).to(device)
     if compiled:
         compile_blocks(network, config.parallel.compile_cache, say)
     return Model(network, config, made_up(config))
