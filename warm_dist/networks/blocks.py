@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from warm_dist.networks import precision
 from warm_dist.networks.flat import Flat, views
 from warm_dist.networks.group_norm import group_norm
 
@@ -109,7 +110,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     On a CPU in float32 it stays a convolution: oneDNN's takes half the time of MKL's product on an EPYC.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if not precision.on_gpu(x) and x.dtype == torch.float32:
+        x = x.contiguous(memory_format=torch.channels_last)  # copies nothing where the network's layout is kept
         return functional.conv2d(x, weight[:, :, None, None], bias)
     return functional.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
@@ -124,7 +126,7 @@ def attend(x: Tensor, w: dict[str, Tensor], num_heads: int, groups: int, eps: fl
     qkv = pointwise(x, w["attention.qkv.weight"], w["attention.qkv.bias"]).permute(0, 2, 3, 1)
     # each (B, heads, H·W, C/heads) with the last axis contiguous, as flash attention needs it
     q, k, v = qkv.reshape(b, height * width, 3, num_heads, c // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-    if x.device.type == "cpu":
+    if not precision.on_gpu(x):
         q, k, v = q.float(), k.float(), v.float()  # in bfloat16 its backward pass takes four times as long there
     out = functional.scaled_dot_product_attention(q, k, v).to(x.dtype).transpose(1, 2).reshape(b, height, width, c)
     return pointwise(out.permute(0, 3, 1, 2), w["attention.proj.weight"], w["attention.proj.bias"])

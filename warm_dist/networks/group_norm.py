@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from warm_dist.networks import precision
+
 
 def group_norm(
     x: Tensor,
@@ -26,7 +28,7 @@ def group_norm(
     channels_last layout. On a GPU it is `group_norm_kernels`, elsewhere `reference`.
     """
     x = x.contiguous(memory_format=torch.channels_last)  # copies nothing where the network's layout is kept
-    if x.device.type != "cuda":
+    if not precision.on_gpu(x):
         return reference(x, weight, bias, groups, eps, before=before, scale=scale, shift=shift, silu=silu)
     return fused(x, weight, bias, groups, eps, before=before, scale=scale, shift=shift, silu=silu)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from warm_dist.config.run import Config
-from warm_dist.networks import group_norm
+from warm_dist.networks import precision
 from warm_dist.networks.blocks import Block
 from warm_dist.networks.flat import Flat
 from warm_dist.networks.unet import NUM_AUGMENT, UNet, build
@@ -166,8 +166,7 @@ def planned(
         if compiled:
             _compile(network, meter)
         # the tensors say "cpu": autograd cannot go back through fake CUDA tensors on a machine without CUDA
-        plain = group_norm.fused if device == "cuda" else group_norm.reference
-        with mock.patch.object(group_norm, "reference", plain), meter:
+        with mock.patch.object(precision, "on_gpu", return_value=device == "cuda"), meter:
             yield network, meter
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -11,6 +11,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def set_precision(network: nn.Module, precision: str) -> None:
     """Have a UNet compute in "fp32" or "bf16", whatever its parameters are."""
     network.dtype = DTYPES[precision]  # type: ignore[assignment]  # see UNet
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels for a GPU compute with this tensor; `networks.memory` plans for another device than its own."""
+    return x.is_cuda
 
 
 def has_bf16(device: torch.device) -> bool:
