@@ -156,6 +156,10 @@ def planned(
 
     device: "cuda" or "cpu", whose operations are followed. dtype: what the network computes in. weights: what they are.
     """
+
+    def on_gpu(x: Tensor) -> bool:  # not a mock, which would keep the tensors that it is called with
+        return device == "cuda"
+
     with FakeTensorMode(allow_non_fake_inputs=True), torch._functorch.config.patch(decompose_custom_triton_ops=False):
         network = build(config)
         network.dtype = dtype
@@ -166,7 +170,7 @@ def planned(
         if compiled:
             _compile(network, meter)
         # the tensors say "cpu": autograd cannot go back through fake CUDA tensors on a machine without CUDA
-        with mock.patch.object(precision, "on_gpu", return_value=device == "cuda"), meter:
+        with mock.patch.object(precision, "on_gpu", on_gpu), meter:
             yield network, meter
 
 
