@@ -63,7 +63,7 @@ def main() -> int:
     labels = sample_labels(args.seed, indices, config.data.num_classes)
     if args.label is not None:
         labels[:] = args.label
-    batch_size = args.batch_size or fitting_batch(config, sampling_precision(config, sampler), device)
+    batch_size = args.batch_size or fitting_batch(config, sampling_precision(config, sampler), device, args.n)
     spent = nfe(sampler.method, sampler.num_steps)
     compiled = compiles(config.parallel.compile, device) and args.n * spent >= COMPILE_FROM
     if compiled:

@@ -79,7 +79,8 @@ class Evaluator:
         if self.compiled:
             compile_blocks(self.network, config.parallel.compile_cache, say)
         precision = sampling_precision(config, config.sampler)
-        self.batch_size = settings.batch_size or min(gather(world, fitting_batch(config, precision, world.device)))
+        fitting = fitting_batch(config, precision, world.device, settings.num_images // world.size)
+        self.batch_size = settings.batch_size or min(gather(world, fitting))
         self._reference: Reference | None = None
         needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):

@@ -36,12 +36,12 @@ def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArra
     return np.array(drawn, np.int64)
 
 
-def fitting_batch(config: Config, precision: str, device: torch.device) -> int:
-    """How many images to sample at a time: 64 on a CPU; on a GPU the power of two that takes half of what is free.
+def fitting_batch(config: Config, precision: str, device: torch.device, count: int) -> int:
+    """How many images of `count` to sample at a time: 64 on a CPU; on a GPU the power of two that takes half of what is free.
 
     precision: of the network. The other half is for what the prediction leaves out, see `networks.memory`.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or count <= 64:
         return 64
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return power_of_two_below(free / 2 / forward_bytes_per_image(config, dtype=DTYPES[precision]))

@@ -126,8 +126,8 @@ def attend(x: Tensor, w: dict[str, Tensor], num_heads: int, groups: int, eps: fl
     qkv = pointwise(x, w["attention.qkv.weight"], w["attention.qkv.bias"]).permute(0, 2, 3, 1)
     # each (B, heads, H·W, C/heads) with the last axis contiguous, as flash attention needs it
     q, k, v = qkv.reshape(b, height * width, 3, num_heads, c // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-    if not precision.on_gpu(x):
-        q, k, v = q.float(), k.float(), v.float()  # in bfloat16 its backward pass takes four times as long there
+    if x.dtype == torch.bfloat16 and not precision.on_gpu(x):
+        q, k, v = q.float(), k.float(), v.float()  # the backward pass in bfloat16 takes four times as long on a CPU
     out = functional.scaled_dot_product_attention(q, k, v).to(x.dtype).transpose(1, 2).reshape(b, height, width, c)
     return pointwise(out.permute(0, 3, 1, 2), w["attention.proj.weight"], w["attention.proj.bias"])
 

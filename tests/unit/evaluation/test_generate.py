@@ -59,7 +59,7 @@ def test_a_batch_that_is_filled_up_has_the_same_images_and_one_shape(tmp_path):
 def test_a_gpu_samples_as_many_images_as_fit_into_half_of_what_is_free(tmp_path, monkeypatch, free_gib, expected):
     """Fault: a large GPU samples 64 images at a time, or one that training has filled runs out of memory."""
     settings = config(tmp_path)
-    assert fitting_batch(settings, "bf16", CPU) == 64
+    assert fitting_batch(settings, "bf16", CPU, 10**6) == 64
     monkeypatch.setattr(
         generate_module, "forward_bytes_per_image", lambda config, dtype: {torch.bfloat16: 2**24}[dtype]
     )
@@ -67,7 +67,8 @@ def test_a_gpu_samples_as_many_images_as_fit_into_half_of_what_is_free(tmp_path,
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * gib / 2), 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(free_gib * gib / 2) + 3 * gib)  # free as well
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * gib)
-    assert fitting_batch(settings, "bf16", torch.device("cuda")) == expected
+    assert fitting_batch(settings, "bf16", torch.device("cuda"), 10**6) == expected
+    assert fitting_batch(settings, "bf16", torch.device("cuda"), 64) == 64  # a few images need no prediction
 
 
 def test_the_noise_of_the_next_step_is_drawn_while_this_one_is_used():
