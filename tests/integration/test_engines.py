@@ -192,5 +192,5 @@ def test_a_compiled_network_gives_the_same_losses_and_names(tmp_path):
     for case in found.values():
         assert apart(case["losses"], reference) < APART
         assert case["captured"] > 0
-        assert case["names"] == found["local"]["names"]
+        assert set(case["names"]) <= set(found["local"]["names"])  # stages 1 and 2 share out whole blocks
         assert "encoder.0.flat" in case["names"]

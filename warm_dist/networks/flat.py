@@ -90,10 +90,10 @@ def released(flat: Tensor) -> AbstractContextManager[object]:
 
     Without this the views of a gathered parameter would keep all of it in memory from the forward to the backward pass.
     """
-    first = int(flat.storage_offset())
+    first, storage = int(flat.storage_offset()), flat.untyped_storage()._cdata
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
-        if tensor._base is not flat and tensor is not flat:
+        if tensor.untyped_storage()._cdata != storage:  # not its base: a compiled graph saves views made anew
             return tensor
         return tensor.shape, tensor.stride(), int(tensor.storage_offset()) - first
 
