@@ -39,7 +39,8 @@ def open_zip(path: Path, transform: Transform) -> Source:
     """A zip archive of images. Raises DataError if it is not readable as one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist() if not info.is_dir()}
+            entries = [info for info in archive.infolist() if not info.filename.endswith("/")]  # is_dir fails for ""
+            files = {info.filename: (info.file_size, info.CRC) for info in entries}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"{path}: not a readable zip archive ({error})") from None
     sizes = [(name, size ^ crc << 64) for name, (size, crc) in files.items()]

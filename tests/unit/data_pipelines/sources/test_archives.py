@@ -42,6 +42,17 @@ def test_a_tar_of_class_folders(tmp_path: Path) -> None:
     assert np.array_equal(good(source)[2].image, noise(0))
 
 
+def test_a_zip_with_a_member_without_a_name(tmp_path: Path) -> None:
+    """Fault: one byte of a name is lost, and the archive ends the program with a traceback."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("ant/x.png", encode(noise(0)))
+        archive.writestr("nameless", b"")
+    path = tmp_path / "a.zip"
+    path.write_bytes(content.getvalue().replace(b"nameless", b"\0ameless"))
+    assert [item.key for item in good(open_source(str(path), 8))] == ["ant/x.png"]
+
+
 def test_webdataset_shards_are_packed_again(tmp_path: Path) -> None:
     """Fault: `cls` members are ignored, so that all images get the label -1 or that of a folder."""
     for shard in range(3):
