@@ -30,9 +30,9 @@ EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 class Machine:
     """What a rank computes and moves. All in operations or bytes a second, latency_s a message between two ranks.
 
-    mfu: share of peak_flops that the forward and backward pass reach while the GPU does not wait for the host; host_s:
-    seconds a micro-batch that it waits. Bandwidths are what one rank sends in a ring: among the ranks_per_node of a
-    node, and when the ring leaves it.
+    peak_flops: dense bf16. mfu: share of the precision's peak that the forward and backward pass reach while the GPU
+    does not wait for the host; host_s: seconds a micro-batch that it waits. Bandwidths are what one rank sends in a
+    ring: among the ranks_per_node of a node, and when the ring leaves it.
     """
 
     peak_flops: float
@@ -108,7 +108,8 @@ def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, sta
     share = images / ranks
     accumulations = math.ceil(share / (config.train.micro_batch_size or share))
     again = 4 / 3 if config.parallel.activation_checkpointing else 1  # the forward once more
-    compute = share * network.flops * again / (machine.peak_flops * machine.mfu) + accumulations * machine.host_s
+    peak = machine.peak_flops / (1 if precision == "bf16" else 2)  # MFU in fp32 is of TF32's peak, half of bf16's
+    compute = share * network.flops * again / (peak * machine.mfu) + accumulations * machine.host_s
     sent = sent_bytes(network.parameters, ranks, stage, precision, accumulations)
     hops = 2 * math.ceil(math.log2(ranks))  # a tree's, there and back
     waits = messages(stage, network.blocks, accumulations) * hops * machine.latency_s
@@ -209,5 +210,14 @@ def scaling(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     measured = read_tree(args.measured) if args.measured else None
-    print(table(config, size_of(config), measured))
+    try:
+        text = table(config, size_of(config), measured)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if measured is None:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"--measured {args.measured}: is not what launch/bench.py gpu --json prints ({reason})"
+        ) from None
+    print(text)
     return errors.EXIT_OK

@@ -113,13 +113,14 @@ def measured(*names: str, **changes: object) -> dict:
     return facts | {"rows": {name: dict(row) for name in names}}
 
 
-def test_a_measured_step_is_given_back():
-    """Fault: the wait is in the MFU and beside it, and so counted twice."""
-    machine = as_measured(replace(SLOW, peak_flops=1e13), measured("zero1-bf16-compiled"), 1, "bf16")
+@pytest.mark.parametrize(("precision", "peak"), [("bf16", 1e13), ("fp32", 0.5e13)])
+def test_a_measured_step_is_given_back(precision, peak):
+    """Fault: the wait is in the MFU and beside it, and so counted twice; or an MFU of TF32's peak is taken for bf16's."""
+    machine = as_measured(replace(SLOW, peak_flops=1e13), measured(f"zero1-{precision}-compiled"), 1, precision)
     assert machine.host_s == pytest.approx(0.5)
     assert machine.mfu == pytest.approx(0.5 / 0.75)
-    settings = config("train.batch_size=256", "train.micro_batch_size=128")
-    flops = round(0.5 * 1e13 * 4.0 / 256)  # of an image, so that the MFU of the whole step is 0.5
+    settings = config("train.batch_size=256", "train.micro_batch_size=128", f"parallel.precision={precision}")
+    flops = round(0.5 * peak * 4.0 / 256)  # of an image, so that the MFU of the whole step is 0.5
     assert step(machine, settings, NetworkSize(P, 10, flops), 1, 1).compute_s == pytest.approx(4.0)
     assert as_measured(SLOW, None, 1, "bf16") == SLOW
 
@@ -161,3 +162,13 @@ def test_the_table_tells_what_was_measured(tmp_path, capsys):
     assert lines[4] == "  stage 1: MFU 0.667, and a micro-batch waits 500.0 ms, as zero1-bf16-compiled"
     assert lines[6] == "  stage 3: MFU 0.333, and a micro-batch waits 500.0 ms, as zero3-bf16"
     assert lines[-1] != plain[1].splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"micro_batches": 0}, {"micro_batches": "1"}, {"images": None, "rows": {"hello": {}}}, {"rows": [1]}]
+)
+def test_a_report_that_is_damaged_is_refused_by_name(tmp_path, capsys, change):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(measured("zero1-bf16-compiled") | change))
+    with pytest.raises(ConfigError, match=r"gpu\.json: is not what launch/bench\.py gpu --json prints"):
+        call(bench.main, "scaling", "--measured", path)
