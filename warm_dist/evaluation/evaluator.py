@@ -78,9 +78,7 @@ class Evaluator:
         self.compiled = compiles(config.parallel.compile, world.device)
         if self.compiled:
             compile_blocks(self.network, config.parallel.compile_cache, say)
-        precision = sampling_precision(config, config.sampler)
-        fitting = fitting_batch(config, precision, world.device, settings.num_images // world.size)
-        self.batch_size = settings.batch_size or min(gather(world, fitting))
+        self.batch_size = settings.batch_size or self._fitting_batch()
         self._reference: Reference | None = None
         needed = round(IMAGES_PER_FEATURE * self.extractor.num_features)
         for name, n in (("eval.num_images", settings.num_images), ("real images compared", self.num_real)):
@@ -203,6 +201,13 @@ class Evaluator:
             "spec": spec.hash,
             "measure": spec.measure,
         }
+
+    def _fitting_batch(self) -> int:
+        """The batch that fits into every rank's device. A collective."""
+        world, precision = self.world, sampling_precision(self.config, self.config.sampler)
+        fits = fitting_batch(self.config, precision, world.device, self.settings.num_images // world.size)
+        fewest: int = min(gather(world, fits))
+        return fewest
 
     def _real(self, stop: StopSignal) -> Reference | None:
         """The reference, on rank 0: kept from earlier, read from a store, or measured. A collective."""

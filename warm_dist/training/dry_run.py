@@ -176,8 +176,8 @@ def _memory(config: Config, size: int, parameters: int) -> list[str]:
         mark = "  <- parallel.zero_stage" if stage is not None and stage == chosen else ""
         lines.append(f"  {name + ':':8}{state:8.3f} {total - state:21.3f} {total:6.2f}{mark}")
     if parallel.compile is None:
-        # a tenth: cifar10 and imagenet64, bf16 and fp32; to count it takes 5 times as long
+        # the shipped configs, the least of it with recomputation; to count it takes two to five times as long
         lines.append(
-            "compiled, as by default on a GPU, activations take about a tenth less; parallel.compile=true counts it"
+            "compiled, as by default on a GPU, activations take 3 to 10 % less; parallel.compile=true counts it"
         )
     return lines
