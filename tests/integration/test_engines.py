@@ -171,9 +171,21 @@ def test_sharded_ema_is_the_plain_ema(results):
     assert results["2"]["ema_whole"] < 1e-6
 
 
-def test_stage_3_keeps_no_gathered_weights_for_the_backward_pass(results):
+HELD, FREED = [[True] * 6] * 3, [[False] * 6] * 3  # the root and five blocks, in three steps
+
+
+def test_stage_3_gathers_once_and_frees_in_the_backward_pass(results):
+    """Fault: a hook that is not called, so that after the backward pass every rank holds the whole network."""
+    found = results["2"]["gathered"]
+    assert found["kept True, forward"] == HELD
+    assert found["kept True, backward"] == FREED
+
+
+def test_stage_3_keeps_no_gathered_weights_of_a_large_network_for_the_backward_pass(results):
     """Fault: autograd keeps views of a gathered block, so that after the forward pass every rank holds the whole network."""
-    assert results["2"]["gathered"] == [False] * 6  # the root, five blocks
+    found = results["2"]["gathered"]
+    assert found["kept False, forward"] == FREED
+    assert found["kept False, backward"] == FREED
 
 
 @pytest.mark.soak
@@ -188,7 +200,8 @@ def test_a_compiled_network_gives_the_same_losses_and_names(tmp_path):
     reference = json.loads((tmp_path / "plain.json").read_text())["engines"]["local"]["losses"][:3]
     results = json.loads((tmp_path / "compiled.json").read_text())
     found = results["compiled"]
-    assert results["gathered/compiled"] == [False] * 6, "stage 3 keeps gathered weights for the backward pass"
+    for moment, held in results["gathered/compiled"].items():
+        assert held == (HELD if moment == "kept True, forward" else FREED), moment
     for case in found.values():
         assert apart(case["losses"], reference) < APART
         assert case["captured"] > 0

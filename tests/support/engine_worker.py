@@ -8,10 +8,11 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, join, shutdown
 from warm_dist.errors import NumericsError, OutputError, Stopped
 from warm_dist.networks.blocks import Block
-from warm_dist.networks.unet import build
+from warm_dist.networks.unet import UNet, build
 from warm_dist.runs.metrics import MetricsLog, read_metrics
-from warm_dist.training.deepspeed_engine import build_engine
+from warm_dist.training import deepspeed_engine
+from warm_dist.training.deepspeed_engine import build_engine, deepspeed_config
 from warm_dist.training.ema import EMA, half_life
 from warm_dist.training.trainer import Trainer
 
@@ -105,8 +107,9 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
             out[f"zero{stage}-bf16"] = {"parallel__zero_stage": stage}
         for stage in (1, 2, 3):
             out[f"zero{stage}-offload"] = {"parallel__zero_stage": stage, "parallel__offload_optimizer": True}
-        for stage in (1, 3):
-            out[f"zero{stage}-recompute"] = {"parallel__zero_stage": stage, "parallel__activation_checkpointing": True}
+        out["zero3-regathered"] = {"parallel__zero_stage": 3}
+        for stage in ("1", "3", "3-regathered"):
+            out[f"zero{stage}-recompute"] = {"parallel__zero_stage": int(stage[0]), "parallel__activation_checkpointing": True}
         out["zero1-offload-accumulate"] = out["zero1-offload"] | accumulate
         out["zero1-offload-bf16"] = out["zero1-offload"]
         out["zero2-accumulate-bf16"] = out["zero2-accumulate"]
@@ -116,6 +119,13 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
     return out
 
 
+@contextlib.contextmanager
+def keeping(weights: bool) -> Iterator[None]:
+    """Inside, engines at stage 3 keep gathered weights for the backward pass, or not, as those of large networks."""
+    with mock.patch.object(deepspeed_engine, "KEPT", deepspeed_engine.KEPT if weights else 0):
+        yield
+
+
 def engines(world: World, root: Path, *saved: str) -> dict[str, Any]:
     """Each case from the same start: losses and norms of all steps, and who holds how much.
 
@@ -123,7 +133,8 @@ def engines(world: World, root: Path, *saved: str) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for name, changes in cases(world.size).items():
-        trainer = start(world, config(root / f"{name}-{world.size}", **changes))
+        with keeping("regathered" not in name):
+            trainer = start(world, config(root / f"{name}-{world.size}", **changes))
         losses, norms = steps(world, trainer, HALF)
         held = None
         if name in saved:
@@ -276,13 +287,38 @@ def ema_whole(world: World, root: Path) -> float:
     return max(float((full[name] - plain[name]).abs().max() / plain[name].abs().max()) for name in plain)
 
 
-def gathered(world: World, root: Path, how: str = "plain") -> list[bool]:
-    """After a forward pass at stage 3: of the root's and each block's gathered weights, whether something holds them."""
+def gathered(world: World, root: Path, how: str = "plain") -> dict[str, list[list[bool]]]:
+    """At stage 3, weights kept and not: whether something holds the root's and each block's after the forward pass, and
+    after the backward pass, in the first, second and third step, between which DeepSpeed learns their order.
+    """
     compiling = {"parallel__compile": how == "compiled", "parallel__compile_cache": str(root / "kernels")}
     settings = config(root, **SMALL, parallel__zero_stage=3, **compiling)
-    engine = build_engine(build(settings), settings, world)
+    out: dict[str, list[list[bool]]] = {}
+    for kept in (True, False):
+        with keeping(kept), mock.patch.object(deepspeed_engine, "deepspeed_config", _without_prefetch):
+            engine = build_engine(build(settings), settings, world)
+        storages = _gathered_storages(engine.module)
+        level = torch.zeros(2)
+        for _ in range(3):
+            storages.clear()
+            loss = engine(torch.randn(2, 3, 8, 8), level, level, None).square().mean()
+            out.setdefault(f"kept {kept}, forward", []).append(_held(storages))
+            engine.backward(loss)
+            out.setdefault(f"kept {kept}, backward", []).append(_held(storages))
+            engine.step(0.0)
+    return out
+
+
+def _without_prefetch(*given: Any) -> dict[str, Any]:
+    found = deepspeed_config(*given)
+    found["zero_optimization"]["stage3_prefetch_bucket_size"] = 0  # all of this network would fit into it
+    return found
+
+
+def _gathered_storages(network: UNet) -> list[StorageWeakRef]:
+    """Filled in every forward pass: what holds the gathered weights of the root and of each block."""
     storages = []
-    for block in engine.module.modules():
+    for block in network.modules():
         if isinstance(block, Block):
 
             def compute(flat: Tensor, *given: Tensor, plain: Callable[..., Tensor] = block.compute) -> Tensor:
@@ -290,19 +326,19 @@ def gathered(world: World, root: Path, how: str = "plain") -> list[bool]:
                 return plain(flat, *given)
 
             block.compute = compute
-    embed = engine.module.embed
+    embed = network.embed
 
     def embedded(w: dict[str, Tensor], *given: Any) -> Tensor:
         storages.append(StorageWeakRef(w["stem.weight"].untyped_storage()))
         return embed(w, *given)
 
-    engine.module.embed = embedded
-    level = torch.zeros(2)
-    out = engine(torch.randn(2, 3, 8, 8), level, level, None)
+    network.embed = embedded
+    return storages
+
+
+def _held(storages: list[StorageWeakRef]) -> list[bool]:
     gc.collect()
-    held = [not storage.expired() for storage in storages]
-    engine.backward(out.square().mean())
-    return held
+    return [not storage.expired() for storage in storages]
 
 
 def shards(world: World, root: Path) -> dict[str, float]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +18,9 @@ from warm_dist.networks.blocks import Block
 from warm_dist.networks.compiled import Say
 from warm_dist.networks.flat import Flat
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
+
+KEPT = 500_000_000
+"""Up to so many weights stage 3 gathers once a micro-batch, and keeps them from the forward to the backward pass."""
 
 
 class DeepSpeedEngine(Engine):
@@ -33,14 +35,16 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         optimizer = make_adam(module.parameters(), config)
+        num_parameters = sum(p.numel() for p in module.parameters())
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=module.to(world.device),
             optimizer=optimizer,
-            config=deepspeed_config(config, world.size, sum(p.numel() for p in module.parameters())),
+            config=deepspeed_config(config, world.size, num_parameters),
             dist_init_required=False,
         )
-        if self.stage == 3:
-            _remember_signatures(module)
+        if self.stage == 3 and num_parameters <= KEPT:
+            _gather_once(self.zero.parameter_offload, module)
+        elif self.stage == 3:
             for part in module.modules():
                 if isinstance(part, Flat):
                     # a checkpointed block keeps nothing anyway, and its own hooks would hide it from the checkpoint
@@ -144,6 +148,8 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     if stage == 3:
         # no parameter stays gathered between steps, so restoring the shards restores all of it
         out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # of larger networks it keeps those that it needs again within so many weights, there and back
+        out["zero_optimization"]["stage3_max_reuse_distance"] = 2 * KEPT
         # would replace torch.nn.functional.linear, in the whole process, by a slower one that saves no memory here
         out["zero_optimization"]["memory_efficient_linear"] = False
     if config.parallel.offload_optimizer:
@@ -162,12 +168,28 @@ def _guards(config: Config) -> bool:
     return config.parallel.zero_stage in (1, 2) and not config.parallel.offload_optimizer
 
 
-def _remember_signatures(module: nn.Module) -> None:
-    """Have torch find the signatures of stage 3's hooks, which it inspects at every call: 100 times a step."""
-    for part in module.modules():
-        for name in ("pre_bwd_fn", "post_bwd_fn"):
-            if hook := vars(part).get(name):
-                hook.forward.__signature__ = inspect.signature(hook.forward)
+def _gather_once(offload: Any, network: nn.Module) -> None:
+    """Gather a module's weights before its forward pass, and free them once their gradient is there.
+
+    In place of DeepSpeed's hooks, which enter every pass of a module twice, by autograd functions on each input and output:
+    half of what stage 3 costs the host. Its coordinator still gathers ahead, in the order of the first steps.
+    """
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    for part in network.modules():
+        if isinstance(part, Flat):
+            part.register_forward_pre_hook(partial(_gather, offload.param_coordinator, part.flat))
+            part.flat.register_post_accumulate_grad_hook(lambda flat: flat.partition())
+
+
+def _gather(coordinator: Any, flat: Any, module: nn.Module, _: Any) -> None:
+    if flat.ds_status.name == "AVAILABLE":  # activations are being recomputed
+        return
+    coordinator.trace_prologue(module)
+    if coordinator.is_record_trace():
+        coordinator.record_module(module)
+    coordinator.fetch_sub_module(module, forward=True)
+    flat.ds_active_sub_modules.clear()  # else reset_step would not free it
 
 
 def _import_deepspeed() -> Any:
