@@ -16,12 +16,13 @@ from warm_dist import errors
 from warm_dist.config.load import read_tree
 from warm_dist.config.run import Config
 from warm_dist.errors import ConfigError
-from warm_dist.training.dry_run import forward_bytes, memory_bytes
+from warm_dist.training.dry_run import forward_bytes, memory_bytes, num_gathers
 
 if TYPE_CHECKING:
     from warm_dist.networks.flops import NetworkSize
 
 SIZES = (1, 8, 64, 256, 1024)
+GATHERED = 50_000_000  # weights that DeepSpeed 0.19.8 gathers by one message, its stage3_prefetch_bucket_size
 ADAM_TOUCHES = 7  # float32 values an element that Adam reads and writes: gradient; weight and both moments, twice
 EMA_TOUCHES = 3  # and each EMA: weight; the average, twice
 
@@ -63,16 +64,22 @@ def sent_bytes(parameters: int, size: int, stage: int, precision: str, accumulat
 
     Stages 0 and 1 exchange gradients once a step: an all-reduce, which is a reduce-scatter and an all-gather; DeepSpeed's
     stage 1 reduces by it too, and gathers the weights besides. Stage 2 keeps 1/W of the gradients and so reduces
-    every micro-batch, also by all-reduce. Stage 3 gathers the weights for every forward and backward and
-    reduce-scatters the gradients. Source: ZeRO, section 7; which collective: DeepSpeed 0.19.8's source.
+    every micro-batch, also by all-reduce. Stage 3 gathers the weights in every micro-batch, those of a large network
+    twice, and reduce-scatters the gradients. Source: ZeRO, section 7; which collective: DeepSpeed 0.19.8's source.
     """
     unit = (size - 1) / size * parameters * forward_bytes(stage, precision)
-    return int(unit * {0: 2, 1: 2 + 1, 2: 2 * accumulations + 1, 3: 3 * accumulations}[stage])
+    return int(
+        unit * {0: 2, 1: 2 + 1, 2: 2 * accumulations + 1, 3: (num_gathers(parameters) + 1) * accumulations}[stage]
+    )
 
 
-def messages(stage: int, num_blocks: int, accumulations: int = 1) -> int:
-    """Collectives a step that wait for one another: few large ones, or at stage 3 one a block and pass."""
-    return {0: 1, 1: 2, 2: accumulations + 1, 3: 3 * num_blocks * accumulations}[stage]
+def messages(stage: int, parameters: int, accumulations: int = 1) -> int:
+    """Collectives a step that wait for one another.
+
+    Stage 3 gathers the root's weights, then GATHERED together ahead of their use, and reduces as stage 2 does.
+    """
+    gathers = num_gathers(parameters) * (1 + math.ceil(parameters / GATHERED))
+    return {0: 1, 1: 2, 2: accumulations + 1, 3: (gathers + 1) * accumulations}[stage]
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, sta
     compute = share * network.flops * again / (peak * machine.mfu) + accumulations * machine.host_s
     sent = sent_bytes(network.parameters, ranks, stage, precision, accumulations)
     hops = 2 * math.ceil(math.log2(ranks))  # a tree's, there and back
-    waits = messages(stage, network.blocks, accumulations) * hops * machine.latency_s
+    waits = messages(stage, network.parameters, accumulations) * hops * machine.latency_s
     shard = network.parameters / ranks
     touched = 4 * ADAM_TOUCHES * (shard if stage else network.parameters)
     touched += 4 * EMA_TOUCHES * (1 + len(config.train.ema_lengths)) * shard

@@ -109,7 +109,10 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
             out[f"zero{stage}-offload"] = {"parallel__zero_stage": stage, "parallel__offload_optimizer": True}
         out["zero3-regathered"] = {"parallel__zero_stage": 3}
         for stage in ("1", "3", "3-regathered"):
-            out[f"zero{stage}-recompute"] = {"parallel__zero_stage": int(stage[0]), "parallel__activation_checkpointing": True}
+            out[f"zero{stage}-recompute"] = {
+                "parallel__zero_stage": int(stage[0]),
+                "parallel__activation_checkpointing": True,
+            }
         out["zero1-offload-accumulate"] = out["zero1-offload"] | accumulate
         out["zero1-offload-bf16"] = out["zero1-offload"]
         out["zero2-accumulate-bf16"] = out["zero2-accumulate"]

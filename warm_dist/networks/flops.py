@@ -8,7 +8,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from warm_dist.config.run import Config
-from warm_dist.networks.blocks import Block
 from warm_dist.networks.unet import NUM_AUGMENT, build, num_parameters
 
 # (part of the device's name, dense bf16, dense TF32), operations per second; the first match counts.
@@ -27,10 +26,9 @@ PEAKS = (
 
 
 class NetworkSize(NamedTuple):
-    """A network's trainable numbers, residual blocks, and operations per image, forward and backward."""
+    """A network's trainable numbers, and operations per image, forward and backward."""
 
     parameters: int
-    blocks: int
     flops: int
 
 
@@ -38,8 +36,7 @@ def size_of(config: Config) -> NetworkSize:
     """The size of a config's network, counted on the meta device as in `flops_per_image`."""
     with torch.device("meta"):
         network = build(config)
-    blocks = sum(isinstance(module, Block) for module in network.modules())
-    return NetworkSize(num_parameters(network), blocks, flops_per_image(config))
+    return NetworkSize(num_parameters(network), flops_per_image(config))
 
 
 def flops_per_image(config: Config) -> int:

@@ -19,8 +19,8 @@ from warm_dist.networks.compiled import Say
 from warm_dist.networks.flat import Flat
 from warm_dist.training.engine import Engine, Fragment, LocalEngine, clip_and_guard, ensure_state, make_adam, set_steps
 
-KEPT = 500_000_000
-"""Up to so many weights stage 3 gathers once a micro-batch, and keeps them from the forward to the backward pass."""
+REDUCED = 500_000_000  # gradients that DeepSpeed reduces together
+KEPT = 500_000_000  # weights: of no more, stage 3 keeps those gathered for the forward pass until the backward pass
 
 
 class DeepSpeedEngine(Engine):
@@ -133,7 +133,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed allocates a whole bucket, 5e8 elements by default, whatever the network's size
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(num_parameters, 500_000_000)},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(num_parameters, REDUCED)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # a table of many sizes needs no torch
 
     from warm_dist.diffusion.heads import Network
 
-REDUCED = 500_000_000  # elements: the gradients that DeepSpeed 0.19.8 reduces together
 IN_FLIGHT = 3  # steps whose inputs are on the device: one in use, two made ahead by `Prefetch`
 
 
@@ -49,6 +48,13 @@ def memory_bytes(
     master = 4 * shard if stage else 0
     state = 0 if offload else adam + master + 4 * num_emas * shard
     return int(weights + gradients + state)
+
+
+def num_gathers(parameters: int) -> int:
+    """How often stage 3 gathers a weight in a micro-batch."""
+    from warm_dist.training.deepspeed_engine import KEPT
+
+    return 1 if parameters <= KEPT else 2
 
 
 class Passes(NamedTuple):
@@ -110,6 +116,8 @@ def peak_bytes(config: Config, size: int, stage: int | None, measured: Passes) -
     stage: of ZeRO, or None for engine "local". measured: the passes of a micro-batch. What DeepSpeed allocates beside
     the state was measured on a CPU, see tests/integration/test_memory.py.
     """
+    from warm_dist.training.deepspeed_engine import KEPT, REDUCED
+
     precision, (micro, accumulations) = config.parallel.precision, micro_batches(config, size)
     number, zero, offload = measured.parameters, stage or 0, bool(stage) and config.parallel.offload_optimizer
     each, emas = forward_bytes(zero, precision), 1 + len(config.train.ema_lengths)
@@ -119,7 +127,7 @@ def peak_bytes(config: Config, size: int, stage: int | None, measured: Passes) -
     state += _inputs_bytes(config, IN_FLIGHT * micro * accumulations - micro)
     if zero == 3:
         state += each * shard + bucket
-        gathered = each * number if size > 1 else 0  # up to 1e9 weights stay so from the forward to the backward
+        gathered = each * min(number, KEPT) if size > 1 else 0
         during, reducing = gathered + measured.peak(0), each * number + bucket
     else:
         kept = 0 if accumulations == 1 else each * (shard if zero == 2 else number)
