@@ -1,8 +1,9 @@
-"""The normalization's kernels on a GPU, skipped loudly without one; Triton compiles them for one anyway."""
+"""The network on a GPU, skipped loudly without one; what Triton and inductor make of it is looked at anyway."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,22 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._inductor import cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import run_and_get_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.support.networks import wake
+from tests.support.networks import scaled, wake
 from tests.support.paths import ROOT
 from tests.support.tiny_run import config, info, steps
 from warm_dist.checkpoints.weights import Model
 from warm_dist.config.run import SamplerConfig, load_config
 from warm_dist.distributed.world import join, shutdown
 from warm_dist.evaluation.generate import generate
+from warm_dist.networks import blocks
 from warm_dist.networks import group_norm_kernels as kernels
+from warm_dist.networks.blocks import Block, BlockOptions
 from warm_dist.networks.compiled import compile_blocks
 from warm_dist.networks.group_norm import group_norm, reference
 from warm_dist.networks.unet import build_network
@@ -155,6 +161,38 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(precision, tmp_path):
     assert any("compiling the network" in line for line in lines)
     assert not any("warning" in line for line in lines), lines
     assert found[True] == pytest.approx(found[False], rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="NO C++ COMPILER: what torch.compile writes is not tested here")
+@pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
+def test_the_code_that_inductor_generates_makes_no_tensor_in_another_layout(arch, monkeypatch, tmp_path):
+    """Forward and backward of a block as torch.compile writes them, without the kernels, which take minutes of g++.
+
+    Fault: a buffer in NCHW, which a kernel of its own has to fill and another to turn back.
+    """
+    monkeypatch.setattr(blocks, "group_norm", scaled)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(AsyncCompile, "wait", lambda *_: None)
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)  # g++ would be tried for each
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    block = Block(64, 128, BlockOptions(arch, 32, dropout=0.1), mode="up", attention=True).train()
+
+    def run() -> None:
+        x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+        compiled = torch.compile(block.compute, dynamic=False, fullgraph=True)
+        compiled(block.flat, x, torch.randn(2, 32, requires_grad=True)).sum().backward()
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        _, codes = run_and_get_code(run)
+    four = r"\((\d+), (\d+), (\d+), (\d+)\)"  # a size, then the strides
+    form = rf"(?:empty_strided_cpu|assert_size_stride|reinterpret_tensor)\((?:\w+, )?{four}, {four}"
+    tensors = [tuple(int(n) for n in found) for code in codes for found in re.findall(form, code)]
+    images = [t for t in tensors if t[1] > 1 and 1 < t[2] == t[3]]  # and the weights of 3x3 convolutions
+    assert len(codes) == 2
+    assert sum(code.count("convolution(") for code in codes) >= 2
+    assert len(images) > 10
+    assert not [t for t in images if t[5] != 1]
 
 
 @gpu

@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._pytree import tree_leaves
 
-from tests.support.networks import wake, weight
+from tests.support.networks import scaled, wake, weight
 from warm_dist.config.run import NetworkConfig
 from warm_dist.networks import blocks
 from warm_dist.networks.blocks import Block, BlockOptions
@@ -108,15 +108,6 @@ def test_parts_are_taken_anew_where_a_parameter_s_memory_is_another_s_meanwhile(
     layer.flat.data = values
     out.sum().backward()
     assert torch.equal(x.grad, weight(layer, "linear.weight").sum(0).expand(2, 4))
-
-
-def scaled(x, weight, bias, groups, eps, *, before=None, scale=None, shift=None, silu=True):
-    """In place of the group norm, whose layout is tested with its kernels: it keeps that of x, as they do."""
-    for factor in (weight, scale):
-        x = x if factor is None else x * factor.reshape(-1, x.shape[1], 1, 1)
-    for term in (bias, before, shift):
-        x = x if term is None else x + term.reshape(-1, x.shape[1], 1, 1)
-    return nn.functional.silu(x) if silu else x
 
 
 @ARCHS
