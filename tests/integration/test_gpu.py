@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.engine_worker import keeping
 from tests.support.tiny_run import batches, config, info, start, steps
 from warm_dist.diffusion.spectrum import unblurred
 from warm_dist.distributed.world import join, shutdown
@@ -65,6 +66,18 @@ def test_an_offloaded_optimizer_is_on_the_host_and_gives_the_same_losses(world, 
         assert trainer.grad_norm.device == world.device
     # the same gradients; Adam on a processor and on a GPU round differently
     assert found[True] == pytest.approx(found[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_stage_3_gives_the_losses_of_the_local_engine(world, tmp_path: Path, kept):
+    """Fault: weights used before they are gathered, which is on another stream, or freed while a kernel reads them."""
+    found = {}
+    for name, changes in (("local", {"engine": "local"}), ("zero3", {"parallel__zero_stage": 3})):
+        with keeping(kept):
+            trainer = start(world, config(tmp_path / name, parallel__compile=False, **changes))
+        found[name] = steps(world, trainer, 20)[0]
+    assert {p.ds_status.name for p in trainer.engine.module.parameters()} == {"NOT_AVAILABLE"}
+    assert found["zero3"] == pytest.approx(found["local"], rel=1e-4)
 
 
 def test_draws_and_residual_are_those_of_the_cpu(world, tmp_path: Path):
