@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -109,10 +111,14 @@ def print_error(error: WarmDistError) -> None:
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:
     """Run a command and exit with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
-    quiet: leave the line to another rank.
+    quiet: leave the line to another rank. Where nobody reads stdout any more (`| head`), it ends in silence as by SIGPIPE.
     """
     try:
-        sys.exit(main() or EXIT_OK)
+        try:
+            sys.exit(main() or EXIT_OK)
+        except SystemExit:  # of argparse too
+            sys.stdout.flush()  # fails here, and not in the interpreter's teardown
+            raise
     except WarmDistError as error:
         if not quiet:
             print_error(error)
@@ -122,3 +128,9 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
         os._exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            raise  # another pipe or a socket
+        os._exit(128 + signal.SIGPIPE)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import sys
+
+import pytest
 
 from warm_dist import errors
 from warm_dist.errors import redact
@@ -20,6 +25,34 @@ def test_every_error_travels_between_ranks():
             error.exit_code,
             error.resumable,
         )
+
+
+@pytest.mark.parametrize("held", [True, False])  # in a buffer until the end, or written at once
+def test_a_reader_who_left_ends_a_command_in_silence(held, monkeypatch, capsys):
+    """Fault: `| head -1` ends in a traceback, of the command or of the interpreter's teardown."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(os, "_exit", leave)
+    raw = os.fdopen(writer, "wb", buffering=0)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw), write_through=not held))
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: print("text", flush=not held))
+    monkeypatch.undo()
+    assert (caught.value.code, capsys.readouterr().err) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error():
+    """Fault: a socket or a child that went away ends the command as if somebody had stopped reading it."""
+
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        errors.run(main)
 
 
 def test_what_is_told_has_no_secrets(capsys):
