@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ Say = Callable[[str], None]
 
 class Compiler:
     """What all blocks of a network share: the news of compiling, and whether it failed."""
+
+    announced: ClassVar[bool] = False  # once a process, whose training and sampling have a compiler each
 
     def __init__(self, say: Say) -> None:
         self.say, self.failed = say, False
@@ -39,7 +42,9 @@ class Compiler:
             before, begun = _graphs(), time.monotonic()
             if self._said is None:
                 self._said = begun
-                self.say(f"compiling the network: about 2 minutes the first time, then kept in {cache_folder()}")
+                if not Compiler.announced:
+                    Compiler.announced = True
+                    self.say(f"compiling the network: about 2 minutes the first time, then kept in {cache_folder()}")
             try:
                 out: Tensor = fast(flat, x, emb)
             except torch._dynamo.exc.TorchDynamoException as error:

@@ -10,7 +10,7 @@ from tests.support.networks import wake
 from warm_dist.config.run import NetworkConfig
 from warm_dist.networks import compiled as module
 from warm_dist.networks.blocks import Block
-from warm_dist.networks.compiled import compile_blocks, compiles
+from warm_dist.networks.compiled import Compiler, compile_blocks, compiles
 from warm_dist.networks.unet import UNet
 
 
@@ -22,6 +22,7 @@ def network() -> UNet:
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path) -> str:
+    monkeypatch.setattr(Compiler, "announced", False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unset")
     return str(tmp_path / "kernels")
 
@@ -54,6 +55,8 @@ def test_every_block_is_compiled_and_the_user_is_told_once_where_it_is_kept(netw
     assert len(made) == sum(isinstance(block, Block) for block in network.modules())
     assert not lines  # nothing is compiled before its first call
     assert torch.equal(run(network), before)
+    run(network)
+    compile_blocks(network, folder, lines.append)  # again, as for sampling after training
     run(network)
     assert lines == [f"compiling the network: about 2 minutes the first time, then kept in {folder}"]
 
