@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from warm_dist.errors import ConfigError
+
 LAUNCH = Path(__file__).resolve().parent
 
 
@@ -20,6 +22,18 @@ def parse_training(description: str | None) -> argparse.Namespace:
     if args.world_size is not None and (not args.dry_run or args.world_size < 1):
         parser.error("--world-size takes a positive number, together with --dry-run")
     return args
+
+
+def as_bnr(text: str) -> float:
+    """A word of --bnr as a number that a config takes too. Raises ConfigError."""
+    from pydantic import TypeAdapter
+
+    from warm_dist.config.values import NonNegative
+
+    try:
+        return TypeAdapter(NonNegative).validate_python(float(text))
+    except ValueError:
+        raise ConfigError(f"--bnr {text}: needs 0 or a number from 1e-18 to 1e18") from None
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

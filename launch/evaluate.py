@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_set
+from launch.arguments import add_set, as_bnr
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.runs.folder import MIRROR
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
     parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; '' for none")
     args = parser.parse_args()
-    args.bnr, args.nfe = _numbers("--bnr", args.bnr, float), _numbers("--nfe", args.nfe, int)
+    args.bnr, args.nfe = _numbers("--bnr", args.bnr, as_bnr), _numbers("--nfe", args.nfe, int)
     args.method = [name for text in args.method for name in text.split(",") if name] or [None]
     for key, least in (("num_images", 2), ("batch_size", 1), ("blocks", 1)):
         value = getattr(args, key)
@@ -55,12 +55,10 @@ def parse() -> argparse.Namespace:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     if args.mlflow_url and not args.mlflow_url.startswith(("http://", "https://")):
         raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the URL of a server, http://… or https://…")
-    if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
-        raise ConfigError("--bnr must be finite and not negative")
     return args
 
 
-def _numbers(flag: str, texts: list[str], kind: type[float] | type[int]) -> list[Any]:
+def _numbers(flag: str, texts: list[str], kind: Callable[[str], float]) -> list[Any]:
     """The distinct numbers in texts separated by commas; [None] if there are none."""
     try:
         return list(dict.fromkeys(kind(part) for text in texts for part in text.split(",") if part)) or [None]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-from launch.arguments import add_set
+from launch.arguments import add_set, as_bnr
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -20,7 +19,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, required=True, help="a finished run's folder, or an exported file")
     parser.add_argument("--n", type=int, default=64, help="number of images")
     parser.add_argument("--nfe", type=int, help="network evaluations per image; default: the config's sampler")
-    parser.add_argument("--bnr", type=float, help="blur-to-noise ratio; default: the one of training")
+    parser.add_argument("--bnr", type=as_bnr, help="blur-to-noise ratio; default: the one of training")
     parser.add_argument("--seed", type=int, default=0, help="image k does not depend on --n or --batch-size")
     parser.add_argument("--label", type=int, help="class of every image; default: drawn at random")
     text = "heun, first_order, multistep, churn, ancestral or cold; default: the config's"
@@ -30,8 +29,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, help="default: as many as fit into the GPU, 64 on a CPU")
     args = parser.parse_args()
     given = [args.n] if args.batch_size is None else [args.n, args.batch_size]
-    if min(given) < 1 or args.seed < 0 or not 0 <= (args.bnr or 0) < math.inf:
-        raise ConfigError("--n and --batch-size must be positive, --seed and --bnr not negative")
+    if min(given) < 1 or args.seed < 0:
+        raise ConfigError("--n and --batch-size must be positive, --seed not negative")
     if args.out.suffix not in (".png", ".npy"):
         raise ConfigError(f"--out {args.out}: must end in .png or .npy")
 

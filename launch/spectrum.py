@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import as_bnr
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -20,13 +21,13 @@ def main() -> int:
     parser.add_argument("manifest", metavar="MANIFEST", help="URL or path of a manifest.parquet")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     ratios = [0.1, 0.25, 0.5, 1.0, 2.0]
-    parser.add_argument("--bnr", type=float, nargs="+", default=ratios, help="ratios to compare, at most 8")
+    parser.add_argument("--bnr", type=as_bnr, nargs="+", default=ratios, help="ratios to compare, at most 8")
     parser.add_argument("--out", type=Path, default=Path("spectrum"), help="output folder")
     parser.add_argument("--mlflow-url", help="also log both to this MLflow server")
     parser.add_argument("--experiment", default="warm-dist")
     args = parser.parse_args()
-    if len(args.bnr) > 8 or any(not 0 <= value < math.inf for value in args.bnr):
-        raise ConfigError("--bnr needs at most 8 ratios, finite and not negative")
+    if len(args.bnr) > 8:
+        raise ConfigError("--bnr needs at most 8 ratios")
 
     from data_pipelines.shards.manifest import read_manifest
     from warm_dist.diffusion.analysis import suggested_bnr, suggested_path

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from pathlib import Path
 
-from launch.arguments import add_set
+from launch.arguments import add_set, as_bnr
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -19,7 +18,7 @@ from warm_dist.errors import ConfigError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", metavar="RUN", type=Path, help="a finished run's folder, or an exported file")
-    parser.add_argument("--bnr", type=float, nargs="+", default=[None], help="constant paths; default: the run's own")
+    parser.add_argument("--bnr", type=as_bnr, nargs="+", default=[None], help="constant paths; default: the run's own")
     parser.add_argument("--method", help="default: the config's")
     parser.add_argument("--nfe", type=int, help="default: the config's")
     add_set(parser)
@@ -33,8 +32,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.n < 1 or args.columns < 2 or args.seed < 0:
         raise ConfigError("--n must be positive, --columns at least 2, --seed not negative")
-    if any(value is not None and not 0 <= value < math.inf for value in args.bnr):
-        raise ConfigError("--bnr must be finite and not negative")
 
     import numpy as np
 

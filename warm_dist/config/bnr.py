@@ -38,7 +38,7 @@ class PowerBNR(Section):
 
     kind: Literal["power"]
     bnr: NonNegative = Field(description="ratio at sigma_ref")
-    exponent: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = Field(description="above -1: alpha must rise")
+    exponent: Annotated[float, Field(gt=-1, le=10)] = Field(description="above -1: alpha must rise")
     sigma_ref: PositiveFloat = 1.0
     cap: PositiveFloat | None = Field(None, description="the largest ratio at any sigma")
 

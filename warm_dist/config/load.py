@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -26,7 +27,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises ConfigError, also for duplicate keys, NaN and Infinity."""
+    """Parse a JSON object. Raises ConfigError, also for duplicate keys and numbers that are not finite."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -36,16 +37,25 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
             out[key] = value
         return out
 
-    def constant(value: str) -> float:
-        raise ConfigError(f"{name}: {value} is not a JSON number")
-
     try:
-        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        number = _finite(name)
+        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=number, parse_float=number)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: holds a {type(tree).__name__}, needs an object")
+        raise ConfigError(f"{name}: holds {'null' if tree is None else f'a {type(tree).__name__}'}, needs an object")
     return tree
+
+
+def _finite(name: str) -> Callable[[str], float]:
+    """How json.loads is to read a number, so that NaN and what overflows are refused at any depth."""
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ConfigError(f"{name}: {text} is no number here; it must be finite")
+        return value
+
+    return number
 
 
 def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
@@ -104,12 +114,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not separator or not path:
         raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
     try:
-        value = json.loads(value_text, parse_constant=lambda name: math.nan)
+        number = _finite(f"--set {text!r}")
+        return path, json.loads(value_text, parse_constant=number, parse_float=number)
     except json.JSONDecodeError:
-        value = value_text
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"--set {text!r}: the value must be finite")
-    return path, value
+        return path, value_text
 
 
 def assign(tree: dict[str, Any], path: str, value: Any, origin: str) -> None:

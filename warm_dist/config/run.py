@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
+from warm_dist.config.values import Count, Finite, Fraction, NonNegative, Positive, PositiveFloat, Section
 from warm_dist.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class ProcessConfig(Section):
     sigma_data: Literal["measured"] | PositiveFloat = Field(
         "measured", description="'measured': the manifest's power spectrum; a number: a 1/f^2 spectrum of this size"
     )
-    p_mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="mean of ln sigma in training")
+    p_mean: Finite = Field(-1.2, description="mean of ln sigma in training")
     p_std: PositiveFloat = Field(1.2, description="standard deviation of ln sigma in training")
     preconditioning: Literal["two_head", "per_frequency"] = Field(
         "two_head", description="per_frequency: one-head ablation"
@@ -62,6 +62,26 @@ class NetworkConfig(Section):
     num_blocks: Positive = Field(description="residual blocks at each resolution")
     attention_resolutions: tuple[Positive, ...] = Field((), description="resolutions with self-attention, pixels")
     dropout: Fraction = 0.0
+
+    def model_post_init(self, context: Any) -> None:
+        if self.channels % 2 or self.channels < 4:  # as many cosines as sines, with two frequencies or more
+            raise ValueError(f"network.channels must be even and at least 4, is {self.channels}")
+
+    def check_heads(self, resolution: int) -> None:
+        """Check that heads share the channels evenly wherever images of `resolution` meet attention. Raises ValueError."""
+        for level, multiple in enumerate(self.channel_mult):
+            last = level == len(self.channel_mult) - 1  # the middle blocks' width, with attention at any resolution
+            width, heads = self.channels * multiple, attention_heads(self.arch, self.channels * multiple)
+            if width % heads and (last or resolution >> level in self.attention_resolutions):
+                raise ValueError(
+                    f"network.channels {self.channels} x channel_mult {multiple} = {width} cannot be shared among "
+                    f"{heads} attention heads: arch adm has one per 64 channels"
+                )
+
+
+def attention_heads(arch: str, width: int) -> int:
+    """Heads of self-attention over `width` channels. Source: EDM (arXiv 2206.00364), table 7."""
+    return max(1, width // 64) if arch == "adm" else 1
 
 
 class TrainConfig(Section):
@@ -253,6 +273,7 @@ class Config(Section):
         for resolution in net.attention_resolutions:
             if resolution not in resolutions:
                 raise ValueError(f"network.attention_resolutions has {resolution}; the network works at {resolutions}")
+        net.check_heads(data.resolution)
         if train.lr_decay_nimg > train.total_nimg:
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
         check_sampling(self, self.sampler)

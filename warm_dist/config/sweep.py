@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
-from warm_dist.config.values import Count, NonNegative, Positive, Section
+from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # closer to 1 gives thousands of rungs
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
 SEED = "train.seed"

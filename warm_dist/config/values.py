@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+def _squarable(value: float) -> float:
+    if value and not 1e-18 <= abs(value) <= 1e18:
+        raise ValueError("needs a size from 1e-18 to 1e18, whose square float32 can hold")
+    return value
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_squarable)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_squarable)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_squarable)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -25,6 +33,6 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-UNION_TAGS = {"constrained-float", "literal['measured']", "grid name", "grid list",
+UNION_TAGS = {"constrained-float", "function-after[_squarable(), constrained-float]", "literal['measured']", "grid name", "grid list",
               "number", "power", "table", "uniform", "log_uniform", "cold"}  # fmt: skip
 """Names of union branches, which pydantic puts between the keys in the location of an error."""

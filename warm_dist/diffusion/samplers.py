@@ -21,7 +21,7 @@ from warm_dist.data import LOW_MODES, DataInfo
 from warm_dist.diffusion.heads import Heads
 from warm_dist.diffusion.process import Level, Point, cold_points, level_at, points, raised, transition
 from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, idct, unblurred
-from warm_dist.errors import DataError
+from warm_dist.errors import ConfigError, DataError
 
 Denoise = Callable[[Tensor, Level], Heads]
 Noise = Callable[[int], Tensor]
@@ -40,7 +40,25 @@ def log_linear_grid(num_steps: int, low: float, high: float) -> list[float]:
 
 
 def schedule(config: Config, options: SamplerConfig) -> tuple[Path | Cold, list[Point]]:
-    """The path to sample a network of `config` along, and its points from the noisiest to (0, 0)."""
+    """The path to sample a network of `config` along, and its points from the noisiest to (0, 0).
+
+    Raises ConfigError where the settings do not give falling levels and a blur whose square is a number.
+    """
+    try:
+        path, found = _schedule(config, options)
+        levels = [point.alpha if isinstance(path, Cold) else point.sigma for point in found]
+        fits = all(high > low for high, low in pairwise(levels)) and all(math.isfinite(p.alpha**2) for p in found)
+    except ArithmeticError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"sampler: {options.num_steps} levels from {options.sigma_max:g} to {options.sigma_min:g} (grid, rho "
+            f"{options.rho:g}) and their blur must be distinct finite numbers"
+        )
+    return path, found
+
+
+def _schedule(config: Config, options: SamplerConfig) -> tuple[Path | Cold, list[Point]]:
     trained = config.process.bnr
     cold = trained if isinstance(trained, Cold) else None
     low, high = options.sigma_min, options.sigma_max

@@ -55,6 +55,8 @@ def sampler_for(
     overrides: `sampler.key=VALUE`. spend_less: if a method cannot have exactly `nfe` evaluations (Heun's are odd), use
     one less.
     """
+    from warm_dist.diffusion.samplers import schedule
+
     tree = dump(config)
     foreign = [text for text in overrides if not text.startswith("sampler.")]
     if foreign:
@@ -67,6 +69,7 @@ def sampler_for(
         tree["sampler"]["num_steps"] = _num_steps(tree["sampler"]["method"], nfe, spend_less)
     sampler = validate(tree, "sampler").sampler
     check_sampling(config, sampler)
+    schedule(config, sampler)
     return sampler
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from warm_dist.config.run import attention_heads
 from warm_dist.networks import precision
 from warm_dist.networks.flat import Flat, views
 from warm_dist.networks.group_norm import group_norm
@@ -155,9 +156,8 @@ class BlockOptions:
 
     def __init__(self, arch: str, emb_channels: int, dropout: float) -> None:
         adm = arch == "adm"
-        self.emb_channels, self.dropout = emb_channels, dropout
+        self.arch, self.emb_channels, self.dropout = arch, emb_channels, dropout
         self.adaptive_scale = adm  # the embedding scales and shifts, or only shifts
-        self.channels_per_head = 64 if adm else None  # None: one head
         self.project_resampled = not adm  # a 1x1 convolution on every resampling skip
         self.filter = (1, 3, 3, 1) if arch == "ncsnpp" else (1, 1)
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
@@ -195,7 +195,7 @@ class Block(Flat):
             layers["skip"] = initialised(nn.Conv2d(in_channels, out_channels, 1), o.init)
         self.num_heads = 0
         if attention:
-            self.num_heads = max(1, out_channels // o.channels_per_head) if o.channels_per_head else 1
+            self.num_heads = attention_heads(o.arch, out_channels)
             layers["attention.norm"] = Norm(out_channels)
             layers["attention.qkv"] = initialised(nn.Conv2d(out_channels, 3 * out_channels, 1), o.init_attention)
             layers["attention.proj"] = initialised(nn.Conv2d(out_channels, out_channels, 1), o.init_zero)

@@ -1,5 +1,6 @@
 """Loading a config: strict keys, --set, every mistake with its path."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from warm_dist.config.run import Config, load_config
 from warm_dist.errors import ConfigError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.json")
+NETWORK = {"arch": "adm", "channels": 64, "channel_mult": [1], "num_blocks": 1}
 
 
 def refusal(*overrides: str, path: str | Path = QUICKSTART) -> str:
@@ -55,6 +57,29 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("sampler.sigma_max=0.001", "must be below sigma_max"),
         ("process.bnr=NaN", "must be finite"),
         ("process.bnr=1e999", "must be finite"),
+        ('process.bnr={"kind":"power","bnr":1e999,"exponent":0}', "must be finite"),
+        *(
+            (f"{key}={value}", f"'{key}': needs a size from 1e-18 to 1e18, whose square float32 can hold, got ")
+            for key in ("process.bnr", "process.sigma_data", "sampler.sigma_max", "sampler.bnr", "train.lr")
+            for value in ("1e200", "1e-320")
+        ),
+        ("process.p_mean=-1e19", "'process.p_mean': needs a size from 1e-18"),
+        ('process.bnr={"kind":"power","bnr":1,"exponent":11}', "'process.bnr.exponent'"),
+        *(
+            (f"network={json.dumps(NETWORK | changes)}", told)
+            for changes, told in (
+                ({"channels": 7}, "network.channels must be even and at least 4, is 7"),
+                ({"channels": 2}, "network.channels must be even and at least 4, is 2"),
+                (
+                    {"channels": 200},
+                    "network.channels 200 x channel_mult 1 = 200 cannot be shared among 3 attention heads",
+                ),
+                (
+                    {"channels": 100, "channel_mult": [2, 1], "attention_resolutions": [16]},
+                    "channel_mult 2 = 200 cannot",
+                ),
+            )
+        ),
         ("train.lr.x=1", "is not a section"),
         ("nonsense", "a.b=VALUE"),
     ],
@@ -66,7 +91,9 @@ def test_bad_values_are_refused_with_their_path(override, words):
 def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
     for text, words in [
         ('{"a": 1, "a": 2}', "'a' appears twice"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": NaN}', "NaN is no number here; it must be finite"),
+        ('{"a": {"b": -1e999}}', "-1e999 is no number here"),
+        ("null", "holds null, needs an object"),
         ("{", "not JSON, line 1"),
         ("[]", "needs an object"),
         ("{}", "missing key 'data'"),

@@ -149,5 +149,5 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
 def test_nan_is_no_value(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text().replace("0.5", "NaN"))
-    with pytest.raises(ConfigError, match="NaN is not a JSON number"):
+    with pytest.raises(ConfigError, match="NaN is no number here"):
         all_trials(path)

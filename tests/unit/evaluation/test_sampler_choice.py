@@ -4,7 +4,8 @@ import pytest
 
 from tests.support.tiny_run import config
 from warm_dist.config.run import SamplerConfig
-from warm_dist.evaluation.sampler_choice import describe_sampling
+from warm_dist.errors import ConfigError
+from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for
 
 
 def test_the_description_has_a_guides_bytes(tmp_path):
@@ -32,6 +33,21 @@ def test_the_description_knows_every_digit(tmp_path, key, method):
         for value in (0.1234567, 0.12345671)
     }
     assert len(texts) == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "rho=1e-18",  # overflows
+        "rho=1e18",  # all levels are equal
+        'bnr={"kind": "power", "bnr": 1e18, "exponent": 10, "sigma_ref": 1e-18}',  # a blur without a square
+    ],
+)
+def test_levels_that_cannot_be_computed_are_refused(tmp_path, setting):
+    """Fault: sampling ends in an OverflowError or a division by zero."""
+    with pytest.raises(ConfigError, match=r"levels from 80 to 0\.002 .* must be distinct finite numbers"):
+        sampler_for(config(tmp_path), [f"sampler.{setting}"])
+    assert sampler_for(config(tmp_path), ["sampler.sigma_max=1e18", "sampler.bnr=1e18"]).bnr == 1e18
 
 
 def test_the_description_of_usual_numbers_is_short(tmp_path):

