@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.benchmarks.contenders import ENGINES, parts_of
+from launch.benchmarks.contenders import parts_of
+from launch.benchmarks.measured import Measured, read_measured
 from warm_dist import errors
-from warm_dist.config.load import read_tree
 from warm_dist.config.run import Config
-from warm_dist.errors import ConfigError
 from warm_dist.training.dry_run import forward_bytes, memory_bytes, num_gathers
 
 if TYPE_CHECKING:
@@ -126,28 +125,18 @@ def step(machine: Machine, config: Config, network: NetworkSize, ranks: int, sta
     return Step(images, sent, compute, sent / machine.bandwidth(ranks) + waits, touched / machine.memory_bandwidth)
 
 
-def nearest(measured: dict[str, Any], stage: int, precision: str) -> str:
-    """The measured training step most like the one at a stage: its stage counts first, then precision, then compiling.
-
-    measured: what `bench.py gpu --json` prints. Raises ConfigError if it has no training step with an MFU.
-    """
+def nearest(measured: Measured, stage: int, precision: str) -> str:
+    """The measured training step most like the one at a stage: its stage counts first, then precision, then compiling."""
 
     def distance(name: str) -> tuple[int, bool, bool, bool]:
         engine, its, compiled = parts_of(name)
         own = 0 if engine == "local" else int(engine[-1])
         return abs(own - stage), its != precision, not compiled, engine == "local"
 
-    rows: dict[str, dict[str, Any]] = measured.get("rows", {})
-    names = [name for name in rows if parts_of(name)[0] in ENGINES and rows[name]["mfu"] is not None]
-    if not names:
-        raise ConfigError(
-            "--measured: has no training step with an MFU; it takes what launch/bench.py gpu --json prints on a GPU, "
-            "with --set parallel.peak_flops=N where the GPU's peak is unknown"
-        )
-    return min(names, key=distance)
+    return min(measured.steps, key=distance)
 
 
-def as_measured(machine: Machine, measured: dict[str, Any] | None, stage: int, precision: str) -> Machine:
+def as_measured(machine: Machine, measured: Measured | None, stage: int, precision: str) -> Machine:
     """The machine with the MFU and the host's time that were measured at the nearest stage; as it is without `measured`.
 
     A step of t seconds in which the GPU waits a share w: its kernels take t (1 - w), so they reach MFU / (1 - w), and
@@ -155,10 +144,10 @@ def as_measured(machine: Machine, measured: dict[str, Any] | None, stage: int, p
     """
     if measured is None:
         return machine
-    row = measured["rows"][nearest(measured, stage, precision)]
-    share = row["wait_share"] or 0.0
-    waits = row["seconds"]["median"] * share / measured["micro_batches"]
-    return replace(machine, mfu=row["mfu"] / (1 - share), host_s=waits)
+    row = measured.rows[nearest(measured, stage, precision)]
+    share = row.wait_share or 0.0
+    assert row.mfu is not None
+    return replace(machine, mfu=row.mfu / (1 - share), host_s=row.seconds.median * share / measured.micro_batches)
 
 
 def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
@@ -166,7 +155,7 @@ def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:
     return 4 * (3 + num_emas) * parameters
 
 
-def table(config: Config, network: NetworkSize, measured: dict[str, Any] | None = None) -> str:
+def table(config: Config, network: NetworkSize, measured: Measured | None = None) -> str:
     """Every stage from 1 to 1024 GPUs on both machines, as text. measured: what `bench.py gpu --json` printed."""
     machines, precision, emas = {"DGX H100": DGX_H100, "H100, 100 Gb/s a node": ETHERNET}, config.parallel.precision, 1
     emas += len(config.train.ema_lengths)
@@ -197,12 +186,12 @@ def table(config: Config, network: NetworkSize, measured: dict[str, Any] | None 
     return "\n".join(lines)
 
 
-def told(measured: dict[str, Any], precision: str) -> list[str]:
+def told(measured: Measured, precision: str) -> list[str]:
     """Lines about what each stage takes of the measurements."""
     names = [nearest(measured, stage, precision) for stage in range(4)]
     machines = [as_measured(DGX_H100, measured, stage, precision) for stage in range(4)]
     return [
-        f"measured on {measured['device']}: {measured['config']}, {measured['images']} images a step",
+        f"measured on {measured.device}: {measured.config}, {measured.images} images a step",
         *(
             f"  stage {stage}: MFU {machine.mfu:.3f}, and a micro-batch waits {1e3 * machine.host_s:.1f} ms, as {name}"
             for stage, (name, machine) in enumerate(zip(names, machines, strict=True))
@@ -216,15 +205,6 @@ def scaling(args: argparse.Namespace) -> int:
     from warm_dist.networks.flops import size_of
 
     config = load_config(args.config, args.set)
-    measured = read_tree(args.measured) if args.measured else None
-    try:
-        text = table(config, size_of(config), measured)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if measured is None:
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"--measured {args.measured}: is not what launch/bench.py gpu --json prints ({reason})"
-        ) from None
-    print(text)
+    measured = read_measured(args.measured) if args.measured else None
+    print(table(config, size_of(config), measured))
     return errors.EXIT_OK
