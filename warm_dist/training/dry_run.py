@@ -161,6 +161,20 @@ def dry_run(config: Config, size: int) -> str:
     )
 
 
+def _note(config: Config, stage: int | None, size: int) -> str:
+    """What a stage holds that its neighbours do not."""
+    parallel = config.parallel
+    copied = (
+        stage == 0 and parallel.precision == "bf16" and not parallel.compile
+    )  # a compiled block's last for a moment
+    notes = {
+        "buffers: a bf16 copy of the weights": copied,
+        "optimizer on the GPU": stage == 0 and parallel.offload_optimizer,
+        "buffers: gathered weights": stage == 3 and size > 1,
+    }
+    return ", ".join(note for note, holds in notes.items() if holds)
+
+
 def _memory(config: Config, size: int, parameters: int) -> list[str]:
     """Lines of the peak memory on a GPU, by engine and stage."""
     parallel, micro = config.parallel, micro_batches(config, size)[0]
@@ -182,6 +196,7 @@ def _memory(config: Config, size: int, parameters: int) -> list[str]:
         total = peak_bytes(config, size, stage, measured[dtype]) / 2**30
         name = "local" if stage is None else f"ZeRO {stage}"
         mark = "  <- parallel.zero_stage" if stage is not None and stage == chosen else ""
+        mark += f"  {note}" if (note := _note(config, stage, size)) else ""
         lines.append(f"  {name + ':':8}{state:8.3f} {total - state:21.3f} {total:6.2f}{mark}")
     if parallel.compile is None:
         # the shipped configs, the least of it with recomputation; to count it takes two to five times as long

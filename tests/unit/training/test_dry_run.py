@@ -13,7 +13,8 @@ from tests.support.tiny_run import ALONE, batches, config, info
 from warm_dist.config.batch import micro_batches
 from warm_dist.diffusion import spectrum
 from warm_dist.networks.memory import Meter
-from warm_dist.training.dry_run import forward_dtype, memory_bytes, passes, peak_bytes
+from warm_dist.training import dry_run as module
+from warm_dist.training.dry_run import Passes, forward_dtype, memory_bytes, passes, peak_bytes
 from warm_dist.training.inputs import prepare
 from warm_dist.training.trainer import Trainer
 
@@ -75,6 +76,25 @@ def test_the_loss_keeps_no_fake_matrix(tmp_path: Path):
     passes(config(tmp_path), 2, torch.float32)
     for kept in (spectrum.dct_matrix(8), spectrum.eigenvalues(8, 8, torch.device("cpu"))):
         assert type(kept) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({"precision": "bf16"}, ["buffers: a bf16 copy of the weights", "", "", "buffers: gathered weights"]),
+        ({"precision": "bf16", "compile": True, "offload_optimizer": True},
+         ["optimizer on the GPU", "", "", "buffers: gathered weights"]),
+        ({}, ["", "", "", "buffers: gathered weights"]),
+    ],
+)  # fmt: skip
+def test_a_stage_that_differs_says_why(tmp_path: Path, monkeypatch, changes, notes):
+    """Fault: ZeRO 0's copy of the weights, or its optimizer on the device after all, is in the sums without a word."""
+    settings = config(tmp_path, **{f"parallel__{key}": value for key, value in changes.items()})
+    monkeypatch.setattr(module, "passes", lambda *given, **how: Passes(P, [(P, P)]))
+    rows = [line for line in module.dry_run(settings, 2).splitlines() if line.startswith("  ZeRO")]
+    assert [line.split(maxsplit=5)[5:] for line in rows[::2]] == [[note] if note else [] for note in notes[::2]]
+    assert rows[1].endswith("  <- parallel.zero_stage")
+    assert rows[3].endswith(f"  {notes[3]}")
 
 
 def test_every_stage_takes_its_part(tmp_path: Path):
