@@ -67,6 +67,10 @@ class UnreachableError(WarmDistError, exit_code=11, resumable=True):
     """A server or peer that does not answer. The input is not at fault: the same command can resume later."""
 
 
+class UnmeasuredError(WarmDistError, exit_code=12):
+    """A benchmark of which nothing could be measured."""
+
+
 class Stopped(WarmDistError, exit_code=75, resumable=True):  # EX_TEMPFAIL of sysexits.h: the same command resumes
     """A requested stop (SIGTERM, Ctrl-C); a checkpoint was saved."""
 

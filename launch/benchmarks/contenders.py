@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -157,7 +157,8 @@ class Rounds:
 
     start: builds a contender by name, when its first turn comes. What a start and the first round of a contender may
     take is what the further rounds of those before it, and slack_s, leave over; it is cut off there. rounds, facts: of
-    those that were measured. failed: reasons by name, of those that raised; unreached: names without a round.
+    those that were measured. failed: reasons by name, of those that raised; cut_off: names that were started, and had no
+    whole round; unreached: names that were not started.
     """
 
     def __init__(
@@ -177,19 +178,27 @@ class Rounds:
         self.rounds: dict[str, list[dict[str, Any]]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
+        self.cut_off: list[str] = []
         self.unreached: list[str] = []
 
-    def measure(self, names: list[str]) -> Iterator[None]:
-        """Everybody once a round; yields after each turn. At the end, or when it is left, all contenders are closed."""
+    def measure(self, names: list[str]) -> Generator[str]:
+        """Everybody once a round; yields who had a turn. At the end, or when it is left, all contenders are closed."""
         try:
             for number in range(self._number):
                 for name in [name for name in names if name in self._running or not number]:
                     later = 0.0 if number else (self._number - 1) * sum(self._took.values()) + self._slack_s
                     self._turn(name, later)
-                    yield
+                    yield name
         finally:
+            self.unreached = [name for name in names if self.outcome(name) == "not reached"]
             for contender in self._running.values():
                 contender.close()
+
+    def outcome(self, name: str) -> str:
+        """How far a contender came."""
+        if name in self.failed:
+            return f"failed: {self.failed[name]}"
+        return "measured" if name in self.rounds else "cut off" if name in self.cut_off else "not reached"
 
     def _turn(self, name: str, reserved: float) -> None:
         reason, left = None, self._end - self._clock() - reserved
@@ -197,8 +206,11 @@ class Rounds:
             if left > 0:
                 with self._limit(left):
                     self._measure(name)
-        except OutOfTime:
-            pass
+        except (OutOfTime, KeyboardInterrupt) as end:
+            if name not in self.rounds:
+                self.cut_off.append(name)
+            if isinstance(end, KeyboardInterrupt):
+                raise
         except Exception as error:  # whatever it is, the others go on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if type(error).__name__ == "OutOfMemoryError":
@@ -207,8 +219,6 @@ class Rounds:
             self.failed[name] = reason
             for found in (self.rounds, self.facts, self._took):
                 found.pop(name, None)
-        elif name not in self.rounds:
-            self.unreached.append(name)
         if name not in self.rounds and name in self._running:
             self._running.pop(name).close()
 

@@ -9,9 +9,11 @@ import argparse
 import gc
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from launch.benchmarks.contenders import (
 )
 from launch.benchmarks.result import ROOT, Spread
 from warm_dist import errors
-from warm_dist.errors import ConfigError, WarmDistError
+from warm_dist.errors import ConfigError, UnmeasuredError, WarmDistError
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from warm_dist.distributed.world import World
     from warm_dist.networks.compiled import Say
 
+MOST_S = 1_000_000  # a budget, which a timer can hold
 PEERS = ("diffusers", "denoising_diffusion_pytorch")
 FIRST = (
     *("local-bf16-compiled", "zero1-bf16-compiled", "sampling-bf16-compiled", "diffusers-bf16"),
@@ -190,6 +193,7 @@ def report(rounds: Rounds, config: Config, device: torch.device) -> dict[str, An
             for who, found in rounds.rounds.items()
         },
         "failed": rounds.failed,
+        "cut_off": rounds.cut_off,
         "unreached": rounds.unreached,
     }
 
@@ -211,27 +215,46 @@ def table(found: dict[str, Any]) -> str:
         text += f"{cell(line['wait_share'], 3):>11}{cell(line['compile_s'], 1):>11}{line['rounds']:8}"
         lines.append(text + ("  compiled before" if line["cached"] else ""))
     lines += [f"{name:36}  failed: {reason}" for name, reason in found["failed"].items()]
-    lines += [f"{name:36}  not reached in {found['budget_s']:g} s" for name in found["unreached"]]
-    return "\n".join([*lines, *([found["skipped"]] if found["skipped"] else [])])
+    lines += [f"{name:36}  cut off in its first round" for name in found["cut_off"]]
+    end = f"interrupted after {found['took_s']:.0f} s" if found["interrupted"] else None
+    within = "" if end else f" in {found['budget_s']:g} s"
+    lines += [f"{name:36}  not reached{within}" for name in found["unreached"]]
+    return "\n".join([*lines, *(text for text in (found["skipped"], end) if text)])
+
+
+def measure(rounds: Rounds, names: list[str], number: int) -> bool:
+    """Take turns and show how far it is on stderr, line by line where that is no terminal; False after Ctrl-C."""
+    from tqdm import tqdm
+
+    told: set[str] = set()
+    try:
+        with closing(rounds.measure(names)) as turns:
+            for name in tqdm(turns, desc="gpu", total=number * len(names), disable=None):
+                if name not in told and not sys.stderr.isatty():
+                    told.add(name)
+                    print(f"{len(told)}/{len(names)} {name}: {rounds.outcome(name)}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def gpu(args: argparse.Namespace) -> int:
     """The subcommand `gpu`."""
     begun = time.monotonic()
-    if min(args.rounds, args.images, args.budget) < 1:
-        raise ConfigError("--rounds, --images and --budget must be at least 1")
+    if min(args.rounds, args.images) < 1 or not 1 <= args.budget <= MOST_S:
+        raise ConfigError(f"--rounds and --images must be at least 1, --budget from 1 to {MOST_S} s")
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
-    from tqdm import tqdm
 
     from warm_dist.distributed.world import join, shutdown
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; --device cpu measures on the processor")
-    names, skipped = args.contenders, None
+    names, skipped = list(dict.fromkeys(args.contenders)), None
     if not args.peers_python.exists() and any(parts_of(name)[0] in PEERS for name in names):
         skipped = f"peers are skipped: {args.peers_python} does not exist; `make peers` makes it"
+        print(skipped, file=sys.stderr, flush=True)
         names = [name for name in names if parts_of(name)[0] not in PEERS]
     with tempfile.TemporaryDirectory(prefix="warm-dist-bench-") as folder:
         configs = {name: settings(name, args.config, args.images, folder, args.set) for name in names}
@@ -247,13 +270,16 @@ def gpu(args: argparse.Namespace) -> int:
             return Peer(args.peers_python, what, compiled, configs[name], world.device, log)
 
         rounds = Rounds(start, args.rounds, args.budget - (time.monotonic() - begun))
-        for _ in tqdm(rounds.measure(names), desc="gpu", total=args.rounds * len(names), disable=None):
-            pass
+        whole = measure(rounds, names, args.rounds)
         found = report(rounds, common, world.device)
         shutdown()
     found |= {"config": args.config, "set": args.set, "skipped": skipped}
-    found |= {"budget_s": args.budget, "took_s": time.monotonic() - begun}
+    found |= {"budget_s": args.budget, "took_s": time.monotonic() - begun, "interrupted": not whole}
     print(json.dumps(found) if args.json else table(found))
+    if not whole:
+        raise KeyboardInterrupt
+    if not found["rows"]:
+        raise UnmeasuredError("nothing was measured; the report tells why, by contender")
     return errors.EXIT_OK
 
 

@@ -87,7 +87,8 @@ def test_a_long_start_cannot_take_the_rounds_of_those_before_it(clock: Clock) ->
     starts = {"a": lambda: Made(clock, 5, 1), "b": lambda: Made(clock, 60, 1), "c": lambda: Made(clock, 0, 1)}
     rounds, _ = measured(clock, 5, 20, **starts)
     assert [found["at"] for found in rounds.rounds["a"]] == [6, 17, 18, 19, 20]
-    assert rounds.unreached == ["b", "c"]
+    assert (rounds.cut_off, rounds.unreached) == (["b"], ["c"])
+    assert [rounds.outcome(name) for name in "abc"] == ["measured", "cut off", "not reached"]
 
 
 def test_a_round_that_the_budget_cuts_off_does_not_count(clock: Clock) -> None:
@@ -96,7 +97,7 @@ def test_a_round_that_the_budget_cuts_off_does_not_count(clock: Clock) -> None:
     assert (len(rounds.rounds["a"]), len(rounds.rounds["b"])) == (2, 2)
     assert (rounds.unreached, clock.now) == ([], 10.5)  # with the slack
     rounds, made = measured(clock, 1, 3, b=lambda: Made(clock, 0, 4))
-    assert (rounds.rounds, rounds.unreached) == ({}, ["b"])
+    assert (rounds.rounds, rounds.cut_off, rounds.unreached) == ({}, ["b"], [])
     assert made["b"].closed_at is not None
 
 
@@ -117,6 +118,20 @@ def test_a_failure_is_told_and_the_others_go_on(clock: Clock) -> None:
     assert rounds.failed == {"b": "no 7 GiB (beside 1 other contenders)", "c": "ValueError"}
     assert (len(rounds.rounds["a"]), rounds.rounds.keys(), rounds.facts.keys()) == (4, {"a"}, {"a"})
     assert (made["b"].closed_at, made["a"].closed_at) == (5, 6)
+
+
+def test_an_interrupt_keeps_what_was_measured(clock: Clock) -> None:
+    """Fault: Ctrl-C loses the rows so far, leaves a contender open, or is taken for a contender's failure."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    made = {"a": Made(clock, 0, 1), "b": Made(clock, 0, 1, interrupt), "c": Made(clock, 0, 1)}
+    rounds = Rounds(made.__getitem__, 2, 99, clock, clock.limit)
+    with pytest.raises(KeyboardInterrupt):
+        list(rounds.measure([*made]))
+    assert (rounds.rounds.keys(), rounds.failed, rounds.cut_off, rounds.unreached) == ({"a"}, {}, ["b"], ["c"])
+    assert [one.closed_at for one in made.values()] == [1, 1, None]
 
 
 def test_a_limit_ends_what_runs_and_leaves_the_timer_of_others() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 
 from launch import bench
+from launch.benchmarks import gpu
 from launch.benchmarks.contenders import ENGINES, PRECISIONS, Rounds
 from launch.benchmarks.gpu import CONTENDERS, PEERS, report, row, settings, table
 from launch.benchmarks.peers import network
 from tests.support.commands import call
 from tests.support.paths import ROOT
-from warm_dist.errors import ConfigError
+from tests.support.tiny_run import ALONE
+from warm_dist.distributed import world
+from warm_dist.errors import ConfigError, UnmeasuredError
 
 CONFIG = str(ROOT / "configs" / "cifar10.json")
 FACTS = {"first_s": 30.0, "state": 2 << 30, "cached": False, "wait_share": 0.25, "flops_per_image": 10**9}
@@ -58,13 +63,19 @@ def test_the_table_has_a_line_for_everybody(tmp_path: Path) -> None:
     rounds.rounds = {"local-bf16-compiled": rounds_of(2.0), "sampling-fp32": rounds_of(4.0)}
     rounds.facts = {"local-bf16-compiled": FACTS | {"cached": True}, "sampling-fp32": FACTS | {"flops_per_image": None}}
     rounds.failed, rounds.unreached = {"zero3-fp32": "no memory"}, ["zero0-fp32"]
-    found = report(rounds, config, torch.device("cpu")) | {"budget_s": 9.0, "skipped": "peers are skipped: none"}
+    rounds.cut_off = ["zero2-fp32"]
+    ends = {"budget_s": 9.0, "took_s": 4.0, "interrupted": False, "skipped": "peers are skipped: none"}
+    found = report(rounds, config, torch.device("cpu")) | ends
     text = table(found)
     line = r"^local-bf16-compiled +32\.0 +32\.0\.\.32\.0 +0\.032 +8\.00 +0\.250 +24\.0 +1  compiled before$"
     assert re.search(line, text, re.M)
     assert re.search(r"^sampling-fp32 +16\.0 +16\.0\.\.16\.0 +16\.00 +0\.250 +1$", text, re.M)
     assert re.search(r"^zero3-fp32 +failed: no memory$", text, re.M)
     assert re.search(r"^zero0-fp32 +not reached in 9 s$", text, re.M)
+    assert re.search(r"^zero2-fp32 +cut off in its first round$", text, re.M)
+    cut = table(found | {"interrupted": True})
+    assert re.search(r"^zero0-fp32 +not reached$", cut, re.M)
+    assert cut.endswith("\ninterrupted after 4 s")
     assert text.endswith("\npeers are skipped: none")
     assert found["micro_batches"] == 1
 
@@ -97,6 +108,7 @@ def test_contenders_differ_in_what_their_names_say(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--rounds", "0"], "at least 1"),
+        *((["--budget", text], "--budget from 1 to 1000000 s") for text in ("nan", "inf", "0", "-1", "1e200")),
         (["--device", "cuda"], "--device cpu measures on the processor"),
     ],
 )
@@ -105,3 +117,60 @@ def test_what_it_refuses(words: list[str], told: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=told):
         call(bench.main, "gpu", *words)
+
+
+class Fake:
+    """A contender that is what its name says."""
+
+    facts = FACTS
+
+    def __init__(self, name: str, config: object, world: object) -> None:
+        if name.startswith("zero3"):
+            raise ValueError("no memory")
+        if name.startswith("zero2"):
+            raise KeyboardInterrupt
+
+    def round(self) -> dict[str, Any]:
+        return {"seconds": 1.0, "peak": None}
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setattr(gpu, "Ours", Fake)
+    monkeypatch.setattr(gpu, "release", lambda: None)
+    monkeypatch.setattr(world, "join", lambda timeout_s: ALONE)
+    monkeypatch.setattr(world, "shutdown", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    common = "gpu", "--device", "cpu", "--images", 2, "--json", "--peers-python", "none", "--contenders"
+    return lambda *names: call(bench.main, *common, *names)
+
+
+def test_what_is_done_is_told_where_nobody_sees_a_bar(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: in a log it is silent for minutes; a name given twice is measured twice; missing peers are told too late."""
+    assert run("local-fp32", "zero3-bf16", "local-fp32", "diffusers-bf16") == 0
+    out, err = capsys.readouterr()
+    skipped = "peers are skipped: none does not exist; `make peers` makes it"
+    assert err.splitlines() == [skipped, "1/2 local-fp32: measured", "2/2 zero3-bf16: failed: no memory"]
+    found = json.loads(out)
+    assert (found["rows"]["local-fp32"]["rounds"], found["interrupted"], found["skipped"]) == (5, False, skipped)
+
+
+def test_ctrl_c_prints_what_was_measured(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: the rows so far are lost, or the command ends as if it had measured everything."""
+    with pytest.raises(KeyboardInterrupt):
+        run("local-fp32", "zero2-bf16", "zero1-bf16")
+    found = json.loads(capsys.readouterr().out)
+    assert ([*found["rows"]], found["cut_off"], found["unreached"]) == (["local-fp32"], ["zero2-bf16"], ["zero1-bf16"])
+    assert found["interrupted"] is True
+
+
+@pytest.mark.parametrize("name", ["zero3-bf16", "diffusers-bf16"])
+def test_nothing_measured_is_no_success(run: Callable[..., int], capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Fault: a script takes a report without a row for a measurement."""
+    with pytest.raises(UnmeasuredError, match="nothing was measured"):
+        run(name)
+    assert json.loads(capsys.readouterr().out)["rows"] == {}
