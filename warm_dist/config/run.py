@@ -67,21 +67,21 @@ class NetworkConfig(Section):
         if self.channels % 2 or self.channels < 4:  # as many cosines as sines, with two frequencies or more
             raise ValueError(f"network.channels must be even and at least 4, is {self.channels}")
 
+    def heads(self, width: int) -> int:
+        """Heads of self-attention over so many channels. Source: EDM (arXiv 2206.00364), table 7."""
+        return max(1, width // 64) if self.arch == "adm" else 1
+
     def check_heads(self, resolution: int) -> None:
         """Check that heads share the channels evenly wherever images of `resolution` meet attention. Raises ValueError."""
         for level, multiple in enumerate(self.channel_mult):
             last = level == len(self.channel_mult) - 1  # the middle blocks' width, with attention at any resolution
-            width, heads = self.channels * multiple, attention_heads(self.arch, self.channels * multiple)
+            width = self.channels * multiple
+            heads = self.heads(width)
             if width % heads and (last or resolution >> level in self.attention_resolutions):
                 raise ValueError(
                     f"network.channels {self.channels} x channel_mult {multiple} = {width} cannot be shared among "
                     f"{heads} attention heads: arch adm has one per 64 channels"
                 )
-
-
-def attention_heads(arch: str, width: int) -> int:
-    """Heads of self-attention over `width` channels. Source: EDM (arXiv 2206.00364), table 7."""
-    return max(1, width // 64) if arch == "adm" else 1
 
 
 class TrainConfig(Section):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from warm_dist.config.run import attention_heads
 from warm_dist.networks import precision
 from warm_dist.networks.flat import Flat, views
 from warm_dist.networks.group_norm import group_norm
@@ -156,7 +155,7 @@ class BlockOptions:
 
     def __init__(self, arch: str, emb_channels: int, dropout: float) -> None:
         adm = arch == "adm"
-        self.arch, self.emb_channels, self.dropout = arch, emb_channels, dropout
+        self.emb_channels, self.dropout = emb_channels, dropout
         self.adaptive_scale = adm  # the embedding scales and shifts, or only shifts
         self.project_resampled = not adm  # a 1x1 convolution on every resampling skip
         self.filter = (1, 3, 3, 1) if arch == "ncsnpp" else (1, 1)
@@ -170,14 +169,14 @@ class BlockOptions:
 class Block(Flat):
     """Residual block: norm, SiLU, resampling, convolution, embedding, norm, SiLU, dropout, convolution; then attention.
 
-    mode: "up" or "down" to resample, or None. `compute` is what `forward` calls, a function of tensors alone, for a
-    compiler to replace.
+    mode: "up" or "down" to resample, or None. num_heads: of attention, 0 for none. `compute` is what `forward` calls, a
+    function of tensors alone, for a compiler to replace.
     """
 
     kernel: Tensor | None
 
     def __init__(
-        self, in_channels: int, out_channels: int, o: BlockOptions, mode: str | None = None, attention: bool = False
+        self, in_channels: int, out_channels: int, o: BlockOptions, mode: str | None = None, num_heads: int = 0
     ) -> None:
         super().__init__()
         self.options, self.mode = o, mode
@@ -193,9 +192,8 @@ class Block(Flat):
         }
         if out_channels != in_channels or (mode and o.project_resampled):
             layers["skip"] = initialised(nn.Conv2d(in_channels, out_channels, 1), o.init)
-        self.num_heads = 0
-        if attention:
-            self.num_heads = attention_heads(o.arch, out_channels)
+        self.num_heads = num_heads
+        if num_heads:
             layers["attention.norm"] = Norm(out_channels)
             layers["attention.qkv"] = initialised(nn.Conv2d(out_channels, 3 * out_channels, 1), o.init_attention)
             layers["attention.proj"] = initialised(nn.Conv2d(out_channels, out_channels, 1), o.init_zero)

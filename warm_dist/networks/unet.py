@@ -94,12 +94,12 @@ class UNet(Flat):
                     self.pyramid.append(AuxiliaryDown(image, current, options))
                     image = current
             for _ in range(config.num_blocks):
-                self.encoder.append(Block(current, width, options, attention=res in attended))
+                self.encoder.append(Block(current, width, options, num_heads=config.heads(width) * (res in attended)))
                 current = width
                 skips.append(current)
 
         self.middle = nn.ModuleList(
-            [Block(current, current, options, attention=True), Block(current, current, options)]
+            [Block(current, current, options, num_heads=config.heads(current)), Block(current, current, options)]
         )
         self.decoder = nn.ModuleList()
         for level, (width, res) in reversed(list(enumerate(zip(widths, resolutions, strict=True)))):
@@ -107,7 +107,8 @@ class UNet(Flat):
                 self.decoder.append(Block(current, current, options, mode="up"))
             for index in range(config.num_blocks + 1):
                 attention = res in attended and (adm or index == config.num_blocks)
-                self.decoder.append(Block(current + skips.pop(), width, options, attention=attention))
+                heads = config.heads(width) * attention
+                self.decoder.append(Block(current + skips.pop(), width, options, num_heads=heads))
                 current = width
         self.groups = num_groups(current)
         layers["norm_out"] = Norm(current)

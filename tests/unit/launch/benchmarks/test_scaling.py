@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 
 from launch import bench
-from launch.benchmarks.measured import Measured
 from launch.benchmarks.scaling import (
     DGX_H100,
     ETHERNET,
     Machine,
+    Measured,
     as_measured,
     checkpoint_bytes,
     messages,

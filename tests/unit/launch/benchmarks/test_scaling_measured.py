@@ -7,7 +7,7 @@ import json
 import pytest
 
 from launch import bench
-from launch.benchmarks.measured import read_measured
+from launch.benchmarks.scaling import read_measured
 from tests.support.commands import call
 from tests.unit.launch.benchmarks.test_scaling import figures, reported
 from warm_dist.errors import ConfigError
