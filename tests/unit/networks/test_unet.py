@@ -8,6 +8,7 @@ import torch
 from tests.support.networks import wake, weight
 from tests.support.paths import ROOT
 from warm_dist.config.run import NetworkConfig, load_config
+from warm_dist.networks.blocks import positional
 from warm_dist.networks.flat import published
 from warm_dist.networks.unet import UNet, build, num_parameters
 
@@ -112,3 +113,15 @@ def test_build_follows_the_config():
     assert len(weight(two, "conv_out.weight")) == 6
     assert not any(tensor.name.startswith("map_augment") for tensor in published(two))
     assert two.checkpointing
+
+
+@ARCHS
+@pytest.mark.parametrize("channels", [4, 6, 62, 126, 192])
+def test_a_network_that_the_config_takes_can_be_run(arch, channels):
+    """Fault: a number of channels is accepted that embeddings, groups or attention heads cannot share; or gives NaN."""
+    config = NetworkConfig(arch=arch, channels=channels, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(2,))
+    config.check_heads(4)
+    with torch.device("meta"):
+        network = UNet(config, 4, 3, 0).to("meta")
+        assert network(torch.zeros(1, 3, 4, 4), torch.zeros(1), torch.zeros(1)).shape == (1, 6, 4, 4)
+    assert positional(torch.ones(1), network.noise_channels, endpoint=arch != "adm").isfinite().all()
