@@ -164,9 +164,8 @@ def dry_run(config: Config, size: int) -> str:
 def _note(config: Config, stage: int | None, size: int) -> str:
     """What a stage holds that its neighbours do not."""
     parallel = config.parallel
-    copied = (
-        stage == 0 and parallel.precision == "bf16" and not parallel.compile
-    )  # a compiled block's last for a moment
+    # compiled blocks cast their weights one at a time
+    copied = stage == 0 and parallel.precision == "bf16" and not parallel.compile
     notes = {
         "buffers: a bf16 copy of the weights": copied,
         "optimizer on the GPU": stage == 0 and parallel.offload_optimizer,
