@@ -175,7 +175,7 @@ def test_the_code_that_inductor_generates_makes_no_tensor_in_another_layout(arch
     monkeypatch.setattr(AsyncCompile, "wait", lambda *_: None)
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)  # g++ would be tried for each
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    block = Block(64, 128, BlockOptions(arch, 32, dropout=0.1), mode="up", attention=True).train()
+    block = Block(64, 128, BlockOptions(arch, 32, dropout=0.1), mode="up", num_heads=1).train()
 
     def run() -> None:
         x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
