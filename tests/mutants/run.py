@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             finally:
                 copies.put(copy)
 
-        code, output = free.pytest(list(dict.fromkeys(test for mutant in mutants for test in mutant.tests)))
+        # a file's tests one after another, so that it makes what they share once
+        code, output = free.pytest(sorted({test for mutant in mutants for test in mutant.tests}))
         if code:
             print(f"{output}\nwithout a fault these tests must pass; pytest ended with {code}")
             return 2
