@@ -33,7 +33,7 @@ def as_bnr(text: str) -> float:
     try:
         return TypeAdapter(NonNegative).validate_python(float(text))
     except ValueError:
-        raise ConfigError(f"--bnr {text}: needs 0 or a number from 1e-18 to 1e18") from None
+        raise ConfigError(f"--bnr {text}: needs 0 or a number from 1e-15 to 1e15") from None
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

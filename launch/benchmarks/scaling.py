@@ -18,7 +18,7 @@ from launch.benchmarks.contenders import ENGINES, parts_of
 from warm_dist import errors
 from warm_dist.config.load import read_tree, validate_as
 from warm_dist.config.run import Config
-from warm_dist.config.values import Fraction, Positive, PositiveFloat
+from warm_dist.config.values import Fraction, Size
 from warm_dist.errors import ConfigError
 from warm_dist.training.dry_run import forward_bytes, memory_bytes, num_gathers
 
@@ -137,7 +137,8 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_printable)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+-(fp32|bf16)(-compiled)?$")]
+Name = Annotated[str, Field(pattern=r"^(local|zero[0-3]|[a-z_]+)-(fp32|bf16)(-compiled)?$")]
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
 
 
 class Part(BaseModel):
@@ -149,9 +150,9 @@ class Part(BaseModel):
 class Figures(Part):
     """Median, minimum and maximum over rounds."""
 
-    median: PositiveFloat
-    min: PositiveFloat
-    max: PositiveFloat
+    median: Rate
+    min: Rate
+    max: Rate
 
     def model_post_init(self, context: Any) -> None:
         if not self.min <= self.median <= self.max:
@@ -162,8 +163,7 @@ class Row(Part):
     """One contender's figures, see `gpu.row`."""
 
     images_per_s: Figures
-    seconds: Figures
-    mfu: Annotated[float, Field(gt=0, le=1)] | None
+    mfu: Annotated[float, Field(ge=1e-9, le=1)] | None
     wait_share: Fraction | None
 
     def model_post_init(self, context: Any) -> None:
@@ -178,8 +178,8 @@ class Measured(Part):
 
     device: Text
     config: Text
-    images: Positive
-    micro_batches: Positive
+    images: Size
+    micro_batches: Size
     rows: dict[Name, Row]
 
     def model_post_init(self, context: Any) -> None:
@@ -223,9 +223,9 @@ def as_measured(machine: Machine, measured: Measured | None, stage: int, precisi
     if measured is None:
         return machine
     row = measured.rows[nearest(measured, stage, precision)]
-    share = row.wait_share or 0.0
+    share, seconds = row.wait_share or 0.0, measured.images / row.images_per_s.median
     assert row.mfu is not None
-    return replace(machine, mfu=row.mfu / (1 - share), host_s=row.seconds.median * share / measured.micro_batches)
+    return replace(machine, mfu=row.mfu / (1 - share), host_s=seconds * share / measured.micro_batches)
 
 
 def checkpoint_bytes(parameters: int, num_emas: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,6 +15,8 @@ from warm_dist.config.values import UNION_TAGS
 from warm_dist.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST_DIGITS = 100
+"""Of a number in JSON."""
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -38,8 +40,7 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
         return out
 
     try:
-        number = _finite(name)
-        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=number, parse_float=number)
+        tree = _loads(text, name, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     if not isinstance(tree, dict):
@@ -47,15 +48,19 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
     return tree
 
 
-def _finite(name: str) -> Callable[[str], float]:
-    """How json.loads is to read a number, so that NaN and what overflows are refused at any depth."""
+def _loads(text: str, name: str, **hooks: Any) -> Any:
+    """As json.loads, but numbers that overflow, NaN and what is nested too deeply are a ConfigError, at any depth."""
 
-    def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ConfigError(f"{name}: {text} is no number here; it must be finite")
+    def number(digits: str, kind: type[float] | type[int] = float) -> float:
+        if len(digits) > MOST_DIGITS or not math.isfinite(value := kind(digits)):
+            shown = digits if len(digits) <= MOST_DIGITS else f"{digits[:MOST_DIGITS]}…"
+            raise ConfigError(f"{name}: {shown} is no number here; it must be finite and short")
         return value
 
-    return number
+    try:
+        return json.loads(text, parse_constant=number, parse_float=number, parse_int=partial(number, kind=int), **hooks)
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
 
 
 def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
@@ -114,8 +119,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not separator or not path:
         raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
     try:
-        number = _finite(f"--set {text!r}")
-        return path, json.loads(value_text, parse_constant=number, parse_float=number)
+        return path, _loads(value_text, f"--set {path}")
     except json.JSONDecodeError:
         return path, value_text
 

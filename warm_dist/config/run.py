@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.values import Count, Finite, Fraction, NonNegative, Positive, PositiveFloat, Section
+from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size
 from warm_dist.errors import ConfigError
 
 
@@ -22,9 +22,11 @@ class DataConfig(Section):
 
     manifest: str = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
     endpoint_url: str | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
-    resolution: Positive = Field(description="height = width, pixels; must equal the manifest's")
-    channels: Positive = Field(3, description="colour channels of an image; must equal the manifest's")
-    num_classes: Count = Field(0, description="0: unconditional; else must equal the manifest's")
+    resolution: Size = Field(description="height = width, pixels; must equal the manifest's")
+    channels: Size = Field(3, description="colour channels of an image; must equal the manifest's")
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        0, description="0: unconditional; else must equal the manifest's"
+    )
     num_lanes: Positive = Field(description="image streams: divides batch_size, is a multiple of the world size")
     chunk: Positive = Field(64, description="images per ranged GET; whole chunks are shuffled over the data set")
     window: Positive = Field(1024, description="images shuffled among each other inside a lane")
@@ -41,8 +43,8 @@ class ProcessConfig(Section):
     sigma_data: Literal["measured"] | PositiveFloat = Field(
         "measured", description="'measured': the manifest's power spectrum; a number: a 1/f^2 spectrum of this size"
     )
-    p_mean: Finite = Field(-1.2, description="mean of ln sigma in training")
-    p_std: PositiveFloat = Field(1.2, description="standard deviation of ln sigma in training")
+    p_mean: Annotated[float, Field(ge=-20, le=20)] = Field(-1.2, description="mean of ln sigma in training")
+    p_std: Annotated[float, Field(gt=0, le=20)] = Field(1.2, description="standard deviation of ln sigma in training")
     preconditioning: Literal["two_head", "per_frequency"] = Field(
         "two_head", description="per_frequency: one-head ablation"
     )
@@ -57,9 +59,9 @@ class NetworkConfig(Section):
     """The two-head U-Net, with EDM's names."""
 
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = Field(description="EDM's DDPM++, NCSN++ or ADM")
-    channels: Positive = Field(description="feature channels that channel_mult multiplies")
-    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(description="width per resolution level")
-    num_blocks: Positive = Field(description="residual blocks at each resolution")
+    channels: Size = Field(description="feature channels that channel_mult multiplies")
+    channel_mult: Annotated[tuple[Size, ...], Field(min_length=1)] = Field(description="width per resolution level")
+    num_blocks: Annotated[int, Field(gt=0, le=1000)] = Field(description="residual blocks at each resolution")
     attention_resolutions: tuple[Positive, ...] = Field((), description="resolutions with self-attention, pixels")
     dropout: Fraction = 0.0
 
@@ -102,7 +104,7 @@ class TrainConfig(Section):
     label_dropout: Fraction = Field(0.0, description="share of images whose class is hidden")
     ema_half_life_nimg: Positive = Field(description="half-life of the weights' exponential moving average, images")
     ema_ramp: PositiveFloat | None = Field(0.05, description="limits the half-life to this multiple of nimg, as in EDM")
-    ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.25)], ...] = Field(
+    ema_lengths: tuple[Annotated[float, Field(ge=1e-3, le=0.25)], ...] = Field(
         (), description="also keep power-function EMAs of these relative widths sigma_rel (EDM2: [0.05, 0.1])"
     )
     snapshot_nimg: Positive | None = Field(
@@ -123,7 +125,9 @@ class ParallelConfig(Section):
     compile: bool | None = Field(None, description="torch.compile the residual blocks; null: on CUDA")
     compile_cache: str | None = Field(None, description="local folder of compiled kernels; null: torch's own")
     peak_flops: PositiveFloat | None = Field(None, description="a device's peak FLOP/s, for MFU; null: known GPUs")
-    timeout_s: Positive = Field(120, description="how long a rank waits for the others, seconds")
+    timeout_s: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
+        120, description="how long a rank waits for the others, seconds"
+    )
     preemption_file: str | None = Field(None, description="once it exists on any node: save and stop, as after SIGTERM")
 
 
@@ -149,7 +153,9 @@ class SamplerConfig(Section):
     method: Literal["heun", "first_order", "multistep", "churn", "ancestral", "cold"] = Field(
         "ancestral", description="the default is the best of docs/results.md; heun is EDM's and the paper's"
     )
-    num_steps: Annotated[int, Field(ge=2)] = Field(35, description="heun and churn cost 2 num_steps - 1 evaluations")
+    num_steps: Annotated[int, Field(ge=2, le=100_000)] = Field(
+        35, description="heun and churn cost 2 num_steps - 1 evaluations"
+    )
     bnr: PathBNR | None = Field(None, description="the path to sample along; null: the one of training")
     grid: Grid = Field("edm", description="levels of sigma (cold: alpha): a name, or num_steps falling numbers above 0")
     sigma_min: PositiveFloat = Field(0.002, description="lowest level above 0, data units")

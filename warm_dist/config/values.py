@@ -8,16 +8,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _squarable(value: float) -> float:
-    if value and not 1e-18 <= abs(value) <= 1e18:
-        raise ValueError("needs a size from 1e-18 to 1e18, whose square float32 can hold")
+    if value and not 1e-15 <= abs(value) <= 1e15:
+        raise ValueError("needs a size from 1e-15 to 1e15, whose square float32 can hold")
     return value
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_squarable)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_squarable)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_squarable)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]  # what a float64 counts exactly
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Size = Annotated[int, Field(gt=0, le=2**16)]  # of what a network is built of
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

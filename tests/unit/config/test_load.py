@@ -59,11 +59,16 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("process.bnr=1e999", "must be finite"),
         ('process.bnr={"kind":"power","bnr":1e999,"exponent":0}', "must be finite"),
         *(
-            (f"{key}={value}", f"'{key}': needs a size from 1e-18 to 1e18, whose square float32 can hold, got ")
+            (f"{key}={value}", f"'{key}': needs a size from 1e-15 to 1e15, whose square float32 can hold, got ")
             for key in ("process.bnr", "process.sigma_data", "sampler.sigma_max", "sampler.bnr", "train.lr")
             for value in ("1e200", "1e-320")
         ),
-        ("process.p_mean=-1e19", "'process.p_mean': needs a size from 1e-18"),
+        ("process.p_mean=-1e19", "'process.p_mean': "),
+        ("train.ema_lengths=[1e-300]", "'train.ema_lengths.0': "),
+        ("parallel.timeout_s=9999999999999", "'parallel.timeout_s': "),
+        *((f"{key}={10**23}", f"'{key}': ") for key in ("data.window", "data.num_classes", "network.num_blocks")),
+        (f"train.total_nimg={'9' * 5000}", f"--set train.total_nimg: {'9' * 100}… is no number here"),
+        ("train.betas=" + "[" * 30_000, "--set train.betas: nested too deeply"),
         ('process.bnr={"kind":"power","bnr":1,"exponent":11}', "'process.bnr.exponent'"),
         *(
             (f"network={json.dumps(NETWORK | changes)}", told)
@@ -93,6 +98,8 @@ def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is no number here; it must be finite"),
         ('{"a": {"b": -1e999}}', "-1e999 is no number here"),
+        ('{"a": ' + "9" * 5000 + "}", f"{'9' * 100}… is no number here"),
+        ('{"a": ' + "[" * 100_000, "nested too deeply"),
         ("null", "holds null, needs an object"),
         ("{", "not JSON, line 1"),
         ("[]", "needs an object"),

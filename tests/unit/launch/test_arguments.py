@@ -16,7 +16,7 @@ COMMANDS = [(sample.main, "--weights", "w"), (evaluate.parse, "w"), (trajectory.
 def test_a_ratio_that_no_config_takes_is_refused_by_every_command(text):
     """Fault: --bnr ends in an OverflowError, or a message about other options; or a command has a rule of its own."""
     for main, *words in COMMANDS:
-        with pytest.raises(ConfigError, match=f"^--bnr {text}: needs 0 or a number from 1e-18 to 1e18$"):
+        with pytest.raises(ConfigError, match=f"^--bnr {text}: needs 0 or a number from 1e-15 to 1e15$"):
             call(main, *words, "--bnr", text)
 
 
