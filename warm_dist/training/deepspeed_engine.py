@@ -148,7 +148,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     if stage == 3:
         # no parameter stays gathered between steps, so restoring the shards restores all of it
         out["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        # of larger networks it keeps those that it needs again within so many weights, there and back
+        # of a larger network it keeps what it needs again within so many weights, counted through forward and backward
         out["zero_optimization"]["stage3_max_reuse_distance"] = 2 * KEPT
         # would replace torch.nn.functional.linear, in the whole process, by a slower one that saves no memory here
         out["zero_optimization"]["memory_efficient_linear"] = False
@@ -171,8 +171,8 @@ def _guards(config: Config) -> bool:
 def _gather_once(offload: Any, network: nn.Module) -> None:
     """Gather a module's weights before its forward pass, and free them once their gradient is there.
 
-    In place of DeepSpeed's hooks, which enter every pass of a module twice, by autograd functions on each input and output:
-    half of what stage 3 costs the host. Its coordinator still gathers ahead, in the order of the first steps.
+    Replaces DeepSpeed's hooks, which put an autograd function around each input and output of a module and were a third of
+    the host's step. DeepSpeed's coordinator still gathers ahead, in the order that it saw in the first steps.
     """
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
