@@ -137,7 +137,7 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_printable)]
-Name = Annotated[str, Field(pattern=r"^(local|zero[0-3]|[a-z_]+)-(fp32|bf16)(-compiled)?$")]
+Name = Annotated[str, Field(pattern=r"^(zero[0-3]|[a-z_]+)-(fp32|bf16)(-compiled)?$")]
 Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
 
 

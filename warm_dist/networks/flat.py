@@ -67,7 +67,7 @@ class Flat(nn.Module):
     flat: nn.Parameter
     pieces: tuple[Piece, ...]
     regathered = False
-    """Whether the weights are gathered anew for the backward pass (ZeRO stage 3), which must not keep the forward's."""
+    """Whether the weights are gathered anew for the backward pass (ZeRO stage 3, a large network): the forward's must go."""
 
     def flatten(self, layers: Mapping[str, nn.Module], num_heads: int = 1) -> None:
         """Take over the layers' parameters, named LAYER.PARAMETER, in the layers' order.

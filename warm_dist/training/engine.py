@@ -22,7 +22,7 @@ from warm_dist.networks.compiled import Say, compile_blocks, compiles
 from warm_dist.networks.precision import set_precision
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
-PIECE = 2**16
+PIECE = 2**16  # elements whose squares a CPU adds up in float32, 1e-7 off
 
 
 @dataclass(frozen=True)
