@@ -13,12 +13,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr
 from warm_dist import errors
 from warm_dist.errors import ConfigError, UnreachableError
-from warm_dist.runs.folder import MIRROR
+from warm_dist.files import claimed
+from warm_dist.runs.folder import MIRROR, Mirrored
 
 if TYPE_CHECKING:
     from warm_dist.evaluation.surface import NetworkCells
@@ -72,12 +73,12 @@ def main() -> int:
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
     from warm_dist.distributed.world import join, prepare_host, shutdown
-    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, cells_text, open_results, write_cells
+    from warm_dist.evaluation.surface import NetworkCells, SurfaceOptions, cells_text, write_cells
 
     stop = StopSignal().install()
     prepare_host()
-    world = join(PATIENCE_S)
-    results = on_main(world, lambda: open_results(args.out))
+    world, locks = join(PATIENCE_S), list[IO[str]]()
+    results = on_main(world, lambda: _open(args.out, locks))
     same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")
     fields: dict[str, Any] = {key: getattr(args, key) for key in same}
     fields |= {key: tuple(getattr(args, key)) for key in ("method", "bnr", "nfe")}
@@ -96,24 +97,37 @@ def main() -> int:
     return errors.EXIT_OK
 
 
+def _open(out: Path, locks: list[IO[str]]) -> dict[str, Any]:
+    """The cells there are in `out`, which this process holds from now on, so that no other one overwrites them."""
+    from warm_dist.evaluation.surface import open_results
+
+    locks.append(claimed(out, "evaluation"))
+    return open_results(out)
+
+
 def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Log a network to MLflow: a curve over NFE (as step) for each method and BNR. An unreachable server is reported."""
     from warm_dist.evaluation.surface import mlflow_points
-    from warm_dist.files import read_json
+    from warm_dist.records import read_record
     from warm_dist.tracking.client import log_finished
 
     tracking = network.config.tracking
     url = tracking.mlflow_url if args.mlflow_url is None else args.mlflow_url
     if not url:
         return
-    parent = (read_json(network.weights / MIRROR) or {}).get("run_id") if network.weights.is_dir() else None
+    mirrored = read_record(network.weights / MIRROR, Mirrored) if network.weights.is_dir() else None
     facts = {key: lines[0][key] for key in ("name", "measure", "num_images", "sha256")}
     facts |= {f"sampler.{k}": text for k, text in enumerate(sorted({line["sampler"] for line in lines}))}
     cells = sorted((line["spec"], len(line["per_block"])) for line in lines)  # more blocks give another mean
     identity = hashlib.sha256(json.dumps([facts, cells]).encode()).hexdigest()[:32]
     name, metrics = f"evaluate-{network.weights.name}", mlflow_points(lines)
     files = [path for path in (args.out / "table.csv", args.out / "surface.png") if path.exists()]
-    logged: dict[str, Any] = {"params": facts, "metrics": metrics, "files": files, "parent": parent}
+    logged: dict[str, Any] = {
+        "params": facts,
+        "metrics": metrics,
+        "files": files,
+        "parent": mirrored and mirrored.run_id,
+    }
     try:
         log_finished(url, tracking.experiment, name, identity, **logged)
     except UnreachableError as error:

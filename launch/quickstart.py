@@ -23,7 +23,7 @@ from warm_dist.config.load import dump
 from warm_dist.config.run import Config, load_config
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.files import read_json
-from warm_dist.runs.folder import CONFIG, EXIT, METRICS
+from warm_dist.runs.folder import CONFIG, EXIT, METRICS, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
 
 SAVE_S = 120.0  # for a stopped run to save
@@ -125,17 +125,17 @@ class Quickstart:
             code = stop_child(process, signal.SIGTERM, 5.0, SAVE_S)  # repeated: a launcher may miss it as it starts
         finally:
             supervisor.stop(process)
-        end = read_json(exit_file) if _modified(exit_file) != before else None
-        code = end["code"] if end else code or errors.EXIT_UNEXPECTED
+        end = read_end(self.output) if _modified(exit_file) != before else None
+        code = end.code if end else code or errors.EXIT_UNEXPECTED
         if code:
-            reason = end["reason"] if end else "the run left no exit.json"
+            reason = end.reason if end else "the run left no exit.json"
             print(f"quickstart: training ended with code {code}: {reason}", file=sys.stderr, flush=True)
         return int(code)
 
     def _finished(self) -> bool:
         """Whether this config has finished; only our servers' addresses may differ."""
-        end, tree = read_json(self.output / EXIT), read_json(self.output / CONFIG)
-        if not (end and tree and end["code"] == errors.EXIT_OK):
+        end, tree = read_end(self.output), read_config(self.output)
+        if not (end and tree and end.code == errors.EXIT_OK):
             return False
         ours = dump(self.config)
         for section, key in (("data", "endpoint_url"), ("tracking", "mlflow_url")):

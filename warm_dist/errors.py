@@ -14,6 +14,7 @@ from typing import Any
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
+_printed: set[str] = set()
 
 
 class WarmDistError(Exception):
@@ -33,6 +34,10 @@ class ConfigError(WarmDistError, exit_code=2):
 
 class DataError(WarmDistError, exit_code=3):
     """Data that differs from its manifest: missing, changed, corrupt or undecodable."""
+
+
+class MissingError(DataError):
+    """An object that does not exist, where the store has answered."""
 
 
 class CheckpointError(WarmDistError, exit_code=4):
@@ -109,7 +114,20 @@ def redact(value: Any) -> Any:
 def print_error(error: WarmDistError) -> None:
     """Print the error as one line on stderr, without its secrets. A PeerError's message already names its type."""
     prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
-    print(f"{prefix}{redact(str(error))}", file=sys.stderr, flush=True)
+    print_line(f"{prefix}{error}")
+
+
+def print_line(text: str) -> None:
+    """Print a line on stderr, without its secrets; where nobody can read it, the program goes on."""
+    with suppress(OSError, ValueError):
+        print(redact(text), file=sys.stderr, flush=True)
+
+
+def print_once(text: str) -> None:
+    """As `print_line`, but each text only once in a process."""
+    if text not in _printed:
+        _printed.add(text)
+        print_line(text)
 
 
 def run(main: Callable[[], int | None], quiet: bool = False) -> None:

@@ -1,13 +1,15 @@
-"""Atomic file replacement, JSON, sha256, and the file lock."""
+"""Files replaced atomically and durably, JSON, sha256, and the file lock."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,41 +21,109 @@ _LOCK_POLL_S = 0.05
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents if missing. Raises OutputError."""
+    """Create a folder and its parents if missing; a power cut afterwards does not undo it. Raises OutputError."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_durably(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
 
-def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:
-    """Replace a file atomically: `write` fills a temporary file beside it, which is then renamed.
+def make_durably(path: Path) -> None:
+    """As `make_folder`. Raises OSError."""
+    if not path.is_dir():
+        if path != path.parent:
+            make_durably(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
-    Readers see the old file or the new one, never a part. parents: create the folder if missing. Raises OutputError.
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, has reached the disk. Raises OSError.
+
+    Some network file systems cannot sync a folder; there nothing more can be done.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) and path.is_dir()):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], object], *, parents: bool = True) -> None:
+    """Replace a file atomically and durably: `write` fills a temporary file beside it, which is then renamed.
+
+    Readers see the old file or the new one, never a part, and so does who reads after a power cut.
+    parents: create the folder if missing. Raises OutputError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
             if parents:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_durably(path.parent)
             write(temporary)
+            sync(temporary)
             temporary.replace(path)
+            sync(path.parent)
         finally:
             with contextlib.suppress(OSError):  # after success there is nothing to remove
                 temporary.unlink()
 
 
+def create_file(path: Path, data: bytes, temporary: Path) -> None:
+    """Create a file atomically and durably by way of `temporary`, whose space is used if it exists.
+
+    Raises FileExistsError if there is one already, other OSErrors as `open` and `write` do.
+    """
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            file.write(data)
+            file.truncate()
+        sync(temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename, fails if it exists
+        except FileExistsError:
+            raise
+        except OSError:  # exFAT, SMB and many FUSE file systems have no hard links
+            with path.open("xb") as file:
+                file.write(data)
+            sync(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_json(path: Path, tree: Any) -> None:
-    """Replace a JSON file atomically, in a folder that exists. Raises OutputError."""
+    """Replace a JSON file, in a folder that exists. Raises OutputError."""
     text = json.dumps(tree, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), parents=False)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. Raises OSError, also for a folder, a FIFO or a device, on which it never waits."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A regular file's content. most: of bytes. Raises OSError as `open_regular`, and if it is longer than `most`."""
+    with open(open_regular(path), "rb") as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"longer than {most} bytes", str(path))
+        return file.read()
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; None if it does not exist or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -88,7 +88,7 @@ class Stop(NamedTuple):
 
 def lines_of(run: Path, attempt: int) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = [record for record in map(parse_line, lines) if record is not None]
     return [record for record in records if record["attempt"] == attempt and record["kind"] == "train"]
 

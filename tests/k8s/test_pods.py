@@ -113,7 +113,7 @@ class Attempt:
 
     def lines(self) -> list[dict[str, Any]]:
         path = self.folders[0] / "metrics.jsonl"
-        return [line for line in map(parse_line, path.read_text().splitlines()) if line] if path.exists() else []
+        return [line for line in map(parse_line, path.read_bytes().splitlines()) if line] if path.exists() else []
 
     def nimg(self) -> int:
         return max((line["nimg"] for line in self.lines()), default=0)

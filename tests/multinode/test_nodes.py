@@ -72,7 +72,7 @@ class Story:
 
     def lines(self) -> list[dict[str, Any]]:
         path = self.run / "metrics.jsonl"
-        records = map(parse_line, path.read_text().splitlines() if path.exists() else [])
+        records = map(parse_line, path.read_bytes().splitlines() if path.exists() else [])
         return [
             record for record in records if record and record["attempt"] == self.attempts and record["kind"] == "train"
         ]

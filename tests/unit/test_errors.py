@@ -64,7 +64,9 @@ def test_exit_codes_are_distinct():
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.WarmDistError)
     ]
-    codes = [kind.exit_code for kind in kinds if kind not in (errors.WarmDistError, errors.PeerError)]
+    codes = [
+        kind.exit_code for kind in kinds if kind not in (errors.WarmDistError, errors.PeerError, errors.MissingError)
+    ]
     assert len(set(codes)) == len(codes) >= 11
 
 

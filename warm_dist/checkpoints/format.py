@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from warm_dist.errors import CheckpointError, DataError, OutputError
-from warm_dist.files import replace_file, write_json
+from warm_dist.errors import AccessError, CheckpointError, DataError, OutputError
+from warm_dist.files import replace_file, sync, write_json
 from warm_dist.networks.flat import Published
+from warm_dist.records import DamagedError, Record, unseal
 from warm_dist.store.base import Store
 
 FORMAT = 3
@@ -30,6 +33,37 @@ PUBLISHED = 2  # an older format: its fragments are of the published tensors, in
 COMPLETE = "COMPLETE"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # the whole state, pruned; some EMAs, never pruned
 _GET_BYTES = 32 << 20  # most bytes of adjacent tensors in one read
+
+
+class RankFile(Record):
+    """One rank's file in a checkpoint. sha256: of `done`, which has those of the tensors."""
+
+    file: Annotated[str, Field(pattern=r"^rank_\d+\.safetensors$")]
+    bytes: Annotated[int, Field(ge=0)]
+    done: Annotated[str, Field(pattern=r"^rank_\d+\.done$")]
+    sha256: str
+
+
+class Complete(Record):
+    """The content of COMPLETE. window: a checkpoint's sums of metrics since the last log, by rank."""
+
+    format: Literal[2, 3]
+    nimg: Annotated[int, Field(ge=0)]
+    num_steps: Annotated[int, Field(ge=0)]
+    fingerprint: str
+    config: dict[str, Any]
+    world_size: Annotated[int, Field(ge=1)] | None = None
+    data: dict[str, Any]
+    window: tuple[tuple[float, ...], ...] = ()
+    files: Annotated[tuple[RankFile, ...], Field(min_length=1)]
+
+
+class Done(Record):
+    """The content of rank_K.done. tensors: KIND/NAME@START → (offset and length in the file, bytes, sha256)."""
+
+    file: str
+    bytes: int
+    tensors: dict[str, tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], str]]
 
 
 class Saved(NamedTuple):
@@ -68,6 +102,7 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str,
                 data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
                 index[key] = out.tell(), len(data), _digest(data)
                 out.write(data)
+        sync(path)
         write_json(done, {"file": path.name, "bytes": size, "tensors": index})
     except (OSError, OutputError) as error:
         for part in (path, done):
@@ -105,15 +140,19 @@ def open_saved(store: Store, name: str) -> Saved:
     """Read the metadata of a complete checkpoint or snapshot. Raises CheckpointError if COMPLETE is not valid."""
     where = f"{store.url}/{name}/{COMPLETE}"
     try:
-        meta = json.loads(store.read(f"{name}/{COMPLETE}"))
-    except (DataError, ValueError) as error:
-        raise CheckpointError(f"{where}: not readable ({error})") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found not in (PUBLISHED, FORMAT):
-        raise CheckpointError(f"{where}: of format {found}, this version reads formats {PUBLISHED} and {FORMAT}")
-    if missing := {"nimg", "num_steps", "config", "data", "fingerprint", "files"} - meta.keys():
-        raise CheckpointError(f"{where}: lacks {', '.join(sorted(missing))}")
-    return Saved(store, name, meta)
+        data = store.read(f"{name}/{COMPLETE}")
+        complete = unseal(data, Complete)
+    except (DataError, AccessError) as error:
+        raise CheckpointError(str(error)) from None
+    except DamagedError as error:
+        other = re.match(rb'\{\s*"format": (\d+)', data)
+        known = f"of format {other[1].decode()}, this version reads formats {PUBLISHED} and {FORMAT}" if other else ""
+        raise CheckpointError(
+            f"{where}: {known if other and int(other[1]) not in (PUBLISHED, FORMAT) else error}"
+        ) from None
+    if complete.nimg != nimg_of(name):
+        raise CheckpointError(f"{where}: is of nimg {complete.nimg}")
+    return Saved(store, name, complete.model_dump())
 
 
 class _Tensor(NamedTuple):
@@ -148,8 +187,12 @@ def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
         raise CheckpointError(str(error)) from None
     if _digest(text) != file["sha256"]:
         raise CheckpointError(f"{where}: differs from what COMPLETE says was written")
+    try:
+        done = unseal(text, Done)
+    except DamagedError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     out = []
-    for key, (offset, size, sha256) in json.loads(text)["tensors"].items():
+    for key, (offset, size, sha256) in done.tensors.items():
         kind, _, rest = key.partition("/")
         name, _, start = rest.rpartition("@")
         out.append(_Tensor(kind, name, int(start), offset, size, sha256))

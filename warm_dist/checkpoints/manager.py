@@ -38,13 +38,14 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import (
     CheckpointError,
     ConfigError,
-    DataError,
+    MissingError,
     OutputError,
     UnreachableError,
     WarmDistError,
     writing,
 )
-from warm_dist.files import make_folder, write_json
+from warm_dist.files import make_folder
+from warm_dist.records import write_record
 from warm_dist.runs.folder import METRICS, MIRROR
 from warm_dist.runs.metrics import last_attempt
 from warm_dist.store.base import Store
@@ -58,11 +59,19 @@ _VISIBLE_S = 10.0  # how long a shared file system may take to show a new file
 class CheckpointManager:
     """The checkpoints and snapshots of one run. All methods but `saved`, `ended` and `close` are collectives.
 
+    check: raises OutputError if the folder is no longer this run's; called before each save.
     Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
     """
 
-    def __init__(self, run: Path, world: World, config: CheckpointConfig, say: Callable[[str], None]) -> None:
-        self.run, self.world, self.config, self.say = run, world, config, say
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run, self.world, self.config, self.say, self.check = run, world, config, say, check
         make_folder(run)
         self.shared = self._prove_shared()
         self.local = open_store(str(run))
@@ -104,7 +113,7 @@ class CheckpointManager:
         if self.remote is None:
             return here
         there = self.run / f".{METRICS}.there"
-        with suppress(DataError):  # not in the store
+        with suppress(MissingError):
             self.local.write(there.name, self.remote.read(METRICS))
             if (last := last_attempt(there)) > here:
                 (self.run / MIRROR).unlink(missing_ok=True)  # its byte offset is in the other file
@@ -200,6 +209,7 @@ class CheckpointManager:
         """
         name = name_of(group, nimg)
         folder = self.run / name
+        on_main(self.world, self.check, "claim")
         self._make_room()
         mine = sum(tensor.numel() * 4 for tensor in tensors.values())
         if self.shared:
@@ -217,7 +227,7 @@ class CheckpointManager:
             raise OutputError(f"{group[:-1]} at nimg {nimg} not saved; " + "; ".join(failures))
         tree = {"format": FORMAT, "nimg": nimg, **meta, "files": [line for line, _ in reports]}
         if self.shared:
-            on_main(self.world, lambda: write_json(folder / COMPLETE, tree), "COMPLETE")
+            on_main(self.world, lambda: write_record(folder / COMPLETE, tree), "COMPLETE")
         if self.uploads:
             assert line is not None
             files = [folder / line["file"], folder / line["done"]]
@@ -244,7 +254,7 @@ class CheckpointManager:
             if empty and folder.exists():
                 (folder / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             free = shutil.disk_usage(folder).free
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import DataError, UnreachableError, WarmDistError
+from warm_dist.records import seal
 from warm_dist.store.base import Store
 
 MAX_PAUSE_S = 10.0  # longest pause between two attempts; each is drawn uniformly up to a doubling limit
@@ -123,7 +123,7 @@ class Uploads:
             if upload.dropped.wait(_POLL_S):
                 upload.last_failure = f"{', '.join(file['file'] for file in absent[:4])} did not come"
                 break
-        text = json.dumps(upload.complete, indent=2).encode()
+        text = seal(upload.complete)
         self._retry(upload, lambda: self.store.write(f"{upload.name}/COMPLETE", text))
         with suppress(UnreachableError):  # the checkpoint is complete all the same; the next upload prunes too
             self._retry(upload, self.after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from warm_dist.errors import DataError, NumericsError
 from warm_dist.evaluation import surface_figure
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
-from warm_dist.files import file_sha256, make_folder, read_json, replace_file, write_json
-from warm_dist.runs.folder import RESULTS, SAMPLES
+from warm_dist.files import file_sha256, replace_file
+from warm_dist.records import read_record, write_record
+from warm_dist.runs.folder import RESULTS, SAMPLES, Results
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,18 @@ class SurfaceOptions:
 
 
 def open_results(out: Path) -> dict[str, Any]:
-    """The cells in OUT/results.json by key, without those of an older version. Creates the folder.
+    """The cells in OUT/results.json by key, without those of an older version.
 
-    Raises DataError if results.json is not of this command, OutputError if the folder cannot be created.
+    Raises DataError if results.json is damaged or not of this command.
     """
-    make_folder(out)
-    kept = read_json(out / RESULTS)
-    if not isinstance(kept, dict) and (out / RESULTS).exists():
-        raise DataError(f"{out / RESULTS}: not written by this command; choose another --out")
-    return {key: cell for key, cell in (kept or {}).items() if "per_block" in cell}
+    if not os.path.lexists(out / RESULTS):
+        return {}
+    kept = read_record(out / RESULTS, Results)
+    if kept is None:
+        raise DataError(
+            f"{out / RESULTS}: not written by this command, or damaged; move it away, or choose another --out"
+        )
+    return {key: cell for key, cell in kept.model_dump().items() if isinstance(cell, dict) and "per_block" in cell}
 
 
 class NetworkCells:
@@ -101,7 +106,7 @@ class NetworkCells:
                 cell = results.setdefault(key, {"per_block": []})
                 if len(cell["per_block"]) == block and "problem" not in cell:
                     self._block(evaluator, sampler, block, stop, cell, key)
-                    on_main(world, lambda: write_json(options.out / RESULTS, results))
+                    on_main(world, lambda: write_record(options.out / RESULTS, results))
         origin = {"recipe": self.recipe, "seed": self.config.train.seed}
         return [results[key] | origin for key in keys]
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from warm_dist.config.run import Config
+from warm_dist.errors import print_line
 from warm_dist.runs.folder import read_end
 from warm_dist.supervisor import become_subreaper
 
@@ -28,9 +29,9 @@ def run_node(config: Config, arguments: list[str]) -> int:
     if code:  # a file made meanwhile is what stopped the run, and no new request
         stop_file = _unless_there(stop_file)
     _wait_for_orphans(STOPPED_S if code else FINISHED_S, stop_file)
-    if code and end and end["code"]:  # torchrun's own code says only that a rank failed
-        print(f"node: {end['reason']}", file=sys.stderr, flush=True)
-        return int(end["code"])
+    if code and end and end.code:  # torchrun's own code says only that a rank failed
+        print_line(f"node: {end.reason}")
+        return end.code
     return code if code >= 0 else 128 - code
 
 

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from warm_dist.config.bnr import AnyBNR, describe
 from warm_dist.config.load import flatten
-from warm_dist.errors import ConfigError, redact
-from warm_dist.files import read_json
-from warm_dist.runs.folder import CONFIG, EXIT, METRICS, RESULTS, RUN
+from warm_dist.errors import ConfigError, OutputError, redact
+from warm_dist.records import read_record
+from warm_dist.runs.folder import EXIT, METRICS, RESULTS, RUN, Attempt, End, Results, read_config
 from warm_dist.runs.metrics import finite, read_metrics
 
 BEST, NEAR = "best", "within spread"
@@ -104,15 +104,16 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    config = redact(read_json(folder / CONFIG))
-    if not isinstance(config, dict):
+    config = redact(read_config(folder))
+    if config is None:
         raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the output folder of a run")
-    info, end, path = redact(read_json(folder / RUN)), redact(read_json(folder / EXIT)), folder / METRICS
+    info, end, path = read_record(folder / RUN, Attempt), read_record(folder / EXIT, End), folder / METRICS
     try:
         lines = [redact(line) for line in read_metrics(path)]
-    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: an nimg that is not a number
-        raise ConfigError(f"{path}: cannot be read ({error}); a run did not write this") from None
-    return Run(name, folder, config, _tree(info), end if isinstance(end, dict) else None, lines)
+    except OutputError as error:
+        raise ConfigError(str(error)) from None
+    facts, ended = (redact(record.model_dump(exclude_none=True)) if record else None for record in (info, end))
+    return Run(name, folder, config, facts or {}, ended, lines)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -133,9 +134,10 @@ def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
 
     Raises ConfigError if the folder is not an evaluation's.
     """
-    tree = redact(read_json(folder / RESULTS))
-    if not isinstance(tree, dict):
+    found = read_record(folder / RESULTS, Results)
+    if found is None:
         raise ConfigError(f"{folder}: not an evaluation, has no readable results.json; give launch/evaluate.py's --out")
+    tree = redact(found.model_dump())
     results = [_result(entry, _network(entry, runs)) for entry in tree.values() if isinstance(entry, dict)]
     return [result for result in results if result is not None]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, get_type_hints
 
-from warm_dist.errors import writing
+from warm_dist.errors import OutputError, print_once, writing
+from warm_dist.files import open_regular, read_regular, sync
 
 
 class Record(TypedDict):
@@ -101,26 +104,43 @@ class Listener(Protocol):
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and passes them to `listener`. Rank 0 only."""
+    """Appends records to metrics.jsonl and passes them to `listener`. Rank 0 only.
 
-    def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
-        self.path, self.attempt, self.listener = path, attempt, listener
-        if path.exists() and path.stat().st_size:
-            with path.open("rb+") as file:  # end a line that a killed process left unfinished; readers skip it
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+    check: called before each line; raises what makes writing wrong.
+    """
+
+    def __init__(
+        self, path: Path, attempt: int, listener: Listener | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self.attempt, self.listener, self.check = path, attempt, listener, check
+        with writing(path):
+            if path.exists() and path.stat().st_size:
+                with open(open_regular(path, os.O_RDWR), "rb+") as file:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # end a line that a killed process left unfinished; readers skip it
+                        file.write(b"\n")
 
     def begin(self) -> None:
         """Write the first line of a new run, whose random id lets mirrors recognise the run."""
         if not self.path.exists() or not self.path.stat().st_size:
             self.write(0, "start", id=secrets.token_hex(8))
+            self.sync()
+
+    def sync(self) -> None:
+        """Make all lines so far durable. Raises OutputError."""
+        with writing(self.path):
+            if self.path.exists():
+                sync(self.path)
+                sync(self.path.parent)
 
     def write(self, nimg: int, kind: str, **values: float | str | None) -> None:
         """Append one record. Raises OutputError."""
-        line = {"time": round(time.time(), 3), "attempt": self.attempt, "nimg": nimg, "kind": kind, **values}
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.check()
+        told = {k: finite(v) if isinstance(v, float) else v for k, v in values.items()}  # JSON has no NaN
+        line = {"time": round(time.time(), 3), "attempt": self.attempt, "nimg": nimg, "kind": kind, **told}
+        appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with writing(self.path), open(open_regular(self.path, appending), "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
         if self.listener is not None:
             self.listener.show(kind, {"nimg": nimg, **values})
 
@@ -130,28 +150,64 @@ class MetricsLog:
             self.listener.show_ranks(ranks)
 
 
-def parse_line(line: str) -> dict[str, Any] | None:
-    """Parse one line; None if it is unfinished."""
+_TEXTS = {
+    kind: {key for key, hint in get_type_hints(record).items() if hint is str} for kind, record in RECORDS.items()
+}
+_KEY = re.compile(r"[A-Za-z0-9_.:/ -]{1,200}")
+_MOST = {"time": 1e11, "attempt": 2**31, "nimg": 2**53}
+_LINE_BYTES = 1 << 20
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Parse one line; None if it is unfinished or not as `MetricsLog` writes it."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = json.loads(line.decode()) if len(line) <= _LINE_BYTES else None
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and {"time", "attempt", "nimg", "kind"} <= record.keys() else None
+    if not isinstance(record, dict) or record.get("kind") not in [*RECORDS]:
+        return None
+    for key, most in _MOST.items():
+        value = finite(record.get(key))
+        if value is None or not 0 <= value <= most or (key != "time" and not isinstance(record[key], int)):
+            return None
+    texts = _TEXTS[record["kind"]]
+    fine = (isinstance(v, str) if k in texts else v is None or finite(v) is not None for k, v in record.items())
+    whole = record["kind"] != "eval" or finite(record.get("frechet")) is not None
+    return record if whole and all(fine) and all(map(_KEY.fullmatch, record)) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records by nimg; for each (kind, nimg) only that of the highest attempt. Empty if there is no file."""
-    return parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
+    """All records by nimg; for each (kind, nimg) only that of the highest attempt. Empty if there is no file.
+
+    Lines that cannot be read are skipped, and counted on stderr. Raises OutputError if the file cannot be read.
+    """
+    try:
+        return parse_records(read_regular(path), str(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be read ({error.strerror}); move it away, or choose another folder"
+        ) from None
 
 
-def parse_records(text: str) -> list[dict[str, Any]]:
-    """As `read_metrics`, from a file's text."""
+def parse_records(data: bytes, name: str) -> list[dict[str, Any]]:
+    """As `read_metrics`, from a file's bytes and its name."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    for record in filter(None, map(parse_line, text.splitlines())):
+    lines = data.split(b"\n")[:-1]  # what follows the last line break is being written
+    records = [parse_line(line) for line in lines]
+    tell_skipped(name, [line for line, record in zip(lines, records, strict=True) if record is None])
+    for record in filter(None, records):
         key = (record["kind"], record["nimg"])
         if key not in best or record["attempt"] >= best[key]["attempt"]:
             best[key] = record
     return sorted(best.values(), key=lambda record: (record["nimg"], record["kind"]))
+
+
+def tell_skipped(name: str, lines: list[bytes]) -> None:
+    """Say once on stderr how many lines of a metrics.jsonl were skipped. Empty ones do not count."""
+    if count := sum(map(bool, lines)):
+        print_once(f"{name}: {count} {'lines' if count > 1 else 'line'} cannot be read; skipped")
 
 
 def last_attempt(path: Path) -> int:
@@ -161,5 +217,8 @@ def last_attempt(path: Path) -> int:
 
 def finite(value: Any) -> float | None:
     """The number, or None for anything else: null, NaN, text."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return None
     return float(value) if number else None

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from warm_dist.errors import AccessError, DataError, writing
+from warm_dist.errors import AccessError, DataError, MissingError, writing
+from warm_dist.files import make_durably, open_regular, sync
 from warm_dist.store.base import PARTIAL, Stat, Store, too_short
 
 _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
@@ -24,7 +25,7 @@ class FolderStore(Store):
 
     def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         target = self.root / path
-        with self._input(target), target.open("rb") as file:
+        with self._input(target), open(open_regular(target), "rb") as file:
             if etag is not None and self._tag(os.fstat(file.fileno())) != etag:
                 raise DataError(f"{target}: was replaced since it was first read")
             file.seek(start)
@@ -85,12 +86,12 @@ class FolderStore(Store):
         target = self.root / path
         partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
         with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_durably(target.parent)
             try:
                 yield partial
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # or a power cut could leave an empty file
+                sync(partial)  # or a power cut could leave an empty file
                 partial.replace(target)
+                sync(target.parent)
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -100,7 +101,7 @@ class FolderStore(Store):
         try:
             yield
         except FileNotFoundError:
-            raise DataError(f"{target}: does not exist") from None
+            raise MissingError(f"{target}: does not exist") from None
         except PermissionError:
             raise AccessError(f"{target}: this user may not read it") from None
         except OSError as error:

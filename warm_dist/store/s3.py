@@ -20,7 +20,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, OutputError, UnreachableError
+from warm_dist.errors import (
+    AccessError,
+    BucketError,
+    ConfigError,
+    DataError,
+    MissingError,
+    OutputError,
+    UnreachableError,
+)
 from warm_dist.store.base import Stat, Store, too_short
 
 ATTEMPTS = 5  # per request, by boto3, which never retries a body
@@ -244,7 +252,7 @@ class S3Store(Store):
                 f"bucket {self.bucket!r} does not exist at {self._where}; create it or correct {self.url}"
             )
         if code in ("NoSuchKey", "404"):
-            return DataError(f"{name}: does not exist")
+            return MissingError(f"{name}: does not exist")
         if status == 412:
             return DataError(f"{name}: was replaced since it was first read")
         if status == 416:

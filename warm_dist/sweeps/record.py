@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from warm_dist.errors import ConfigError, DataError
+from pydantic import Field
+
+from warm_dist.errors import ConfigError, DataError, MissingError
+from warm_dist.records import DamagedError, R, Record, seal, unseal
 from warm_dist.runs.folder import METRICS
 from warm_dist.runs.metrics import parse_records
 from warm_dist.store.base import Store
@@ -16,13 +18,27 @@ from warm_dist.sweeps.trials import Trial
 RECORD = "sweep.json"
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Record):
     """How a trial ended: "finished", "stopped" (by the scheduler) or "failed", the reason, and its last nimg."""
 
-    state: str
+    state: Literal["finished", "stopped", "failed"]
     reason: str
-    nimg: int
+    nimg: Annotated[int, Field(ge=0)]
+
+
+class Planned(Record):
+    """A trial of a sweep: the values of its keys, and its seed."""
+
+    values: dict[str, Any]
+    seed: int
+
+
+class Sweep(Record):
+    """The content of sweep.json. parent_run_id: of the MLflow run that groups the trials."""
+
+    id: str
+    trials: dict[str, Planned]
+    parent_run_id: str | None
 
 
 class SweepRecord:
@@ -34,65 +50,63 @@ class SweepRecord:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def read(self, path: str) -> Any:
-        """The content of a JSON file, or None if it does not exist. Raises DataError if it is not JSON."""
+    def read(self, path: str, schema: type[R]) -> R | None:
+        """A record, or None if it does not exist. Raises DataError if it is damaged."""
         try:
             data = self.store.read(path)
-        except DataError:
+        except MissingError:
             return None
         try:
-            return json.loads(data)
-        except ValueError:
-            raise DataError(f"{self.store.url}/{path}: is not JSON") from None
+            return unseal(data, schema)
+        except DamagedError as error:
+            raise DataError(f"{self.store.url}/{path}: {error}") from None
 
-    def write(self, path: str, tree: Any) -> None:
-        """Replace a JSON file."""
-        self.store.write(path, (json.dumps(tree, indent=2) + "\n").encode())
+    def write(self, path: str, tree: Mapping[str, Any]) -> None:
+        """Replace a record."""
+        self.store.write(path, seal(dict(tree)))
 
-    def claim(self, trials: list[Trial], resume: bool) -> dict[str, Any]:
+    def claim(self, trials: list[Trial], resume: bool) -> Sweep:
         """The state of this sweep: new, or with `resume` the stored one.
 
         Raises ConfigError if the output holds another sweep or `resume` is needed, DataError for a damaged state.
         """
-        record, url, begun = self.read(RECORD), self.store.url, bool(self.store.list("trials/"))
+        url, begun = self.store.url, bool(self.store.list("trials/"))
+        try:
+            record = self.read(RECORD, Sweep)
+        except DataError as error:
+            raise DataError(f"{error}; set output elsewhere") from None
         if record is None and begun:
             raise DataError(f"{url}: has trials but no {RECORD}; set output elsewhere")
         if record is None:
-            return {"id": secrets.token_hex(8), "trials": {}, "parent_run_id": None}
-        if not isinstance(record, dict) or not {"id", "trials", "parent_run_id"} <= record.keys():
-            raise DataError(f"{url}/{RECORD}: is not a sweep's; set output elsewhere")
+            return Sweep(id=secrets.token_hex(8), trials={}, parent_run_id=None)
         if not begun:  # an earlier start failed before its first trial, for example because Ray did not answer
-            return dict(record)
+            return record
         if not resume:
             raise ConfigError(f"{url}: holds a sweep already; --resume goes on with it, or set output elsewhere")
         names = {trial.name for trial in trials}
-        strangers = [name for name in record["trials"] if name not in names]
+        strangers = [name for name in record.trials if name not in names]
         if strangers:
             raise ConfigError(
                 f"{url}: holds a sweep of other trials ({strangers[0]} is not among those of this config); set output "
                 "elsewhere, or undo the change. A resumed sweep may only add seeds, values and draws"
             )
-        return dict(record)
+        return record
 
-    def keep(self, record: dict[str, Any], trials: list[Trial]) -> None:
+    def keep(self, record: Sweep, trials: list[Trial]) -> None:
         """Store the state with these trials."""
-        record["trials"] = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in trials}
-        self.write(RECORD, record)
+        planned = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in trials}
+        self.write(RECORD, record.model_dump() | {"trials": planned})
 
     def ended(self, name: str) -> Ended | None:
         """How a trial ended, or None if it has not ended. Raises DataError if its ended.json is damaged."""
-        path = f"trials/{name}/ended.json"
-        found = self.read(path)
-        if found is None:
-            return None
         try:
-            return Ended(**found)
-        except TypeError:
-            raise DataError(f"{self.store.url}/{path}: is damaged; delete it to run the trial again") from None
+            return self.read(f"trials/{name}/ended.json", Ended)
+        except DataError as error:
+            raise DataError(f"{error}; delete it to run the trial again") from None
 
     def end(self, name: str, ended: Ended) -> None:
         """Store how a trial ended."""
-        self.write(f"trials/{name}/ended.json", vars(ended))
+        self.write(f"trials/{name}/ended.json", ended.model_dump())
 
     def forget(self, name: str) -> None:
         """Delete a trial's end, so that it runs again."""
@@ -101,7 +115,8 @@ class SweepRecord:
     def evaluations(self, name: str) -> list[dict[str, Any]]:
         """A trial's "eval" records by rising nimg; empty if there are none yet."""
         try:
-            text = self.store.read(f"trials/{name}/{METRICS}").decode("utf-8", "replace")
-        except DataError:
+            data = self.store.read(f"trials/{name}/{METRICS}")
+        except MissingError:
             return []
-        return [record for record in parse_records(text) if record["kind"] == "eval"]
+        records = parse_records(data, f"{self.store.url}/trials/{name}/{METRICS}")
+        return [record for record in records if record["kind"] == "eval"]

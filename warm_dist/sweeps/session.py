@@ -39,11 +39,11 @@ class Session:
         from warm_dist.sweeps.report import Report
 
         state = self.record.claim(self.every, resume)
-        if resume and not state["trials"]:
+        if resume and not state.trials:
             say(f"sweep: nothing to resume in {self.record.store.url}; starting a new sweep")
-        state["parent_run_id"] = state["parent_run_id"] or self._parent(state["id"])
-        self.record.keep(state, self.every)
-        paths = make_paths(self.sweep, state["id"], state["parent_run_id"])
+        parent = state.parent_run_id or self._parent(state.id)
+        self.record.keep(state.model_copy(update={"parent_run_id": parent}), self.every)
+        paths = make_paths(self.sweep, state.id, parent)
         report = Report(self.sweep, self.every, paths, self.record, say)
         pending = self._pending(retry_failed)
         stopped = None

@@ -6,7 +6,6 @@ is local to its machine, checkpoints go to S3 through checkpoint.url, and `publi
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,9 +20,10 @@ from typing import Any
 from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.sweep import SweepConfig, TrialConfig
-from warm_dist.errors import Stopped, UnreachableError, WarmDistError
-from warm_dist.files import locked, make_folder, read_json, write_json
-from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, MIRROR, RUN, read_end, write_end
+from warm_dist.errors import OutputError, Stopped, UnreachableError, WarmDistError
+from warm_dist.files import locked, make_folder, write_json
+from warm_dist.records import DamagedError, Record, seal, unseal
+from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, MIRROR, RUN, attempt_of, read_end, write_end
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -141,6 +141,13 @@ class End:
     final: bool
 
 
+class Reported(Record):
+    """The content of a trial's reported.json. nimg: of the last evaluation that the driver `session` knows."""
+
+    session: str
+    nimg: int
+
+
 class TrialRun:
     """A trial on its first machine: starts it, follows its metrics.jsonl, ends it.
 
@@ -176,7 +183,7 @@ class TrialRun:
             return None
         end = read_end(self.run, since=self._begun)
         if end:
-            return End(end["code"], str(end["reason"]), end["code"] in _FINAL_CODES)
+            return End(end.code, end.reason, end.code in _FINAL_CODES)
         reason = f"ended with code {code} and no exit.json: {self._last_line()}"
         return End(code or errors.EXIT_UNEXPECTED, reason, final=False)
 
@@ -200,16 +207,16 @@ class TrialRun:
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.run / METRICS
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             size = path.stat().st_size
             if size != self._size:
                 self._records, self._size = read_metrics(path), size
         return self._records
 
     def _last_reported(self) -> int:
-        with suppress(WarmDistError, ValueError):
-            reported = json.loads(self.store.read("reported.json"))
-            return int(reported["nimg"]) if reported["session"] == self.session else -1
+        with suppress(WarmDistError, DamagedError):
+            reported = unseal(self.store.read("reported.json"), Reported)
+            return reported.nimg if reported.session == self.session else -1
         return -1
 
     def report(self, nimg: int) -> None:
@@ -221,7 +228,7 @@ class TrialRun:
 
         def send() -> None:
             self.publish()
-            self.store.write("reported.json", json.dumps({"session": self.session, "nimg": nimg}).encode())
+            self.store.write("reported.json", seal({"session": self.session, "nimg": nimg}))
 
         if nimg >= self.total_nimg:
             patiently(send)
@@ -255,7 +262,6 @@ class TrialRun:
 
     def _write_missing_end(self) -> None:
         """Write exit.json for a process that was killed before it could."""
-        described = read_json(self.run / RUN)
-        if described and not (self.run / EXIT).exists():
-            stopped = Stopped("ended by the sweep before it could save")
-            write_end(self.run, described["attempt"], self.nimg(), stopped)
+        attempt = attempt_of(self.run)
+        if attempt and not (self.run / EXIT).exists():
+            write_end(self.run, attempt, self.nimg(), Stopped("ended by the sweep before it could save"))

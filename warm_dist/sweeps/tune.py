@@ -19,7 +19,7 @@ from typing import Any
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.errors import Stopped, WarmDistError
 from warm_dist.sweeps.ray_cluster import check_resources, connected
-from warm_dist.sweeps.record import RECORD, Ended, SweepRecord
+from warm_dist.sweeps.record import RECORD, Ended, Sweep, SweepRecord
 from warm_dist.sweeps.trial_process import SweepPaths, patiently
 from warm_dist.sweeps.trials import Trial
 
@@ -87,7 +87,8 @@ def _scheduler(sweep: SweepConfig, pending: list[Trial], record: SweepRecord) ->
         reduction_factor=sweep.scheduler.reduction_factor,
     )
     waiting = {trial.name for trial in pending}
-    for name in (record.read(RECORD) or {"trials": {}})["trials"]:
+    known = record.read(RECORD, Sweep)
+    for name in known.trials if known else ():
         if name not in waiting:
             past = SimpleNamespace(trial_id=name)  # the only attribute that ASHA reads
             asha.on_trial_add(None, past)
@@ -137,7 +138,7 @@ def _watch(record: SweepRecord, say: Callable[[str], None]) -> Any:
 
             def write() -> None:
                 nimg = max((evaluation["nimg"] for evaluation in record.evaluations(name)), default=0)
-                record.end(name, Ended(state, reason, nimg))
+                record.end(name, Ended.model_validate({"state": state, "reason": reason, "nimg": nimg}))
 
             try:
                 patiently(write)

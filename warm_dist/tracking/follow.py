@@ -15,8 +15,8 @@ from pathlib import Path
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
 from warm_dist.errors import ConfigError, OutputError, UnreachableError
-from warm_dist.files import locked, read_json
-from warm_dist.runs.folder import CONFIG, EXIT, LOCK, METRICS, attempt_of, read_end
+from warm_dist.files import locked
+from warm_dist.runs.folder import EXIT, LOCK, METRICS, attempt_of, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
 from warm_dist.tracking.client import CLIENT_ENV
 from warm_dist.tracking.mirror import Mirror, SendModel
@@ -126,8 +126,8 @@ def _end(run: Path, attempt: int, owner: str | None) -> tuple[str, dict[str, str
     """Status, tags and time of the run's end, or None if it is not known to have ended."""
     end = read_end(run, attempt=attempt_of(run))
     if end:
-        status = {0: "FINISHED", 75: "KILLED"}.get(end["code"], "FAILED")
-        tags = {"exit.code": str(end["code"]), "exit.reason": str(end["reason"])}
+        status = {0: "FINISHED", 75: "KILLED"}.get(end.code, "FAILED")
+        tags = {"exit.code": str(end.code), "exit.reason": end.reason}
         return status, tags, (run / EXIT).stat().st_mtime
     gone = not supervisor.alive(owner) if owner else _abandoned(run)
     if gone and attempt_of(run) == attempt:
@@ -152,9 +152,9 @@ def _abandoned(run: Path) -> bool:
 
 
 def _tracking(run: Path) -> TrackingConfig:
-    config = read_json(run / CONFIG)
-    if not isinstance(config, dict):
-        raise ConfigError(f"{run}: has no config.json; RUN is the folder that the config calls output")
+    config = read_config(run)
+    if config is None:
+        raise ConfigError(f"{run}: has no readable config.json; RUN is the folder that the config calls output")
     try:
         return TrackingConfig.model_validate(config.get("tracking", {}))
     except ValueError as error:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.errors import OutputError, UnreachableError, redact
-from warm_dist.files import read_json, write_json
-from warm_dist.runs.folder import CONFIG, EXIT, METRICS, MIRROR, RUN, SAMPLES, WEIGHTS
-from warm_dist.runs.metrics import parse_line
+from warm_dist.records import read_record, write_record
+from warm_dist.runs.folder import METRICS, MIRROR, RUN, SAMPLES, WEIGHTS, Attempt, Mirrored, read_config, read_end
+from warm_dist.runs.metrics import parse_line, tell_skipped
 from warm_dist.tracking.client import (
     PARENT_TAG,
     Point,
@@ -57,6 +57,7 @@ class Mirror:
         self._sending: int | None = None
         self._asked_until = 0  # the bytes of metrics.jsonl that `_held`, asked of the server, may cover
         self._held: set[Point] = set()
+        self._skipped: dict[int, bytes] = {}  # lines that cannot be read, by their place in the file
         self._grids: set[int] | None = None  # steps whose grid has arrived; None: ask
 
     def sync(self, running: bool) -> int:
@@ -96,8 +97,8 @@ class Mirror:
                 self._client.log_artifact(self._run_id, str(path))
             weights = self.run / WEIGHTS
             if send_model and status == "FINISHED" and weights.exists():
-                nimg = (read_json(self.run / EXIT) or {}).get("nimg", 0)
-                send_model(self._client, self._run_id, weights, nimg)
+                end = read_end(self.run)
+                send_model(self._client, self._run_id, weights, end.nimg if end else 0)
 
     def _send_values(self, status: str | None) -> int:
         if self._size() < max(self._offset, self._sending or 0):
@@ -113,7 +114,7 @@ class Mirror:
         """Send the config and new sample grids. A failing artifact store delays only these, not the metrics."""
         with reaching(self.url):
             if self._grids is None:
-                text = json.dumps(redact(read_json(self.run / CONFIG) or {}), indent=2)
+                text = json.dumps(redact(read_config(self.run) or {}), indent=2)
                 self._client.log_text(self._run_id, text + "\n", "config.json")
                 self._grids = self._list_grids()
             for path in sorted((self.run / SAMPLES).glob("*.png")):
@@ -133,13 +134,13 @@ class Mirror:
         if self._connected:
             return
         self._client = self._client or client_of(self.url)
-        state = read_json(self.run / MIRROR) or {}
-        found = self._find(state.get("run_id", ""))
+        state = read_record(self.run / MIRROR, Mirrored) or Mirrored(run_id="", offset=0, sending=None)
+        found = self._find(state.run_id)
         self._run_id, self._status = str(found.info.run_id), found.info.status
-        offset, sending, size = state.get("offset", 0), state.get("sending"), self._size()
-        if state.get("run_id") == self._run_id and max(offset, sending or 0) <= size:
-            self._offset, self._sending, self._asked_until = offset, sending, 0
-            self._held = set(self._points(0, offset)[0])
+        size = self._size()
+        if state.run_id == self._run_id and max(state.offset, state.sending or 0) <= size:
+            self._offset, self._sending, self._asked_until = state.offset, state.sending, 0
+            self._held = set(self._points(0, state.offset)[0])
         else:
             self._offset, self._sending, self._asked_until = 0, None, size
             self._held = history(self._client, found)
@@ -148,18 +149,19 @@ class Mirror:
         self._connected = True
 
     def _find(self, known: str) -> Any:
-        first = parse_line(self._first_line().decode(errors="replace")) or {}
+        first = parse_line(self._first_line()) or {}
         start = int(first["time"] * 1000) if "time" in first else None
         tags = {**_SOURCE, **({PARENT_TAG: self.parent} if self.parent else {})}
         return find_or_make(self._client, self.experiment, self._identity(), self.run_name, tags, start, known)
 
     def _describe(self, known: dict[str, str]) -> None:
         """Send parameters and tags. MLflow parameters are immutable, so a later attempt's value becomes a tag."""
-        config = redact(read_json(self.run / CONFIG) or {})
+        config = redact(read_config(self.run) or {})
         # MLflow refuses the name "$schema"
         params = {key: text for key, text in as_texts(config).items() if not key.startswith("$")}
         params |= _axis(config)
-        info = read_json(self.run / RUN) or {}
+        attempt = read_record(self.run / RUN, Attempt)
+        info = attempt.model_dump(exclude_none=True, exclude={"config_sha256"}) if attempt else {}
         tags = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         tags |= {"mlflow.source.git.commit": info["commit"]} if "commit" in info else {}
         tags |= {PARENT_TAG: self.parent} if self.parent else {}
@@ -178,13 +180,14 @@ class Mirror:
             self._held |= new.keys()
             self._remember(end, None)
             count += len(new)
+        tell_skipped(str(self.run / METRICS), [*self._skipped.values()])
         return count
 
     def _remember(self, offset: int, sending: int | None) -> None:
         self._offset, self._sending = offset, sending
         if offset >= self._asked_until:  # before that, only this process knows what the server has beyond `offset`
             with contextlib.suppress(OutputError):  # on a full disk the next mirror sends more again
-                write_json(self.run / MIRROR, {"run_id": self._run_id, "offset": offset, "sending": sending})
+                write_record(self.run / MIRROR, {"run_id": self._run_id, "offset": offset, "sending": sending})
 
     def _points(self, start: int, end: int) -> tuple[dict[Point, tuple[int, float, float]], dict[str, str]]:
         """The lines in these bytes as {point: (attempt, time, value)}, the highest attempt's, and texts as tags."""
@@ -204,8 +207,9 @@ class Mirror:
         with (self.run / METRICS).open("rb") as file:
             file.seek(start)
             lines = file.read(end - start).split(b"\n")
-        records = [parse_line(line.decode(errors="replace")) for line in lines]
-        return [record for record in records if record is not None]
+        parsed = [(line, parse_line(line)) for line in lines]
+        self._skipped |= {start + k: line for k, (line, record) in enumerate(parsed) if record is None}
+        return [record for _, record in parsed if record is not None]
 
     def _end_of_part(self) -> int:
         """The end of the last whole line in the next part of the file; what follows may be incomplete."""

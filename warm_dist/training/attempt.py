@@ -20,7 +20,7 @@ from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
-from warm_dist.runs.folder import METRICS, WEIGHTS, claim_run, describe_run, read_end, write_end
+from warm_dist.runs.folder import METRICS, WEIGHTS, Claim, describe_run, read_end
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.prometheus import Exporter
@@ -52,6 +52,7 @@ class Attempt:
             raise
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
+        self.claim: Claim | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
 
     def say(self, text: str) -> None:
@@ -64,7 +65,8 @@ class Attempt:
         """Train to the end of the run."""
         failure: BaseException | None = None
         try:
-            self.number = on_main(self.world, self._claim, "claim")
+            self.number = on_main(self.world, self._take, "claim")
+            self.claim = self.claim or Claim(self.path)
             with self.heartbeat:
                 try:
                     self._train()
@@ -81,14 +83,16 @@ class Attempt:
             failure = error
             raise
         finally:
-            if self.number and (failure is not None or self.world.is_main):
-                write_end(self.path, self.number, self.nimg, failure)
+            if self.claim is not None:
+                if failure is not None or self.world.is_main:
+                    self.claim.end(self.number, self.nimg, failure)
+                self.claim.release()
             if failure is None:
                 shutdown()
 
-    def _claim(self) -> int:
-        number, self._lock = claim_run(self.path)
-        return number
+    def _take(self) -> int:
+        self.claim = Claim.take(self.path)
+        return self.claim.attempt
 
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
         """Why a collective failed: the error that a peer has reported, or a diagnosis from the heartbeats."""
@@ -96,7 +100,7 @@ class Attempt:
         def reported() -> errors.PeerError | None:
             end = read_end(self.path, attempt=self.number)
             if end:
-                return errors.PeerError(end["reason"], end["code"], end["resumable"])
+                return errors.PeerError(end.reason, end.code, end.resumable)
             return self.heartbeat.peers_end()
 
         message = self.heartbeat.diagnose(error, lambda: reported() is not None)
@@ -110,7 +114,8 @@ class Attempt:
         with contextlib.closing(self.open_reader(config, world.rank, world.size)) as reader:
             for line in reader.describe():
                 self.say(line)
-            checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say)
+            assert self.claim is not None
+            checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self.claim.check)
             self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
             trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
@@ -150,7 +155,8 @@ class Attempt:
             exporter = Exporter(tracking.prometheus_host, tracking.prometheus_port)
             exporter.follow("heartbeat_age_s", "longest silence of a rank", self.heartbeat.silence_s)
             exporter.follow("checkpoint_age_s", "since the last safe checkpoint", trainer.unsafe_s)
-        log = MetricsLog(self.path / METRICS, self.number, exporter)
+        assert self.claim is not None
+        log = MetricsLog(self.path / METRICS, self.number, exporter, self.claim.check)
         log.begin()
         return log
 

@@ -122,6 +122,8 @@ class Trainer:
             return
         self._at("save")
         begun = time.monotonic()
+        if self.log is not None:
+            self.log.sync()  # before older checkpoints go
         meta = self._meta() | {"window": gather(self.world, self.metrics.sums.tolist())}
         size = self.checkpoints.save(CHECKPOINTS, self.nimg, state_tensors(self.engine, self.emas), meta)
         if self.config.checkpoint.url is None:

@@ -13,7 +13,7 @@ from warm_dist.errors import ConfigError
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with pytest.raises(ConfigError, match=r"no readable config\.json"):
         call(command.main, tmp_path)
     make_run(tmp_path, None)
     with pytest.raises(ConfigError, match="name a server with --url"):

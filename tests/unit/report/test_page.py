@@ -87,7 +87,7 @@ def test_an_empty_or_odd_run_still_has_a_page(tmp_path: Path) -> None:
             {"nimg": 5, "kind": "system"},
             evaluated(7, None),
             evaluated(8, nan),
-            evaluated(9, 12.0, spread=nan, floor=None, blocks=[1.0, 2.0], bnr="table(…)", nfe=None, method=None),
+            evaluated(9, 12.0, spread=None, floor=None, blocks=None, bnr="table(…)", nfe=None, method=""),
         ],
         tail='{"time": 1.7e9, "attempt": 1, "ni',
     )

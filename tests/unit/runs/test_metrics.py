@@ -55,3 +55,32 @@ def test_json_is_replaced_as_a_whole(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
     with pytest.raises(OutputError, match="cannot be written"):
         write_json(tmp_path / "none" / "a.json", {})
+
+
+ODD = (b"", b"garbage", b"\0\0\0", b"\xff\xfe", b"[1]", b"null", b'{"nimg": 1}', b"[" * 50_000,
+       *(json.dumps({"time": 1.0, "attempt": 1, "nimg": 64, "kind": "train", "loss": 1.0} | odd).encode() for odd in (
+           {"nimg": "64"}, {"nimg": 64.0}, {"nimg": True}, {"nimg": -1}, {"nimg": 10**400}, {"attempt": None}, {"attempt": []},
+           {"time": "now"}, {"time": 1e300}, {"kind": []}, {"kind": "later"}, {"kind": "event", "text": 7}, {"loss": "half"},
+           {"loss": [1]}, {"loss": {}}, {"loss": float("nan")}, {"loss": 10**400}, {"kind": "eval"}, {"a\u2028b": 1.0},
+           {"x" * 300: 1.0}, {"text": "x" * 2_000_000})))  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_a_line_that_cannot_be_read_is_skipped_and_told_once(tmp_path, capsys, number):
+    """Fault: one bit in metrics.jsonl blocks every resume, or its mirror for ever."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 1)
+    log.write(32, "train", loss=1.0)
+    with path.open("ab") as file:
+        file.write(ODD[number] + b"\n")
+    log.write(96, "train", loss=None)
+    assert [[r["nimg"] for r in read_metrics(path)] for _ in range(2)] == [[32, 96]] * 2
+    assert capsys.readouterr().err.splitlines() == [f"{path}: 1 line cannot be read; skipped"] * bool(ODD[number])
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_something_else_in_the_log_s_place_is_named(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written"):
+        MetricsLog(path, 1).write(32, "train", loss=1.0)

@@ -34,12 +34,12 @@ def test_a_sweep_that_has_begun_is_gone_on_with_only_on_request(ledger):
     record = begun(ledger, make([0.1, 0.2]))
     with pytest.raises(ConfigError, match="holds a sweep already; --resume goes on with it"):
         ledger.claim(make([0.1, 0.2]), resume=False)
-    assert ledger.claim(make([0.1, 0.2]), resume=True)["id"] == record["id"]
+    assert ledger.claim(make([0.1, 0.2]), resume=True).id == record.id
 
 
 def test_values_and_seeds_may_be_added_and_none_taken_away(ledger):
     record = begun(ledger, make([0.1, 0.2]))
-    assert ledger.claim(make([0.3, 0.1, 0.2], seeds=[1, 0]), resume=True)["id"] == record["id"]
+    assert ledger.claim(make([0.3, 0.1, 0.2], seeds=[1, 0]), resume=True).id == record.id
     for other in (make([0.1]), make([0.1, 0.2], seeds=[1]), make([0.1, 0.25])):
         with pytest.raises(ConfigError, match="holds a sweep of other trials"):
             ledger.claim(other, resume=True)
@@ -49,14 +49,14 @@ def test_a_start_that_came_to_nothing_claims_nothing(ledger):
     found = make([0.1])
     record = ledger.claim(found, resume=False)
     ledger.keep(record, found)
-    assert ledger.claim(make([0.2]), resume=False)["id"] == record["id"]
+    assert ledger.claim(make([0.2]), resume=False).id == record.id
 
 
 def test_how_a_trial_ended_is_kept_and_may_be_forgotten(ledger):
     (trial,) = make([0.1])
     assert ledger.ended(trial.name) is None
-    ledger.end(trial.name, Ended("failed", "no luck", 32))
-    assert ledger.ended(trial.name) == Ended("failed", "no luck", 32)
+    ledger.end(trial.name, Ended(state="failed", reason="no luck", nimg=32))
+    assert ledger.ended(trial.name) == Ended(state="failed", reason="no luck", nimg=32)
     ledger.forget(trial.name)
     assert ledger.ended(trial.name) is None
 

@@ -16,7 +16,7 @@ from tests.support.trials import ONE, first
 from warm_dist import errors
 from warm_dist.config.run import validate
 from warm_dist.config.sweep import TrialConfig
-from warm_dist.runs.folder import claim_run, write_end
+from warm_dist.runs.folder import Claim, write_end
 from warm_dist.runs.metrics import MetricsLog
 from warm_dist.sweeps.trial_process import SweepPaths, TrialRun, command, environment, make_paths, run_config
 
@@ -89,9 +89,10 @@ def test_a_run_that_somebody_else_holds_is_waited_for_and_then_told(tmp_path, ma
     sweep, trial = first(write_sweep(tmp_path, manifest, {}))
     run = TrialRun(trial, make_paths(sweep, "f00d", None), ONE, "one")
     monkeypatch.setattr(module, "FREE_S", 0.5)
-    _, lock = claim_run(run.run)
-    with lock, pytest.raises(UnreachableError, match="another process still trains in it"):
+    held = Claim.take(run.run)
+    with pytest.raises(UnreachableError, match="another process still trains in it"):
         run.start()
+    held.release()
     assert json.loads(json.dumps(run.config))["output"] == str(run.run)
 
 

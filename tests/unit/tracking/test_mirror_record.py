@@ -106,7 +106,7 @@ def test_each_value_arrives_once_with_its_own_time(server: Server, tmp_path: Pat
     log(tmp_path, range(3, 9))  # a step that was logged again, after a stop say
     assert one.sync(running=True) == 4
     assert server.held() == losses(range(1, 9))
-    first = parse_line((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    first = parse_line((tmp_path / "metrics.jsonl").read_bytes().splitlines()[0])
     assert first is not None
     assert server.runs["run0"].data.metrics["train/loss"][0][2] == int(first["time"] * 1000)
 
