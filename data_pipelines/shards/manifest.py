@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from warm_dist.data import LOW_MODES, DataInfo
-from warm_dist.errors import DataError
+from warm_dist.errors import DataError, print_once
 from warm_dist.store.base import Store, split_url
 from warm_dist.store.open import open_store
 
 NAME = "manifest.parquet"
-VERSION = 2
+VERSION = 3
+UNCERTIFIED = 2  # an older version, without a digest
 _HEADER = b"warm-dist"  # the key of the JSON header in the Parquet schema's metadata
+_DIGEST = b"warm-dist.sha256"  # the key of the digest of header and rows beside it
 _ARRAYS = ("mean_image", "power_spectrum", "low_mean", "low_covariance")
 _TYPES = {"shard": "int32", "key": "string", "label": "int64", "offset": "int64", "length": "int64", "crc32": "uint32"}
 _FEW_ROWS = 1 << 20  # up to this number rows fit into memory whatever the file claims
@@ -68,9 +70,14 @@ def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
     folder, name = split_url(url)
     data = open_store(folder, endpoint_url).read(name)
     try:
-        return _parse(data)
+        manifest, certified = _parse(data)
     except _Damage as damage:
         raise DataError(f"{url}: {damage}") from None
+    if not certified:
+        print_once(
+            f"{url}: has no digest, since an older version wrote it; damage may go unnoticed until it is packed anew"
+        )
+    return manifest
 
 
 def write_manifest(store: Store, manifest: Manifest) -> Manifest:
@@ -83,7 +90,9 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
     except _Damage as damage:
         raise DataError(f"{store.url}: the manifest would be invalid, it {damage}") from None
     columns = {name: pa.array(getattr(manifest, name)) for name in _TYPES}
-    table = pa.table(columns).replace_schema_metadata({_HEADER: json.dumps(_header(manifest))})
+    header = json.dumps(_header(manifest)).encode()
+    metadata = {_HEADER: header, _DIGEST: _digest(header, manifest)}
+    table = pa.table(columns).replace_schema_metadata(metadata)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue()
@@ -111,7 +120,21 @@ def _header(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _parse(data: bytes) -> Manifest:
+def _digest(header: bytes, manifest: Manifest) -> bytes:
+    """The sha256 of header and rows, as 64 hex digits; Parquet itself detects no flipped bit."""
+    digest = hashlib.sha256(header)
+    for name in _TYPES:
+        column = getattr(manifest, name)
+        if name == "key":
+            lengths = np.fromiter(map(len, column), np.int64, len(column))
+            digest.update(lengths.tobytes() + "".join(column).encode("utf-8", "surrogatepass"))
+        else:
+            digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest().encode()
+
+
+def _parse(data: bytes) -> tuple[Manifest, bool]:
+    """The manifest, and whether it has a digest."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,8 +144,8 @@ def _parse(data: bytes) -> Manifest:
         if file.metadata.num_rows > max(_FEW_ROWS, len(data)):
             raise _Damage(f"claims {file.metadata.num_rows} rows in {len(data)} bytes")
         schema = file.schema_arrow
-        metadata = (schema.metadata or {}).get(_HEADER)
-        if metadata is None:
+        header, told = ((schema.metadata or {}).get(key) for key in (_HEADER, _DIGEST))
+        if header is None:
             raise _Damage("has no warm-dist header; make one with `python -m data_pipelines.index`")
         found = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in _TYPES}
         if found != _TYPES:
@@ -133,16 +156,21 @@ def _parse(data: bytes) -> Manifest:
     if any(column.null_count for column in table.columns):
         raise _Damage("has empty cells")
     try:
-        manifest = _from_header(json.loads(metadata), table, hashlib.sha256(data).hexdigest())
+        tree = json.loads(header)
+        manifest = _from_header(tree, table, hashlib.sha256(data).hexdigest())
+        if told != _digest(header, manifest) and (told is not None or tree["version"] != UNCERTIFIED):
+            raise _Damage("differs from what was written (another sha256); copy it again, or pack the data again")
         _check(manifest)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, RecursionError) as error:
         raise _Damage(f"has a damaged header or column ({type(error).__name__}: {error})") from None
-    return manifest
+    return manifest, told is not None
 
 
 def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
-    if header["version"] != VERSION:
-        raise _Damage(f"has version {header['version']}, this program reads {VERSION}; pack or index the data again")
+    if header["version"] not in (UNCERTIFIED, VERSION):
+        raise _Damage(
+            f"has version {header['version']}, this program reads {UNCERTIFIED} and {VERSION}; pack or index the data again"
+        )
     fields = dict(header["info"])
     for name in ("resolution", "channels", "num_classes", "num_images"):
         fields[name] = int(fields[name])

@@ -13,7 +13,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from warm_dist.errors import AccessError, CheckpointError, DataError, OutputError
-from warm_dist.files import replace_file, sync, write_json
+from warm_dist.files import sync, write_json
 from warm_dist.networks.flat import Published
 from warm_dist.records import DamagedError, Record, unseal
 from warm_dist.store.base import Store
@@ -93,7 +92,7 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str,
     Raises OutputError, and then leaves neither file behind.
     """
     path, done = folder / f"rank_{rank}.safetensors", folder / f"rank_{rank}.done"
-    header, size = _header({key: (tensor.numel(),) for key, tensor in tensors.items()}, {})
+    header, size = header_of({key: (tensor.numel(),) for key, tensor in tensors.items()}, {})
     index: dict[str, tuple[int, int, str]] = {}
     try:
         with path.open("wb") as out:
@@ -117,7 +116,7 @@ def _digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _header(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tuple[bytes, int]:
+def header_of(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> tuple[bytes, int]:
     """The header of a safetensors file of float32 tensors in this order, and the size of the whole file, bytes."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -155,7 +154,7 @@ def open_saved(store: Store, name: str) -> Saved:
     return Saved(store, name, complete.model_dump())
 
 
-class _Tensor(NamedTuple):
+class Fragment(NamedTuple):
     """A stored fragment: elements start … stop - 1 of a parameter, at offset … end - 1 in its file, bytes."""
 
     kind: str
@@ -178,7 +177,7 @@ Wanted = Callable[[str, str, int, int], bool]
 """(kind, name, start, stop) of a stored fragment → whether it is needed."""
 
 
-def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
+def index_of(saved: Saved, file: dict[str, Any]) -> list[Fragment]:
     """The fragments in a rank's file, in their order."""
     where = f"{saved}/{file['done']}"
     try:
@@ -195,24 +194,24 @@ def _index(saved: Saved, file: dict[str, Any]) -> list[_Tensor]:
     for key, (offset, size, sha256) in done.tensors.items():
         kind, _, rest = key.partition("/")
         name, _, start = rest.rpartition("@")
-        out.append(_Tensor(kind, name, int(start), offset, size, sha256))
+        out.append(Fragment(kind, name, int(start), offset, size, sha256))
     return out
 
 
-def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> Iterator[tuple[_Tensor, Tensor]]:
+def _pieces(saved: Saved, files: Iterable[dict[str, Any]], wanted: Wanted) -> Iterator[tuple[Fragment, Tensor]]:
     """Each wanted fragment with its values (n,) float32, checked against its hash; adjacent ones share a read."""
     for file in files:
-        run: list[_Tensor] = []
-        for tensor in [t for t in _index(saved, file) if wanted(t.kind, t.name, t.start, t.stop)]:
+        run: list[Fragment] = []
+        for tensor in [t for t in index_of(saved, file) if wanted(t.kind, t.name, t.start, t.stop)]:
             if run and (run[-1].end != tensor.offset or tensor.end - run[0].offset > _GET_BYTES):
-                yield from _read(saved, file["file"], run)
+                yield from read_fragments(saved, file["file"], run)
                 run = []
             run.append(tensor)
         if run:
-            yield from _read(saved, file["file"], run)
+            yield from read_fragments(saved, file["file"], run)
 
 
-def _read(saved: Saved, file: str, run: list[_Tensor]) -> Iterator[tuple[_Tensor, Tensor]]:
+def read_fragments(saved: Saved, file: str, run: list[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
     begin, end = run[0].offset, run[-1].end
     try:
         data = memoryview(bytearray(saved.store.read(f"{saved.name}/{file}", begin, end - begin)))
@@ -286,64 +285,3 @@ def _load(saved: Saved, rank: int, targets: Targets) -> None:
     absent = [f"{kind}/{name}" for (kind, name), count in missing.items() if count]
     if absent:
         raise CheckpointError(f"{saved}: lacks {len(absent)} of this network's tensors, first {absent[0]}")
-
-
-Part = tuple[Saved, str, float]
-"""A checkpoint or snapshot, a kind of tensors in it, and their factor in a sum."""
-
-
-def export_tensors(parts: list[Part], tensors: Sequence[Published], path: Path, metadata: dict[str, str]) -> None:
-    """Write the weighted sum of the parts as one safetensors file of published tensors, holding one block at a time.
-
-    tensors: all of the network's, block by block. Raises CheckpointError if a part lacks a value, OutputError if the
-    file cannot be written.
-    """
-    layouts = [_layout(saved, kind) for saved, kind, _ in parts]
-    header, _ = _header({tensor.name: tensor.piece.shape for tensor in tensors}, metadata)
-
-    def fill(temporary: Path) -> None:
-        with temporary.open("wb") as out:
-            out.write(header)
-            for _, block in groupby(tensors, key=lambda tensor: tensor.flat):
-                members = list(block)
-                total = torch.zeros(members[-1].stop, dtype=torch.float64)
-                for part, layout in zip(parts, layouts, strict=True):
-                    total += part[2] * _whole(part, layout, members)
-                for tensor in members:
-                    values = tensor.piece.publish(total[tensor.start : tensor.stop]).float()
-                    out.write(values.view(-1).numpy().data.cast("B"))
-
-    replace_file(path, fill)
-
-
-def _whole(part: Part, layout: Layout, members: list[Published]) -> Tensor:
-    """All elements of one flat parameter, (n,) float64, from a checkpoint of either format."""
-    if part[0].meta["format"] == FORMAT:
-        return _stored(part, layout, members[0].flat, members[-1].stop)
-    return torch.cat([tensor.piece.adopt(_stored(part, layout, tensor.name, tensor.piece.numel)) for tensor in members])
-
-
-def _stored(part: Part, layout: Layout, name: str, count: int) -> Tensor:
-    """All `count` elements under one name, (count,) float64, put together from their fragments."""
-    saved, kind, _ = part
-    out, missing = torch.empty(count, dtype=torch.float64), count
-    for file, stored in layout.get(name, ()):
-        for tensor, values in _read(saved, file, [stored]):
-            out[tensor.start : tensor.stop] = values
-            missing -= len(values)
-    if missing:
-        raise CheckpointError(f"{saved}: lacks {kind}/{name}")
-    return out
-
-
-Layout = dict[str, list[tuple[str, _Tensor]]]
-"""Parameter name → its fragments and the file of each."""
-
-
-def _layout(saved: Saved, kind: str) -> Layout:
-    out: Layout = {}
-    for file in saved.meta["files"]:
-        for tensor in _index(saved, file):
-            if tensor.kind == kind:
-                out.setdefault(tensor.name, []).append((file["file"], tensor))
-    return out

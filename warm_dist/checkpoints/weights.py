@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from warm_dist.checkpoints.format import COMPLETE, Part, export_tensors, open_saved
+from warm_dist.checkpoints.export import Part, export_tensors, is_certified
+from warm_dist.checkpoints.format import COMPLETE, open_saved
 from warm_dist.config.load import parse_json
 from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
-from warm_dist.errors import CheckpointError, redact
+from warm_dist.errors import CheckpointError, print_once, redact
 from warm_dist.networks.flat import adopt, published
 from warm_dist.networks.unet import build
 from warm_dist.runs.folder import EXPORTS, WEIGHTS
@@ -46,15 +47,20 @@ def export_weights(parts: list[Part], path: Path) -> None:
 def load_weights(path: Path, device: torch.device | None = None) -> Model:
     """Load a network from a weights file, in evaluation mode. Raises CheckpointError for any other file."""
     try:
+        certified = is_certified(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        if metadata.keys() != {"config", "data", "nimg"} | ({"sha256"} if certified else set()):
+            raise KeyError
         config = validate(parse_json(metadata["config"], str(path)), str(path))
         info = DataInfo.from_json(json.loads(metadata["data"]))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
+    if not certified:
+        print_once(f"{path}: has no digest, since an older version wrote it; damage would go unnoticed")
     network = build(config)
     try:
         adopt(network, state)

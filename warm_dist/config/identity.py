@@ -11,7 +11,10 @@ from typing import Any
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
 
-RESUMED = ("network", "process", "data.num_lanes", "data.chunk", "data.window", "train.seed")
+NETWORK = ("network", "process", "data.resolution", "data.channels", "data.num_classes", "train.augment")
+"""Keys that make another network. Of train.augment only whether it is 0 does: the network sees the augmentations."""
+
+RESUMED = (*NETWORK, "data.num_lanes", "data.chunk", "data.window", "train.seed")
 """Keys that a checkpoint and the run that resumes it must share, or its state would mean something else."""
 
 INCIDENTAL = ("$schema", "description", "output", "tracking", "checkpoint", "data.endpoint_url", "data.cache_dir",
@@ -25,7 +28,7 @@ def first_difference(saved: dict[str, Any], config: Config) -> tuple[str, Any, A
     ours = dump(config)
     for key in RESUMED:
         a, b = (reduce(getitem, key.split("."), tree) for tree in (saved, ours))
-        if a != b:
+        if a != b and not (key == "train.augment" and a and b):
             return key, a, b
     return None
 
@@ -47,12 +50,13 @@ def digest(config: Config) -> str:
 
 
 def recipe(config: Config, fingerprint: str) -> str:
-    """12 hex digits of all that defines the weights but train.seed: process, network, training, precision, data.
+    """12 hex digits of all that defines the weights but train.seed: process, network, classes, training, precision, data.
 
     fingerprint: the data set's.
     """
     tree = dump(config)
     del tree["train"]["seed"]
     sections = {key: tree[key] for key in ("process", "network", "train")}
+    sections["num_classes"] = tree["data"]["num_classes"]
     text = json.dumps([sections, tree["parallel"]["precision"], fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,8 +1,12 @@
 """Exported weights: a file that needs nothing else, and nothing else taken for one."""
 
+import os
+import random
+
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.support.saved_state import save
 from warm_dist.checkpoints.weights import export_weights, load_weights
@@ -44,3 +48,39 @@ def test_a_foreign_file_is_not_taken_for_weights(tmp_path):
         load_weights(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not a readable"):
         load_weights(tmp_path / "absent")
+
+
+def test_a_flipped_bit_in_exported_weights_is_found(tmp_path, state):
+    """Fault: 231 of 300 flipped bits load as other weights."""
+    path = tmp_path / "ema.safetensors"
+    export_weights([(save(tmp_path, state, 80), "ema", 1.0)], path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    chosen = random.Random(0)
+    for byte in [*range(8), *chosen.sample(range(8, header), 60), *chosen.sample(range(header, len(data)), 20)]:
+        flipped = bytearray(data)
+        flipped[byte] ^= 1 << chosen.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=str(path)):
+            load_weights(path)
+
+
+def test_weights_of_an_older_version_load_with_a_line(tmp_path, state, capsys):
+    path = tmp_path / "ema.safetensors"
+    export_weights([(save(tmp_path, state, 80), "ema", 1.0)], path)
+    expected = load_weights(path).network.state_dict()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["sha256"]
+    save_file(load_file(path), path, metadata)
+    assert capsys.readouterr().err == ""
+    loaded = load_weights(path).network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    assert "has no digest, since an older version wrote it" in capsys.readouterr().err
+    save_file(load_file(path), path, metadata | {"shb256": "0" * 64})
+    with pytest.raises(CheckpointError, match="not made by"):
+        load_weights(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_weights(path)

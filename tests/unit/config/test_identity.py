@@ -37,6 +37,7 @@ PLACES: dict[str, Any] = {
 WEIGHTS: dict[str, Any] = {
     "process.bnr": 0.25,
     "network.channels": 32,
+    "data.num_classes": 4,
     "train.lr": 0.5,
     "train.horizontal_flips": False,
     "parallel.precision": "bf16",
@@ -44,6 +45,10 @@ WEIGHTS: dict[str, Any] = {
 CHANGES: dict[str, tuple[str, Any]] = {
     "network": ("network.channels", 32),
     "process": ("process.p_mean", 0.5),
+    "data.resolution": ("data.resolution", 16),
+    "data.channels": ("data.channels", 1),
+    "data.num_classes": ("data.num_classes", 4),
+    "train.augment": ("train.augment", 0.5),
     "data.num_lanes": ("data.num_lanes", 8),
     "data.chunk": ("data.chunk", 8),
     "data.window": ("data.window", 8),
@@ -61,7 +66,8 @@ def changed(key: str, value: Any) -> Config:
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_resume_names_the_key_that_differs(key: str) -> None:
     """Fault: a checkpoint of another network, process, order of images or seed is resumed from."""
-    saved = dump(changed(*CHANGES[key]))
+    saved = dump(BASE)
+    assign(saved, *CHANGES[key], key)
     there, here = (reduce(getitem, key.split("."), tree) for tree in (saved, dump(BASE)))
     assert first_difference(saved, BASE) == (key, there, here)
     assert there != here
@@ -73,6 +79,8 @@ def test_a_resume_may_change_all_else_and_is_told_the_first_difference() -> None
     assert first_difference(dump(BASE), BASE) is None
     for key, value in {**PLACES, **MEASURES, "train.lr": 0.5, "train.total_nimg": 1600}.items():
         assert first_difference(dump(changed(key, value)), BASE) is None, key
+    more, less = changed("train.augment", 0.5), changed("train.augment", 0.1)
+    assert first_difference(dump(more), less) is None, "the same network, seldom or often augmented"
     saved = dump(changed("train.seed", 7))
     assert first_difference(saved, BASE) == ("train.seed", 7, 0)
     saved["data"]["chunk"] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.pack import pack
-from data_pipelines.shards.manifest import NAME, read_manifest, write_manifest
+from data_pipelines.shards.manifest import (
+    _TYPES,
+    NAME,
+    Manifest,
+    _Damage,
+    _header,
+    _parse,
+    read_manifest,
+    write_manifest,
+)
 from data_pipelines.shards.payload import decode
 from tests.support.packing import contents, noise_source
 from warm_dist.errors import DataError
@@ -64,17 +74,74 @@ def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
         pq.write_table(table, buffer)
         return buffer.getvalue()
 
-    newer = header.replace(b'"version": 2', b'"version": 9')
+    newer = header.replace(b'"version": 3', b'"version": 9')
+    old = header.replace(b'"version": 3', b'"version": 2')
     halved = header[: len(header) // 2]
     for damaged, words in (
         (data[:-100], "not a readable Parquet"),
         (b"", "not a readable Parquet"),
-        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 2"),
+        (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 2 and 3"),
         (parquet(table.replace_schema_metadata({"warm-dist": halved})), "damaged header"),
         (parquet(table.replace_schema_metadata({})), "no warm-dist header"),
         (parquet(table.drop_columns(["crc32"])), "'crc32': 'missing'"),
-        (parquet(table[:20]), "has 20 rows, its header counts 21"),
+        (parquet(table[:20].replace_schema_metadata({"warm-dist": old})), "has 20 rows, its header counts 21"),
     ):
         store.write(NAME, damaged)
         with pytest.raises(DataError, match=words):
             read_manifest(f"{store.url}/{NAME}")
+
+
+def _same(one: Manifest, other: Manifest) -> bool:
+    return _header(one) == _header(other) and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in _TYPES)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Fault: a flipped bit of the manifest changes labels, keys or statistics, and nothing says so."""
+    pack(noise_source(21, size=4), str(tmp_path), shard_size=8)
+    data = (tmp_path / NAME).read_bytes()
+    good, certified = _parse(data)
+    assert certified
+    bits, refused = random.Random(0).sample(range(8 * len(data)), 600), 0
+    for bit in bits:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            manifest, certified = _parse(bytes(flipped))
+            assert certified
+            assert _same(manifest, good)
+        except _Damage:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("column", _TYPES)
+def test_another_value_in_any_column_is_found(tmp_path: Path, column: str) -> None:
+    pack(noise_source(21, size=4), str(tmp_path), shard_size=8)
+    table = pq.read_table(tmp_path / NAME)
+    values = table[column].to_pylist()
+    values[3], values[4] = values[4], values[3]
+    values[5] = values[3] if column != "key" else values[5] + "x"
+    values = values if values != table[column].to_pylist() else [1, *values[1:]]
+    changed = table.set_column(
+        table.schema.get_field_index(column),
+        table.schema.field(column),
+        pa.array(values, table.schema.field(column).type),
+    )
+    pq.write_table(changed, tmp_path / NAME)
+    with pytest.raises(DataError, match="another sha256"):
+        read_manifest(f"{tmp_path}/{NAME}")
+
+
+def test_one_of_an_older_version_is_read_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(noise_source(21, size=4), str(tmp_path), shard_size=8)
+    table = pq.read_table(tmp_path / NAME)
+    header = table.schema.metadata[b"warm-dist"]
+    for version, told in ((b"3", "another sha256"), (b"2", None)):
+        old = header.replace(b'"version": 3', b'"version": ' + version)
+        pq.write_table(table.replace_schema_metadata({"warm-dist": old}), tmp_path / NAME)
+        if told:
+            with pytest.raises(DataError, match=told):
+                read_manifest(f"{tmp_path}/{NAME}")
+        else:
+            assert read_manifest(f"{tmp_path}/{NAME}").info.num_images == 21
+    assert capsys.readouterr().err.count("has no digest, since an older version wrote it") == 1
