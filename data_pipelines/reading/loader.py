@@ -25,7 +25,7 @@ from data_pipelines.shards.payload import decode
 from warm_dist.config.batch import check_lanes
 from warm_dist.config.run import Config
 from warm_dist.data import Batch, DataInfo
-from warm_dist.errors import ConfigError, DataError
+from warm_dist.errors import ConfigError, DataError, print_once
 from warm_dist.store.base import Store, split_url
 from warm_dist.store.cache import CachedStore
 from warm_dist.store.open import open_store
@@ -259,19 +259,29 @@ class Loader:
     def _read(self, rows: NDArray[np.int64], first: int, length: int, out: NDArray[np.uint8]) -> None:
         manifest, shard = self.manifest, int(self.manifest.shard[rows[0]])
         name, etag = manifest.shards[shard].name, self._etags[shard]
-        data = memoryview(self.store.read(name, first, length, etag))
-        starts, sizes, crcs = manifest.offset[rows] - first, manifest.length[rows], manifest.crc32[rows]
-        columns = rows.tolist(), starts.tolist(), sizes.tolist(), crcs.tolist()
-        for row, start, size, crc, image in zip(*columns, out, strict=True):
-            payload = data[start : start + size]
-            if crc32(payload) != crc:
-                cached = self.store.forget(name, first + start, size, etag)
-                advice = "its cached copy was deleted, run the same command again" if cached else _REPACK
-                raise DataError(f"{manifest.name(row)}: its crc32 is not the manifest's; {advice}")
+        payloads, wrong = self._payloads(rows, first, self.store.read(name, first, length, etag))
+        if wrong is not None:  # in a cache, or on the way: the object itself cannot have changed
+            cached = self.store.forget(name, first, length, etag)
+            print_once(
+                f"{manifest.name(wrong)}: {'its cached copy' if cached else 'what arrived'} is damaged; read again"
+            )
+            payloads = []  # frees the bytes
+            payloads, wrong = self._payloads(rows, first, self.store.read(name, first, length, etag))
+        if wrong is not None:
+            raise DataError(f"{manifest.name(wrong)}: its crc32 is not the manifest's; {_REPACK}")
+        for row, payload, image in zip(rows.tolist(), payloads, out, strict=True):
             try:
                 image[:] = decode(payload, self._shape).transpose(2, 0, 1)
             except (ValueError, OSError) as error:
                 raise DataError(f"{manifest.name(row)}: does not decode ({error})") from None
+
+    def _payloads(self, rows: NDArray[np.int64], first: int, data: bytes) -> tuple[list[memoryview], int | None]:
+        """The rows' bytes in `data`, which begins at `first` of their shard, and the first row whose crc32 is wrong."""
+        starts, sizes = self.manifest.offset[rows] - first, self.manifest.length[rows]
+        whole = memoryview(data)
+        out = [whole[start : start + size] for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
+        right = zip(rows.tolist(), out, self.manifest.crc32[rows].tolist(), strict=True)
+        return out, next((row for row, payload, crc in right if crc32(payload) != crc), None)
 
 
 class _Held:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from warm_dist.errors import DataError, UnreachableError
-from warm_dist.store import s3
+from warm_dist.store import s3, s3_answers
 from warm_dist.store.base import Store
 from warm_dist.store.s3 import S3Store
 
@@ -71,10 +71,13 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
             self.send_response(412)
             self.end_headers()
             return
-        first, _, last = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
-        body = self.content[int(first) : int(last) + 1 if last else None]
+        first, _, end = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+        body = self.content[int(first) : int(end) + 1 if end else None]
         self.send_response(206 if asked else 200)
         self.send_header("ETag", f'"{self.etag}"')
+        if asked:
+            last = int(first) + len(body) - 1
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with suppress(OSError):  # the client has gone
@@ -133,7 +136,7 @@ def test_a_body_that_advances_is_resumed_as_often_as_it_takes(monkeypatch: pytes
 
 def test_a_trickle_is_broken_off_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each recv brings something in time, so no silence is ever long; only the whole body's deadline ends it."""
-    monkeypatch.setattr(s3, "BODY_S", 0.05)
+    monkeypatch.setattr(s3_answers, "BODY_S", 0.05)
     with unsteady(trickle_s=0.02) as (store, handler):
         assert store.read("a", 0, 3000, "first") == Unsteady.content[:3000]
         starts = [int(str(asked).removeprefix("bytes=").split("-")[0]) for asked, _ in handler.requests]

@@ -47,7 +47,7 @@ from warm_dist.errors import (
 from warm_dist.files import make_folder
 from warm_dist.records import write_record
 from warm_dist.runs.folder import METRICS, MIRROR
-from warm_dist.runs.metrics import last_attempt
+from warm_dist.runs.metrics import last_attempt, read_metrics
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
@@ -180,7 +180,19 @@ class CheckpointManager:
             self.remote.delete(PROBE)
         found = [(False, name) for name in complete_names(self.local, CHECKPOINTS)] if self.shared else []
         found += [(True, name) for name in complete_names(self.remote, CHECKPOINTS)] if self.remote else []
+        if not found and (last := self._last_saved()):
+            where = " or ".join([str(self.run)] * self.shared + [self.config.url or ""] * bool(self.remote))
+            raise CheckpointError(
+                f"{self.run}: had a checkpoint at nimg {last}, and none is found in {where}; bring it back, or set output "
+                "(and checkpoint.url) to a new place to start afresh"
+            )
         return sorted(found, key=lambda one: (-nimg_of(one[1]), one[0]))
+
+    def _last_saved(self) -> int:
+        """The nimg of the last checkpoint that metrics.jsonl tells of where it should still be, 0 without one."""
+        there = [r for r in read_metrics(self.run / METRICS) if r["kind"] == "upload" and r.get("failed") == 0]
+        here = [r for r in read_metrics(self.run / METRICS) if r["kind"] == "checkpoint"] if self.shared else []
+        return max((record["nimg"] for record in here * (self.remote is None) + there), default=0)
 
     def _send_left_behind(self, restored: Saved) -> None:
         """Upload what an earlier attempt could not, and discard its unfinished uploads."""

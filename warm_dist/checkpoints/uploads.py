@@ -62,12 +62,15 @@ class Uploads:
             return [u.name for u in self._queue if u.droppable], [u.name for u in self._ended if u.error]
 
     def drop(self, names: set[str]) -> None:
-        """Cancel these uploads; the one being sent stops as soon as it can."""
+        """Cancel these uploads; the one being sent stops as soon as it can, the others end at once."""
         with self._changed:
-            for upload in self._queue:
-                if upload.name in names:
-                    upload.superseded = True
-                    upload.dropped.set()
+            for upload in [upload for upload in self._queue if upload.name in names]:
+                upload.superseded = True
+                upload.dropped.set()
+                if upload is not self._queue[0]:  # its files are no longer needed, however long the first one takes
+                    upload.error = self._given_up(upload)
+                    self._queue.remove(upload)
+                    self._ended.append(upload)
 
     def pending(self) -> set[str]:
         """Names in the queue, whose local files are still needed."""
@@ -144,5 +147,9 @@ class Uploads:
             except UnreachableError as error:
                 failures, upload.last_failure = failures + 1, str(error)
             upload.dropped.wait(random.uniform(0, min(MAX_PAUSE_S, 0.5 * 2**failures)))
+        raise UnreachableError(Uploads._given_up(upload))
+
+    @staticmethod
+    def _given_up(upload: Upload) -> str:
         why = "a newer one takes its place" if upload.superseded else "the run ends"
-        raise UnreachableError(f"given up, {why}{f'; {upload.last_failure}' if upload.last_failure else ''}")
+        return f"given up, {why}{f'; {upload.last_failure}' if upload.last_failure else ''}"

@@ -15,25 +15,30 @@ import random
 import re
 import time
 from base64 import b64encode
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
-from warm_dist.errors import (
-    AccessError,
-    BucketError,
-    ConfigError,
-    DataError,
-    MissingError,
-    OutputError,
-    UnreachableError,
-)
+from warm_dist.deadlines import answers_within
+from warm_dist.errors import AccessError, ConfigError, OutputError, UnreachableError
 from warm_dist.store.base import Stat, Store, too_short
+from warm_dist.store.s3_answers import (
+    PIECE_BYTES,
+    OddAnswerError,
+    Place,
+    content_length,
+    drain,
+    refuse_redirect,
+    translated,
+)
 
 ATTEMPTS = 5  # per request, by boto3, which never retries a body
 CONNECT_S, READ_S = 5, 10  # timeouts of one attempt
-BODY_S = 30  # limit for one body; another connection may be faster
+ANSWER_S = 60  # limit for the last of a request's attempts, however steadily its answer drips
 PRESIGNED_S = 3600  # lifetime of a URL, renewed at half of it
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 8.0  # doubles with each failure; the wait is uniform between 0 and that
 # A read may take PATIENCE_S plus the time of its bytes so far at SLOWEST. Its last attempt starts at most 8 s later and
@@ -41,8 +46,9 @@ BACKOFF_S, MAX_BACKOFF_S = 0.2, 8.0  # doubles with each failure; the wait is un
 # peers time out. Four stalls in a row are survived.
 PATIENCE_S = 45
 SLOWEST = 400_000  # bytes/s
-_PIECE_BYTES = 256 << 10  # per read from a body
-_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+
+
+T = TypeVar("T")
 
 
 class _Answer(NamedTuple):
@@ -56,8 +62,8 @@ class _Answer(NamedTuple):
 class S3Store(Store):
     """A prefix in a bucket.
 
-    credentials: (access key, secret key); None: boto3's own chain. attempts: per request. Raises ConfigError for a
-    placeholder bucket.
+    credentials: (access key, secret key); None: boto3's own chain, asked again once a server refuses what it gave.
+    attempts: per request. Raises ConfigError for a placeholder bucket.
     """
 
     def __init__(
@@ -74,20 +80,33 @@ class S3Store(Store):
         self._where = endpoint_url or "AWS"
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, monotonic time of its creation
-
-        import boto3
-
         if endpoint_url:  # outside AWS the metadata service does not exist, and asking for it takes seconds
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+        self._given, self._attempts, self._renewing = credentials, attempts, Lock()
         with self._errors(""):
-            session = boto3.session.Session(*(credentials or ()))
-            self.client, self.streaming = (self._connect(session, attempts) for attempts in (attempts, 1))
+            self._open()
+
+    def _open(self) -> None:
+        import boto3
+
+        session = boto3.session.Session(*(self._given or ()))
+        found = session.get_credentials()
+        self._keys = found and found.get_frozen_credentials()
+        self.client, self.streaming = (self._connect(session, attempts) for attempts in (self._attempts, 1))
+        self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, monotonic time of its creation
+
+    def _renewed(self, refused: Any) -> bool:
+        """Whether there are other credentials than the refused ones, as after a rotation; they are used from now on."""
+        with self._renewing:
+            if self._given is None and self._keys == refused:
+                with self._errors(""):
+                    self._open()
+            return bool(self._keys != refused)
 
     def _connect(self, session: Any, attempts: int) -> Any:
         from botocore.config import Config
 
-        return session.client(
+        client = session.client(
             "s3",
             endpoint_url=self.endpoint_url,
             region_name=session.region_name or "us-east-1",
@@ -101,8 +120,27 @@ class S3Store(Store):
                 # many S3 servers refuse the newer checksums; bodies have Content-MD5, images a crc32
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
+                proxies={} if _is_loopback(self.endpoint_url) else None,  # a proxy's loopback is another machine's
             ),
         )
+        client.meta.events.register_first(
+            "needs-retry.s3", lambda response=None, **more: refuse_redirect(response, self._where)
+        )
+        return client
+
+    def _call(self, path: str, request: Callable[[], T]) -> T:
+        """Send a request; once more with renewed credentials, or after what was not an S3 answer."""
+        used = self._keys
+        try:
+            with self._errors(path), answers_within(ANSWER_S):
+                return request()
+        except AccessError:
+            if not self._renewed(used):
+                raise
+        except OddAnswerError:
+            pass
+        with self._errors(path), answers_within(ANSWER_S):
+            return request()
 
     def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         if length == 0:
@@ -120,7 +158,7 @@ class S3Store(Store):
                 etag = etag or response.etag  # a resumed body must come from the same object
                 promised = got + response.length
                 length = promised if length is None else length
-                failure = UnreachableError(f"{self._name(path)}: the body {_drain(response.stream, body)}")
+                failure = UnreachableError(f"{self._name(path)}: the body {drain(response.stream, body)}")
                 if body.tell() == length:
                     return body.getvalue()
                 if body.tell() == promised:
@@ -135,14 +173,28 @@ class S3Store(Store):
         conditions = {"IfMatch": f'"{etag}"'} if etag else {}
         if first or last is not None:
             conditions["Range"] = f"bytes={first}-{'' if last is None else last}"
-        with self._errors(path):
-            if etag and (answer := self._quick_get(path, conditions, etag)):
-                return answer
-            client = self.streaming if etag else self.client
-            response = client.get_object(Bucket=self.bucket, Key=self.prefix + path, **conditions)
-        return _Answer(response["Body"]._raw_stream, response["ContentLength"], response["ETag"].strip('"'))
 
-    def _quick_get(self, path: str, conditions: dict[str, str], etag: str) -> _Answer | None:
+        def request() -> _Answer:
+            status, headers, stream = self._send_get(path, conditions)
+            try:
+                return _Answer(stream, content_length(status, headers, first, last), etag or headers["etag"].strip('"'))
+            except (KeyError, ValueError) as error:
+                stream.close()
+                raise self._place(path).odd(error) from None
+
+        return self._call(path, request)
+
+    def _send_get(self, path: str, conditions: dict[str, str]) -> tuple[int, Mapping[str, str], Any]:
+        """Status, headers and body of a GET."""
+        known = "IfMatch" in conditions
+        if known and (answer := self._quick_get(path, conditions)):
+            return answer
+        client = self.streaming if known else self.client
+        response = client.get_object(Bucket=self.bucket, Key=self.prefix + path, **conditions)
+        meta = response["ResponseMetadata"]
+        return meta["HTTPStatusCode"], meta["HTTPHeaders"], response["Body"]._raw_stream
+
+    def _quick_get(self, path: str, conditions: dict[str, str]) -> tuple[int, Mapping[str, str], Any] | None:
         """get_object with one presigned URL for all ranges of an object, which saves boto3's millisecond per request.
 
         None if the server refuses: get_object then repeats the request and reports why, or finds new credentials.
@@ -166,40 +218,57 @@ class S3Store(Store):
                 raise UnreachableError(f"{self._name(path)}: the server failed ({status})")
             self._presigned.pop(path, None)
             return None
-        return _Answer(answer.raw, int(answer.headers["Content-Length"]), etag)
+        return status, answer.headers, answer.raw
 
     def held_bytes(self, length: int) -> int:
-        return length * 9 // 8 + _PIECE_BYTES  # BytesIO grows by an eighth
+        return length * 9 // 8 + PIECE_BYTES  # BytesIO grows by an eighth
 
     def write(self, path: str, data: bytes) -> None:
         md5 = b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        with self._errors(path):
-            self.client.put_object(Bucket=self.bucket, Key=self.prefix + path, Body=data, ContentMD5=md5)
+        where = {"Bucket": self.bucket, "Key": self.prefix + path}
+        self._call(path, lambda: self.client.put_object(**where, Body=data, ContentMD5=md5))
 
     def upload(self, path: str, local_file: Path) -> None:
         # not upload_file, which hides the cause of a failure in another exception's text
-        with self._errors(path), local_file.open("rb") as file:
-            self.client.upload_fileobj(file, self.bucket, self.prefix + path)
+        def send() -> None:
+            with local_file.open("rb") as file:
+                self.client.upload_fileobj(file, self.bucket, self.prefix + path)
+
+        self._call(path, send)
         size, expected = self.stat(path).size, local_file.stat().st_size
         if size != expected:
             raise OutputError(f"{self._name(path)}: {size} of {expected} bytes arrived; upload it again")
 
     def stat(self, path: str) -> Stat:
-        with self._errors(path):
+        def request() -> Stat:
             head = self.client.head_object(Bucket=self.bucket, Key=self.prefix + path)
-            return Stat(head["ContentLength"], head["ETag"].strip('"'))
+            try:
+                return Stat(head["ContentLength"], head["ETag"].strip('"'))
+            except KeyError as error:
+                raise self._place(path).odd(error) from None
+
+        return self._call(path, request)
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        with self._errors(prefix):
-            paginator = self.client.get_paginator("list_objects_v2")
-            pages = paginator.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-            items = [item for page in pages for item in page.get("Contents", ())]
-        found = {item["Key"][len(self.prefix) :]: Stat(item["Size"], item["ETag"].strip('"')) for item in items}
-        return dict(sorted(found.items()))
+        return dict(sorted(self._call(prefix, partial(self._list, prefix)).items()))
+
+    def _list(self, prefix: str) -> dict[str, Stat]:
+        wanted, found = self.prefix + prefix, dict[str, Stat]()
+        paginator = self.client.get_paginator("list_objects_v2")
+        for page in paginator.paginate(Bucket=self.bucket, Prefix=wanted):
+            try:
+                if not (page["Name"] and isinstance(page["IsTruncated"], bool)):  # an empty answer is not an empty list
+                    raise ValueError("a list of no bucket")
+                for item in page.get("Contents", ()):
+                    if not item["Key"].startswith(wanted):
+                        raise ValueError("a list of other names")
+                    found[item["Key"][len(self.prefix) :]] = Stat(item["Size"], item["ETag"].strip('"'))
+            except (KeyError, ValueError) as error:
+                raise self._place(prefix).odd(error) from None
+        return found
 
     def delete(self, path: str) -> None:
-        with self._errors(path):
-            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + path)
+        self._call(path, lambda: self.client.delete_object(Bucket=self.bucket, Key=self.prefix + path))
 
     def discard_partials(self, ours: re.Pattern[str]) -> None:
         # some servers do not implement this request, some users may not send it
@@ -215,70 +284,19 @@ class S3Store(Store):
     def _name(self, path: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{path}"
 
-    def _bucket_is_missing(self) -> bool:
+    def _place(self, path: str) -> Place:
+        return Place(self._name(path), self._where, self.bucket, self._bucket_exists)
+
+    def _bucket_exists(self) -> bool:
         try:
-            return not self.client.head_bucket(Bucket=self.bucket)
+            return bool(self.client.head_bucket(Bucket=self.bucket))
         except Exception as error:
-            return getattr(error, "response", {}).get("Error", {}).get("Code") in ("404", "NoSuchBucket")
+            return getattr(error, "response", {}).get("Error", {}).get("Code") not in ("404", "NoSuchBucket")
 
-    @contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        """Translate boto3's exceptions, without the server's messages: some servers repeat credentials in them."""
-        from botocore import exceptions as boto
-        from urllib3.exceptions import HTTPError  # passed through by boto3 if an error's body ends early
-
-        try:
-            yield
-        except boto.ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", "unknown"))
-            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            raise self._translate(path, code, status) from None
-        except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError):
-            raise AccessError(f"{self._name(path)}: no usable S3 credentials found; {_KEYS}") from None
-        except (boto.ProfileNotFound, boto.SSOError) as error:
-            raise AccessError(f"{self._name(path)}: {type(error).__name__}; {_KEYS}") from None
-        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
-            raise UnreachableError(
-                f"{self._name(path)}: {self._where} does not answer ({type(error).__name__})"
-            ) from None
-        except (boto.ParamValidationError, ValueError) as error:
-            raise ConfigError(f"{self._name(path)}: refused by boto3 ({' '.join(str(error).split())})") from None
-
-    def _translate(self, path: str, code: str, status: int) -> Exception:
-        name = self._name(path)
-        # a HEAD's response does not say what is missing, and a PUT to a missing bucket can be "forbidden"
-        if code == "NoSuchBucket" or (code in ("404", "AccessDenied") and self._bucket_is_missing()):
-            return BucketError(
-                f"bucket {self.bucket!r} does not exist at {self._where}; create it or correct {self.url}"
-            )
-        if code in ("NoSuchKey", "404"):
-            return MissingError(f"{name}: does not exist")
-        if status == 412:
-            return DataError(f"{name}: was replaced since it was first read")
-        if status == 416:
-            return DataError(f"{name}: ends before the requested bytes")
-        if status in (301, 307) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-            return ConfigError(f"bucket {self.bucket!r} is in another region; set AWS_DEFAULT_REGION to it")
-        if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
-            return AccessError(f"{name}: {self._where} refuses these credentials ({code}); {_KEYS}")
-        if (status >= 500 and status != 501) or status == 429:  # 501: not implemented
-            return UnreachableError(f"{name}: the server failed ({status} {code})")
-        return ConfigError(f"{name}: the server refuses the request ({status} {code})")
+    def _errors(self, path: str) -> AbstractContextManager[None]:
+        return translated(self._place(path))
 
 
-def _drain(stream: Any, out: io.BytesIO) -> str:
-    """Copy a body as far as it arrives and return how it ended, which is no failure if all of it arrived."""
-    from urllib3.exceptions import HTTPError
-
-    deadline = time.monotonic() + BODY_S
-    try:
-        # read1 returns what has arrived; urllib3's read(n) waits for n bytes, however slow
-        while piece := stream.read1(_PIECE_BYTES):
-            out.write(piece)
-            if time.monotonic() > deadline:
-                return f"took longer than {BODY_S} s"
-    except (HTTPError, OSError) as error:
-        return f"broke off ({type(error).__name__})"
-    finally:
-        stream.close()
-    return "ended early"
+def _is_loopback(url: str | None) -> bool:
+    host = urlsplit(url or "").hostname or ""
+    return host == "localhost" or bool(re.fullmatch(r"127\.\d+\.\d+\.\d+|::1", host))
