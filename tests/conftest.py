@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.packed import Packed
+from warm_dist import errors
 from warm_dist.store.seaweedfs import S3Server
 
 pytest_plugins = ["pytester"]
@@ -59,3 +60,9 @@ def digits(s3: S3Server) -> Packed:
 
     url = "s3://warm-dist/digits8"
     return Packed(url, s3.endpoint_url, pack(open_source("digits", 8), url, s3.endpoint_url, shard_size=500))
+
+
+@pytest.fixture(autouse=True)
+def nothing_printed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that a process prints once are printed in each test."""
+    monkeypatch.setattr(errors, "_printed", set())

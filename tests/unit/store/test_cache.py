@@ -205,9 +205,10 @@ def test_a_damaged_object_is_read_twice_and_then_named(digits: Packed, tmp_path:
     data = bytearray((tmp_path / shard).read_bytes())
     data[int(manifest.offset[row]) + 5] ^= 1
     (tmp_path / shard).write_bytes(data)
-    with closing(loader(manifest, CachedStore(FolderStore(tmp_path), tmp_path / "cache", 1 << 30))) as reader:
-        with pytest.raises(DataError, match=r"its crc32 is not the manifest's; if `python -m data_pipelines\.verify`"):
-            reader.read(np.array([row]))
+    words = r"its crc32 is not the manifest's; if `python -m data_pipelines\.verify`"
+    store = CachedStore(FolderStore(tmp_path), tmp_path / "cache", 1 << 30)
+    with closing(loader(manifest, store)) as reader, pytest.raises(DataError, match=words):
+        reader.read(np.array([row]))
 
 
 def test_one_writes_at_a_time_and_readers_do_not_wait(base: Counting) -> None:
