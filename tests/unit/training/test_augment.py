@@ -81,6 +81,44 @@ def test_rotation():
     )
 
 
+def test_flips():
+    """Fault: both turn the same axis, since a run without augmentation only mirrors."""
+    image = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    for flips, axes in (({"x_flip": 1}, (3,)), ({"y_flip": 1}, (2,)), ({"x_flip": 1, "y_flip": 1}, (2, 3))):
+        assert torch.equal(apply(only(**flips)[0], image), image.flip(axes))
+
+
+def test_a_label_tells_all_of_the_change():
+    """Fault: a stretch whose axis is drawn over a whole turn: two changes have one label; transforms in another order."""
+    height, width = 24, 32
+    drawn = draw(2, range(500), 0.7, height, width)
+    for label, matrix in zip(drawn.labels.astype(np.float64), drawn.matrix, strict=True):
+        x_flip, y_flip, log_scale, cos, sin, *along, right, down = label
+        turn = np.array([[cos + 1, sin], [-sin, cos + 1]])  # counter-clockwise where y points down
+        strength = math.copysign(
+            math.hypot(*along), along[0]
+        )  # an axis is drawn from half a turn: its cosine is positive
+        axis = math.atan(along[1] / along[0]) if strength else 0.0
+        c, s = math.cos(axis), math.sin(axis)
+        onto = np.array([[c, -s], [s, c]])  # its rows: the axis, and across
+        stretch = onto.T @ np.diag([2 ** (0.2 * strength), 2 ** (-0.2 * strength)]) @ onto
+        forward = stretch @ turn * 2 ** (0.2 * log_scale) @ np.diag([1 - 2 * x_flip, 1 - 2 * y_flip])
+        point = np.array([3.0, -2.0])
+        moved = forward @ point + 0.125 * np.array([right * width, down * height])
+        np.testing.assert_allclose(matrix @ [*moved, 1], [*point, 1], atol=2e-5)  # labels are float32
+
+
+def test_no_part_of_a_change_depends_on_another():
+    """Fault: one number is drawn for two parts, so that large pictures are always stretched."""
+    labels = draw(3, POSITIONS, 1.0, 32, 32).labels.astype(np.float64)
+    angle, axis = np.arctan2(labels[:, 4], labels[:, 3] + 1), np.arctan2(labels[:, 6], labels[:, 5]) % math.pi
+    strength = np.copysign(np.hypot(labels[:, 5], labels[:, 6]), labels[:, 5])
+    parts = np.stack([labels[:, 0], labels[:, 1], labels[:, 2], angle, axis, strength, labels[:, 7], labels[:, 8]])
+    assert np.abs(np.corrcoef(parts) - np.eye(8)).max() < 0.07  # 4.5 standard errors
+    some = (draw(4, POSITIONS, 0.5, 32, 32).labels != 0)[:, [0, 1, 2, 4, 5, 7]]
+    assert np.abs(np.corrcoef(some.T) - np.eye(6)).max() < 0.07
+
+
 def test_a_quarter_turn_is_rot90():
     turn = np.array([[[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]])
     image = smooth()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.support.tiny_run import BATCH, config
 from warm_dist.distributed.world import World
-from warm_dist.training.engine import Engine, LocalEngine, total_norm
+from warm_dist.training.engine import Engine, LocalEngine, clip_and_guard, total_norm
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 BETA = 0.9  # of Adam's first moment, which after one step is (1 - BETA) times the gradient
@@ -65,6 +65,20 @@ def test_a_step_takes_the_learning_rate_that_it_is_given(tmp_path):
     torch.testing.assert_close(before - engine.fragments()[0].master, 0.02 * GRADIENT.sign(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_step_is_adam_s_and_its_count_goes_on_after_a_load(tmp_path, before):
+    """Fault: betas, epsilon or the number of earlier steps, which corrects the moments, are not those of the run."""
+    engine = local(tmp_path, betas=[0.8, 0.95], eps=0.01)
+    fragment = engine.fragments()[0]
+    engine.after_load(before)
+    weight = fragment.master.clone()
+    backward(engine, X)
+    engine.step(0.02)
+    mean = 0.2 * GRADIENT / (1 - 0.8 ** (before + 1))
+    square = 0.05 * GRADIENT.square() / (1 - 0.95 ** (before + 1))
+    torch.testing.assert_close(weight - fragment.master, 0.02 * mean / (square.sqrt() + 0.01), rtol=1e-3, atol=1e-6)
+
+
 def test_gradients_do_not_stay_for_the_next_step(tmp_path):
     engine = local(tmp_path)
     for _ in range(2):
@@ -81,6 +95,16 @@ def test_clipping_shortens_the_whole_gradient_and_tells_its_true_norm(tmp_path, 
     assert norm == pytest.approx(float(GRADIENT.norm()), rel=1e-5)
     kept = min(1.0, clip / norm)
     torch.testing.assert_close(moment(engine), (1 - BETA) * kept * GRADIENT, rtol=1e-4, atol=0)
+
+
+def test_a_sharded_gradient_is_clipped_by_the_norm_of_all_its_parts(tmp_path, monkeypatch):
+    """Four ranks with equal parts: the sum of squares is four times, the norm twice a rank's own."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(4))
+    engine = local(tmp_path)
+    backward(engine, X)
+    norm = float(clip_and_guard(engine.optimizer, engine.parameters, clip=0.01, sharded=True))
+    assert norm == pytest.approx(2 * float(GRADIENT.norm()), rel=1e-5)
+    torch.testing.assert_close(engine.parameters[0].grad, GRADIENT * 0.01 / norm, rtol=1e-4, atol=0)
 
 
 def test_ranks_average_their_gradients(tmp_path, monkeypatch):

@@ -30,6 +30,24 @@ def test_inner_products_equal_quadrature():
         assert float(exact) == pytest.approx((profiles[0] * profiles[1]).sum() * 3 / 400_000, rel=1e-3)
 
 
+def test_a_combination_is_the_nearest_and_its_distance_is_told():
+    """By quadrature of the profiles. Fault: a distance that is squared, or not relative to the wanted profile."""
+    x = (np.arange(200_000) + 0.5) / 200_000 * 3
+    times, gammas = np.array([1.0, 2.0, 3.0, 3.0]), np.array([7.0, 17.0, 7.0, 17.0])
+
+    def profile(t: float, g: float) -> np.ndarray:
+        return np.where(x < t, (g + 1) * x**g / t ** (g + 1), 0)
+
+    profiles, wanted = np.stack([profile(t, g) for t, g in zip(times, gammas, strict=True)]), profile(2.5, 10)
+
+    def distance(factors: np.ndarray) -> float:
+        return float(np.linalg.norm(factors @ profiles - wanted) / np.linalg.norm(wanted))
+
+    factors = combination(times, gammas, 2.5, 10)
+    assert mismatch(factors, times, gammas, 2.5, 10) == pytest.approx(distance(factors), rel=1e-3)
+    assert 0.1 < distance(factors) < min(distance(factors + 0.01 * change) for change in (*np.eye(4), *-np.eye(4)))
+
+
 def test_a_snapshot_that_is_wanted_is_taken_as_it_is():
     times, gammas = np.array([1.0, 2, 3, 1, 2, 3]) * 1e9, np.repeat([exponent_of(s) for s in (0.05, 0.1)], 3)
     factors = combination(times, gammas, 2e9, exponent_of(0.1))

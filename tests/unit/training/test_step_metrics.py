@@ -17,7 +17,7 @@ from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image
 from warm_dist.runs.metrics import RECORDS, MetricsLog, read_metrics
 from warm_dist.training import step_metrics
-from warm_dist.training.step_metrics import PHASES, StepMetrics, Stopwatch
+from warm_dist.training.step_metrics import PHASES, StepMetrics, Stopwatch, eta
 from warm_dist.training.trainer import Trainer
 
 
@@ -78,6 +78,7 @@ def rows(*data_s: float) -> list[dict[str, float]]:
         (rows(0.0, 0.0, 0.2, 0.0), 2),
         (rows(0.2, 0.0), 0),
         (rows(0.01, 0.0, 0.02, 0.0), None),
+        (rows(0.0, 0.0, 0.04, 0.0), None),
         (rows(0.2, 0.2, 0.2, 0.2), None),
     ],
 )
@@ -97,6 +98,31 @@ def test_the_memory_told_of_is_that_of_the_rank_that_needs_most(tmp_path, monkey
     )
     line, _ = StepMetrics(config(tmp_path, engine="local"), ALONE, print).flush(BATCH, torch.ones(()))
     assert line["memory_bytes"] == 3
+
+
+def test_figures_of_two_ranks_are_sums_or_means(tmp_path, monkeypatch):
+    """64 images in 4 steps and 2 s, of which each rank had half; the other rank took 1.5 s a step."""
+    world = World(0, 2, torch.device("cpu"), None)
+    settings = config(tmp_path, engine="local", parallel__peak_flops=1e12)
+    measured = StepMetrics(settings, world, print)
+    monkeypatch.setattr(step_metrics.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(step_metrics, "gather", lambda world, mine: [mine, {**mine, "step_s": 1.5}])
+    measured.add(Loss(*torch.tensor([[4.0, 2.0], [1.0, 2.0], [5.0, 6.0]]), None))
+    measured.nimg, measured.num_steps, measured.seconds = 36, 4, 2.0
+    line, _ = measured.flush(100, torch.ones(()))
+    assert [line[name] for name in step_metrics.LOSSES] == [5.5, 3.0, 1.5]
+    assert (line["images_per_s"], line["step_s"]) == (32.0, 1.0)
+    assert line["flops_per_s"] == pytest.approx(16 * flops_per_image(settings))  # of a device
+    assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e12)
+
+
+def test_what_a_pause_takes_is_not_a_step_s(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 13.0, 100.0, 105.0])
+    measured = StepMetrics(config(tmp_path, engine="local"), ALONE, print)
+    monkeypatch.setattr(step_metrics.time, "monotonic", lambda: next(clock))
+    for change in (measured.resume, measured.resume, measured.pause, measured.resume, measured.pause):
+        change()
+    assert measured.seconds == 3 + 5
 
 
 @pytest.mark.parametrize(
@@ -149,3 +175,7 @@ def test_the_heads_are_compared_in_the_step_before_a_line(tmp_path):
     lines = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
     assert [line["nimg"] // BATCH for line in lines] == [4, 8, 10]
     assert {line["nimg"]: line["head_inconsistency"] for line in lines} == pytest.approx(found)
+
+
+def test_a_time_is_hours_minutes_and_seconds():
+    assert [eta(seconds) for seconds in (59.9, 3725, 100 * 3600 + 61)] == ["0:00:59", "1:02:05", "100:01:01"]
