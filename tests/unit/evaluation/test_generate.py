@@ -43,6 +43,31 @@ def test_an_image_is_its_seed_and_number(tmp_path):
     assert np.abs(images(tmp_path, range(6), 4, seed=1).astype(int) - whole).max() > 10
 
 
+@pytest.mark.parametrize("bnr", [0.5, {"kind": "cold"}], ids=["warm", "cold"])
+def test_whatever_is_drawn_has_a_stream_of_its_own_under_the_images_seed_and_numbers(tmp_path, bnr, monkeypatch):
+    """Fault: a random step adds the noise of the start, or of the step before, again."""
+    asked, generators = [], rng.generators
+
+    def watched(seed, purpose, indices):
+        asked.append((seed, purpose, list(indices)))
+        return generators(*asked[-1])
+
+    monkeypatch.setattr(rng, "generators", watched)
+    images(tmp_path, [4, 1], batch_size=2, seed=5, process__bnr=bnr)
+    drawn = [(seed, purpose, indices) for seed, purpose, indices in asked if indices != [0]]  # that of the weights
+    assert [(seed, indices) for seed, _, indices in drawn] == [(5, [4, 1])] * len(drawn)
+    assert len({purpose for _, purpose, _ in drawn}) == len(drawn) >= 5, "the start and four steps"
+
+
+def test_the_noise_of_steps_and_start_is_white(tmp_path):
+    with StepNoise(0, range(500), (1, 2, 2), CPU) as noise:
+        steps = [noise(step).flatten(1) for step in range(3)]
+    columns = torch.cat([*steps, torch.from_numpy(rng.normals(0, "sample", range(500), (1, 2, 2))).flatten(1)], 1)
+    torch.testing.assert_close(
+        columns.T @ columns / 500, torch.eye(16).double(), rtol=0, atol=0.25
+    )  # 4 standard errors
+
+
 def test_a_batch_that_is_filled_up_has_the_same_images_and_one_shape(tmp_path):
     """Fault: a compiled network is compiled once more for the last, smaller batch of every evaluation."""
     settings, shapes = config(tmp_path), set()

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from tests.support.evaluators import REAL, Make
+from tests.support.tiny_run import ALONE
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.errors import AccessError
 from warm_dist.evaluation import frechet, reference
@@ -39,6 +42,41 @@ def test_reference_statistics_lie_beside_the_manifest_or_else_in_the_run(make: M
     kept.write_bytes(kept.read_bytes()[:-7])  # cut short: measured anew, now beside the manifest
     assert make()(weights, 80, StopSignal())["frechet"] == pytest.approx(first["frechet"], rel=1e-9)
     assert len(list(beside.glob("*.safetensors"))) == 1
+
+
+class Number:
+    """An extractor whose one feature is the number that the image shows."""
+
+    name, sha256, resize, num_features = "number", "ab", "none", 1
+
+    def __call__(self, images: torch.Tensor) -> NDArray[np.float32]:
+        return (images[:, 0, 0].float() @ torch.tensor([[1.0], [256.0]])).numpy()
+
+
+def test_real_images_floor_and_rows_are_drawn_from_all_of_the_data() -> None:
+    """Fault: the first ones, which a packer that was not told to shuffle may have from one class."""
+    total, num_real, num_images, num_rows = 10_000, 1_000, 250, 200
+    spec = reference.ReferenceSpec("number", "ab", "none", "cd", num_real, num_images, num_rows)
+    read: list[int] = []
+
+    def show(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        read.extend(rows.tolist())
+        return np.stack([rows % 256, rows // 256], 1).astype(np.uint8)[:, None, None]
+
+    found = reference.measure(ALONE, Number(), spec, total, show, 64, lambda done: None)
+    assert len(set(read)) == len(read) == num_real
+    std = total / 12**0.5
+    assert np.mean(read) == pytest.approx(total / 2, abs=4 * std / num_real**0.5)
+    assert (found.moments.n, float(found.moments.mean[0])) == (num_real, pytest.approx(np.mean(read)))
+    assert len(set(found.rows[:, 0])) == num_rows
+    assert set(found.rows[:, 0]) <= set(read)
+    assert np.mean(found.rows) == pytest.approx(np.mean(read), abs=4 * std / num_rows**0.5)
+    assert found.floor_n == num_images
+    # of one feature the distance is (difference of means)² + (difference of stds)², here of random parts
+    assert 0 < found.floor < 16 * std**2 * (1 / num_images + 1 / (num_real - num_images))
+    everything = reference.measure(ALONE, Number(), replace(spec, num_real=total), total, show, 64, lambda done: None)
+    assert read[num_real:] == list(range(total))
+    assert everything.moments.n == total
 
 
 def test_runs_of_a_machine_measure_the_reference_once(make: Make, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.store_contract import StoreContract
-from warm_dist.errors import OutputError
+from warm_dist.errors import DataError, OutputError
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
@@ -35,6 +36,18 @@ def test_a_failed_file_write_leaves_the_former_file_and_no_remains(
         store.write("a/b.bin", b"new")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b.bin"]
     assert store.read("a/b.bin") == b"old"
+
+
+def test_a_file_that_was_written_over_in_place_is_another_version(tmp_path: Path) -> None:
+    """Its inode and length stay: only the time tells."""
+    store, path = open_store(str(tmp_path)), tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    before = store.stat("a.bin").etag
+    path.write_bytes(b"new")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert store.stat("a.bin").etag != before
+    with pytest.raises(DataError, match="was replaced"):
+        store.read("a.bin", etag=before)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
