@@ -9,10 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.gaussian import gaussian_denoise
+from tests.support.tiny_run import info
 from warm_dist.diffusion.heads import (
     Coefficients,
     Heads,
     coefficients,
+    data_spectrum,
     heads,
     inconsistency,
     level_inputs,
@@ -40,6 +42,14 @@ def test_coefficients_at_bnr_half_and_sigma_one():
     assert float(c.c_out_b) == pytest.approx(0.421997792, abs=5e-10)
     assert float(c.c_skip_r) == pytest.approx(0.00984653046, abs=5e-12)
     assert float(c.c_out_r) == pytest.approx(0.0962058463, abs=5e-11)
+
+
+def test_the_spectrum_is_the_measured_one_or_that_of_the_given_sigma_data():
+    measured = info()
+    assert torch.equal(data_spectrum(measured, "measured"), torch.full((8, 8), 0.25, dtype=torch.float64))
+    assumed = data_spectrum(measured, 0.3)
+    assert float(assumed.mean()) == pytest.approx(0.09)
+    assert float(assumed[1, 0] / assumed[2, 0]) == pytest.approx(4)  # 1/f²
 
 
 def test_residual_scale_needs_no_floor_at_small_sigma():

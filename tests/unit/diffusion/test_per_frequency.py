@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.support.gaussian import gaussian_denoise
-from warm_dist.diffusion.per_frequency import heads, loss, scales
+from tests.support.tiny_run import config
+from warm_dist.diffusion.per_frequency import heads, loss, loss_function, scales
 from warm_dist.diffusion.process import Level, corrupt
 from warm_dist.diffusion.spectrum import dct, eigenvalues, fallback_spectrum, idct
 
@@ -30,6 +31,10 @@ def test_input_and_target_have_unit_second_moment_in_every_mode(sigma, bnr):
     one = torch.ones(1, 1, 8, 12, dtype=torch.float64)
     torch.testing.assert_close(c.c_in**2 * (a**2 * SPECTRUM + sigma**2), one)
     torch.testing.assert_close(c.t_data**2 * SPECTRUM + c.t_noise**2, one)
+
+
+def test_a_config_s_loss_is_its_preconditioning_s(tmp_path):
+    assert loss_function(config(tmp_path, process__preconditioning="per_frequency")) is loss
 
 
 def test_target_is_what_makes_the_heads_exact():

@@ -83,6 +83,7 @@ def test_fallback_spectrum_has_the_stated_constants(size, c):
     assert float(spectrum.mean()) == pytest.approx(0.25, rel=1e-12)
     assert float(spectrum[3, 5] * lam[3, 5]) == pytest.approx(c, abs=5e-4)
     assert float(spectrum.sum() - spectrum[0, 0]) / size**2 == pytest.approx(0.19, rel=1e-12)
+    torch.testing.assert_close(fallback_spectrum(size, size, sigma_data=0.25), spectrum / 4)
 
 
 def test_blur_leaves_autocast():

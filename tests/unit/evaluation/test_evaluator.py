@@ -36,16 +36,23 @@ def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tm
     assert again(weights, 80, StopSignal())["frechet"] == first["frechet"]
 
 
-def test_the_numbers_are_those_of_all_features_at_once(make: Make) -> None:
+def test_the_numbers_are_those_of_all_features_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the plain way: draw all images, take all features, compare."""
     from warm_dist.checkpoints.weights import Model
     from warm_dist.evaluation.generate import generate
 
-    evaluator = make()
+    neighbours: list[int] = []
+
+    def counted(fake: Any, real: Any, k: int) -> tuple[float, float]:
+        neighbours.append(k)
+        return precision_recall(fake, real, k)
+
+    monkeypatch.setattr("warm_dist.evaluation.evaluator.precision_recall", counted)
+    evaluator = make(seed=5)
     evaluator.network.load_state_dict(build_network(evaluator.config).state_dict())
     values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
     model = Model(evaluator.network, evaluator.config, info())
-    images = generate(model, range(20), np.full(20, -1), seed=0, device=ALONE.device, batch_size=8)
+    images = generate(model, range(20), np.full(20, -1), seed=5, device=ALONE.device, batch_size=8)
     fake, real = features(Pixels(), images, 20), features(Pixels(), REAL, 64)
     assert values["frechet"] == pytest.approx(
         frechet.frechet_distance(frechet.Moments.of(fake), frechet.Moments.of(real)), rel=1e-9
@@ -55,6 +62,7 @@ def test_the_numbers_are_those_of_all_features_at_once(make: Make) -> None:
     kept = np.sort(reference.rng.generator(0, "reference rows").permutation(64)[:12])
     assert values["kid"] == pytest.approx(kid(fake[:12], real[kept]), rel=1e-9)
     assert (values["precision"], values["recall"]) == precision_recall(fake[:12], real[kept], 3)
+    assert neighbours == [3], "as in the paper"
 
 
 def test_the_last_evaluation_has_all_blocks_with_mean_and_spread(make: Make, said: list[str]) -> None:

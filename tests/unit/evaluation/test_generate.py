@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.networks import weight
+from tests.support.networks import wake, weight
 from tests.support.tiny_run import config, info
 from warm_dist import rng
 from warm_dist.checkpoints.weights import Model, load_guide
 from warm_dist.config.load import dump
 from warm_dist.config.run import SamplerConfig
 from warm_dist.diffusion.heads import Heads
+from warm_dist.diffusion.spectrum import dct, eigenvalues
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
 from warm_dist.evaluation import generate as generate_module
 from warm_dist.evaluation.generate import StepNoise, fitting_batch, generate, sample_labels
@@ -41,6 +42,14 @@ def test_an_image_is_its_seed_and_number(tmp_path):
     part = images(tmp_path, [4, 1], batch_size=2).astype(int)
     assert np.abs(part - whole[[4, 1]]).max() <= 1  # another batch size may round the last bit
     assert np.abs(images(tmp_path, range(6), 4, seed=1).astype(int) - whole).max() > 10
+
+
+def test_a_network_in_training_is_sampled_without_dropout(tmp_path):
+    settings = config(tmp_path, network__dropout=0.5)
+    model = Model(wake(build_network(settings)).train(), settings, info())
+    options = {"seed": 0, "device": CPU, "batch_size": 2, "sampler": SAMPLER}
+    one, other = (generate(model, range(2), np.full(2, -1), **options) for _ in range(2))
+    assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("bnr", [0.5, {"kind": "cold"}], ids=["warm", "cold"])
@@ -151,6 +160,29 @@ def test_what_a_network_cannot_do_is_refused(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=words):
             images(tmp_path, range(2), 2, sampler=sampler, **changes)
+
+
+@pytest.mark.parametrize("preconditioning", ["two_head", "per_frequency"])
+def test_the_heads_of_a_silent_network_are_its_preconditioning_s_skips(tmp_path, preconditioning):
+    """Fault: the ablation is sampled as two heads, or with another spectrum than the data's, here 0.25 in every mode."""
+    settings = config(tmp_path, process__preconditioning=preconditioning, process__sigma_data="measured")
+    model, seen = Model(build_network(settings), settings, info()), []
+    for name in ("conv_out.weight", "conv_out.bias"):
+        weight(model.network, name).zero_()
+    sampler = SamplerConfig(num_steps=2, sigma_max=2.0, method="first_order")
+    generate(model, [0], np.full(1, -1), seed=0, device=CPU, batch_size=1, sampler=sampler,
+             watch=lambda *given: seen.append(given))  # fmt: skip
+    x, level, heads = seen[0]
+    assert (float(level.sigma), float(level.alpha)) == pytest.approx((2.0, 1.0))
+    a = torch.exp(-eigenvalues(8, 8) / 2)
+    if preconditioning == "per_frequency":
+        skip = a * 0.25 / (a**2 * 0.25 + 4)
+        expected = a * skip, (1 - a) * skip
+    else:
+        power = 0.25 * (a**2).mean() + 4
+        expected = 0.25 * (a**2).mean() / power, 0.25 * (a * (1 - a)).mean() / power
+    for ours, gain in zip(heads, expected, strict=True):
+        torch.testing.assert_close(dct(ours), gain * dct(x))
 
 
 def guided_heads(model: Model, guide: Model | None, weight: float, label: int) -> Heads:

@@ -81,6 +81,37 @@ def test_augmentation_labels_matter_and_none_is_zero(arch):
         assert not torch.allclose(plain, network(x, level, level, None, torch.ones(1, 9)))
 
 
+@ARCHS
+def test_dropout_acts_in_training_alone(arch):
+    plain, dropping = (UNet(NetworkConfig(arch=arch, **TINY, dropout=share), 8, 3, 0) for share in (0.0, 0.5))
+    dropping.load_state_dict(wake(plain).state_dict())
+    x, level = torch.randn(2, 3, 8, 8), torch.zeros(2)
+    with torch.no_grad():
+        trained = dropping(x, level, level)
+        assert not torch.allclose(trained, dropping(x, level, level))
+        torch.testing.assert_close(dropping.eval()(x, level, level), plain.eval()(x, level, level))
+
+
+@ARCHS
+def test_weights_are_drawn_as_edm_draws_them(arch):
+    """Within ±g sqrt(6/(fan in + fan out)) (Xavier), in ADM with their biases ±g sqrt(3/fan in) (Kaiming, g² = 1/3)."""
+    adm, faint = arch == "adm", 0.0 if arch == "adm" else 1e-5
+    network = UNet(NetworkConfig(arch=arch, **TINY), 8, 3, 20, num_augment=9)
+    gains = {"conv1.weight": faint, "proj.weight": faint, "conv_out.weight": faint, "map_blur.weight": 0.0}
+    gains |= {"map_augment.weight": 0.0} if adm else {"qkv.weight": 0.2**0.5}
+    for tensor in published(network):
+        values, name = weight(network, tensor.name), tensor.name
+        if name == "map_label.weight" and adm:
+            assert float(values.std()) == pytest.approx(1, abs=0.1)  # 5 standard errors
+        elif values.ndim > 1:
+            gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1 / 3**0.5 if adm else 1.0)
+            fan_in, fan_out = values[0].numel(), values.numel() // values.shape[1]
+            limit = gain * ((3 / fan_in) ** 0.5 if adm else (6 / (fan_in + fan_out)) ** 0.5)
+            assert 0.9 * limit <= float(values.abs().max()) <= limit * 1.0001, name  # the largest of 200 or more
+        elif name.endswith("bias") and not adm:
+            assert not values.any(), name
+
+
 def test_fourier_frequencies_need_no_checkpoint():
     """Fault: the frequencies depend on torch's seed, or are saved with the weights."""
     a, b = tiny("ncsnpp"), UNet(NetworkConfig(arch="ncsnpp", **TINY), 8, 3, 0)
