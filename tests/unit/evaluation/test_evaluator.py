@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.evaluators import REAL, Make
 from tests.support.tiny_run import ALONE, info
@@ -36,7 +37,9 @@ def test_an_evaluation_is_a_number_beside_its_floor_and_a_picture(make: Make, tm
     assert again(weights, 80, StopSignal())["frechet"] == first["frechet"]
 
 
-def test_the_numbers_are_those_of_all_features_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_are_those_of_all_features_at_once(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the plain way: draw all images, take all features, compare."""
     from warm_dist.checkpoints.weights import Model
     from warm_dist.evaluation.generate import generate
@@ -50,7 +53,8 @@ def test_the_numbers_are_those_of_all_features_at_once(make: Make, monkeypatch: 
     monkeypatch.setattr("warm_dist.evaluation.evaluator.precision_recall", counted)
     evaluator = make(seed=5)
     evaluator.network.load_state_dict(build_network(evaluator.config).state_dict())
-    values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)
+    picture = tmp_path / "grid.png"
+    values = evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", picture)
     model = Model(evaluator.network, evaluator.config, info())
     images = generate(model, range(20), np.full(20, -1), seed=5, device=ALONE.device, batch_size=8)
     fake, real = features(Pixels(), images, 20), features(Pixels(), REAL, 64)
@@ -63,6 +67,8 @@ def test_the_numbers_are_those_of_all_features_at_once(make: Make, monkeypatch: 
     assert values["kid"] == pytest.approx(kid(fake[:12], real[kept]), rel=1e-9)
     assert (values["precision"], values["recall"]) == precision_recall(fake[:12], real[kept], 3)
     assert neighbours == [3], "as in the paper"
+    tiles = np.asarray(Image.open(picture))[2:, 2:].reshape(2, 258, 2, 258, 3)[:, :256:32, :, :256:32]  # of 8 by 8 pixels
+    assert np.array_equal(tiles.transpose(0, 2, 4, 1, 3).reshape(4, 3, 8, 8), images[:4])
 
 
 def test_the_last_evaluation_has_all_blocks_with_mean_and_spread(make: Make, said: list[str]) -> None:

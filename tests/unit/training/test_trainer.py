@@ -107,6 +107,26 @@ def test_the_averages_follow_the_weights_after_each_step(tmp_path):
         assert float((trainer.emas[name].values[0] - expected).norm()) < 1e-3 * float((now - before).norm())
 
 
+def test_the_averages_are_evaluated_when_it_is_due_and_once(tmp_path):
+    """Fault: the weights themselves are; the untrained network is though nobody asked, the trained one is not, or twice."""
+    due = {"eval_nimg": BATCH * 2, "num_images": 2, "before_training": False}
+    settings = config(tmp_path, engine="local", eval=due, train__total_nimg=BATCH * 7)
+    trainer, seen = Trainer(settings, ALONE, info(), print), {}
+
+    def evaluate(weights: dict[str, torch.Tensor], nimg: int, stop: StopSignal) -> dict[str, float]:
+        assert nimg not in seen
+        seen[nimg] = weights["flat"], trainer.emas["ema"].full(ALONE, trainer.shapes)["flat"]
+        return {"frechet": 1.0}
+
+    evaluated = {BATCH * 4}  # before a resume
+    trainer.fit(batches(ALONE, 0), None, StopSignal(), evaluate, evaluated)
+    assert list(seen) == [BATCH * 2, BATCH * 6, BATCH * 7]
+    assert evaluated == {*seen, BATCH * 4}
+    for given, average in seen.values():
+        assert torch.equal(given, average)
+    assert not torch.equal(seen[BATCH * 7][0], trainer.engine.module.flat)
+
+
 def test_dropout_has_other_masks_in_each_step_and_the_same_after_a_resume(tmp_path):
     """Fault: every step drops the same activations, or what a resumed step drops depends on what went before."""
     settings, seeds = config(tmp_path, engine="local"), []
