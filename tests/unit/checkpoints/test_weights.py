@@ -2,6 +2,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.saved_state import save
-from warm_dist.checkpoints.weights import export_weights, load_weights
+from tests.support.tiny_run import ALONE
+from warm_dist.checkpoints.weights import export_weights, load_weights, weights_path
 from warm_dist.errors import CheckpointError
+from warm_dist.runs.folder import WEIGHTS
+from warm_dist.training.attempt import Attempt
 
 
 def test_exported_weights_load_without_anything_else(tmp_path, state):
@@ -28,6 +32,18 @@ def test_exported_weights_load_without_anything_else(tmp_path, state):
         with safe_open(path, framework="pt") as file:
             assert file.metadata()["nimg"] == "80"
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_run_s_and_a_checkpoint_s_weights_are_the_averages(tmp_path, state):
+    """Fault: samples are drawn from the last step's weights."""
+    saved = save(tmp_path, state, 80)
+    attempt = SimpleNamespace(world=ALONE, path=tmp_path, nimg=80, say=print)
+    storage = SimpleNamespace(shared=True, saved={80: saved}.get)
+    Attempt._finish(attempt, storage, [])
+    for path in (tmp_path / WEIGHTS, weights_path(tmp_path / saved.name)):
+        parameters = dict(load_weights(path).network.named_parameters())
+        for fragment, value in zip(state[1].shard(), state[2].values, strict=True):
+            assert torch.equal(parameters[fragment.name].detach().flatten(), value)
 
 
 def test_exported_sums_are_sums(tmp_path, state):

@@ -1,9 +1,11 @@
 """The spectral analysis on spectra whose answers are known."""
 
+import math
+
 import numpy as np
 import pytest
 
-from warm_dist.config.bnr import ConstantBNR
+from warm_dist.config.bnr import ConstantBNR, PowerBNR
 from warm_dist.diffusion.analysis import SIGMAS, radial, shares, snr, suggested_bnr, suggested_path
 from warm_dist.diffusion.spectrum import eigenvalues, fallback_spectrum
 
@@ -70,3 +72,12 @@ def test_suggested_path_follows_the_spectrum():
     path = suggested_path(NATURAL * np.where(lam > 1, 4.0, 1.0))
     assert path.bnr[0] == pytest.approx(0.25, rel=0.1)
     assert path.bnr[-1] == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.2])
+def test_a_path_s_ratio_is_its_geometric_mean_over_the_training_levels(std):
+    """At BNR min(σ, e^-1) the mean of ln BNR is that of a normal cut at -1, here at its centre: -1 - std φ(0)."""
+    path = PowerBNR(kind="power", bnr=1.0, exponent=1.0, cap=math.exp(-1))
+    assert math.log(suggested_bnr(path, -1.0, std)) == pytest.approx(
+        -1 - std / math.sqrt(2 * math.pi), abs=0.03
+    )  # a kink

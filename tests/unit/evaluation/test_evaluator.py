@@ -67,7 +67,9 @@ def test_the_numbers_are_those_of_all_features_at_once(
     assert values["kid"] == pytest.approx(kid(fake[:12], real[kept]), rel=1e-9)
     assert (values["precision"], values["recall"]) == precision_recall(fake[:12], real[kept], 3)
     assert neighbours == [3], "as in the paper"
-    tiles = np.asarray(Image.open(picture))[2:, 2:].reshape(2, 258, 2, 258, 3)[:, :256:32, :, :256:32]  # of 8 by 8 pixels
+    tiles = np.asarray(Image.open(picture))[2:, 2:].reshape(2, 258, 2, 258, 3)[
+        :, :256:32, :, :256:32
+    ]  # of 8 by 8 pixels
     assert np.array_equal(tiles.transpose(0, 2, 4, 1, 3).reshape(4, 3, 8, 8), images[:4])
 
 

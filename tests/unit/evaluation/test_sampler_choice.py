@@ -5,7 +5,7 @@ import pytest
 from tests.support.tiny_run import config
 from warm_dist.config.run import SamplerConfig
 from warm_dist.errors import ConfigError
-from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for
+from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for, training_note
 
 
 def test_the_description_has_a_guides_bytes(tmp_path):
@@ -20,6 +20,25 @@ def test_the_description_has_a_guides_bytes(tmp_path):
     assert str(path) not in describe_sampling(settings, SamplerConfig(guide=str(path))), "weight 1 needs none"
     unguided = settings.model_copy(update={"sampler": SamplerConfig()}), SamplerConfig(guidance=2.0)
     assert describe_sampling(*unguided).endswith("by the network without class")
+
+
+def test_so_many_evaluations_are_never_exceeded(tmp_path):
+    for method, nfe, num_steps in (("heun", 35, 18), ("heun", 36, 18), ("ancestral", 36, 36)):
+        assert sampler_for(config(tmp_path), [], method, nfe, spend_less=True).num_steps == num_steps
+    with pytest.raises(ConfigError, match="nfe 36: heun needs an odd number"):
+        sampler_for(config(tmp_path), [], "heun", 36)
+
+
+@pytest.mark.parametrize(
+    ("bnr", "told"),
+    [(0.5, False), (1.0, False), (2.0, False), (0.4, True), (2.1, True), (None, False)],
+)
+def test_a_path_that_training_has_not_seen_is_told_of(tmp_path, bnr, told):
+    trained = config(tmp_path, process__bnr={"kind": "uniform", "low": 0.5, "high": 2.0}, sampler={"bnr": 1.0})
+    note = training_note(trained, SamplerConfig(bnr=bnr))
+    assert (note is not None) == told
+    assert training_note(config(tmp_path), SamplerConfig(bnr=0.5)) is None
+    assert "trained at BNR 0.5 alone" in training_note(config(tmp_path), SamplerConfig(bnr=0.6))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ class Server:
         del self.runs[run_id]
 
     def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
-        self.runs[run_id].info.status = status
+        self.runs[run_id].info.status, self.runs[run_id].info.end_time = status, end_time
 
     def get_experiment_by_name(self, name: str) -> Any:
         return SimpleNamespace(experiment_id=name)
@@ -181,7 +182,9 @@ def test_the_end_is_told_with_what_came_last(server: Server, tmp_path: Path) -> 
     log(tmp_path, range(1, 5))
     write_json(tmp_path / "run.json", {"attempt": 1})
     write_json(tmp_path / "exit.json", {"code": 75, "reason": "SIGTERM", "nimg": 4, "attempt": 1})
+    os.utime(tmp_path / "exit.json", (0, 1_700_000_000.5))
     follow._finish(mirror(tmp_path), 1, None)
     assert server.held() == losses(range(1, 5))
     assert server.runs["run0"].info.status == "KILLED"
+    assert server.runs["run0"].info.end_time == 1_700_000_000_500  # MLflow counts milliseconds
     assert server.runs["run0"].data.tags["exit.reason"] == "SIGTERM"
