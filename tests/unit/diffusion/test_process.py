@@ -88,6 +88,8 @@ def test_cold_levels_keep_sigma_and_draw_alpha():
     level, uniform = drawn(Cold(kind="cold"))
     assert torch.equal(level.sigma, torch.full_like(uniform, 0.02))
     torch.testing.assert_close(level.alpha.log(), math.log(0.1) + math.log(8 / 0.1) * uniform)  # W/2 = 8
+    level, uniform = drawn(Cold(kind="cold", alpha_min=0.2, alpha_max=3.0))
+    torch.testing.assert_close(level.alpha.log(), math.log(0.2) + math.log(3 / 0.2) * uniform)
 
 
 def test_points_end_at_the_origin_and_churn_rises_along_the_path():

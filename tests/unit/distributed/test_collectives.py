@@ -1,10 +1,34 @@
-"""What one rank makes of another's end."""
+"""What one rank makes of another's flags, and of its end."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from warm_dist.distributed.collectives import is_peer_loss
+from warm_dist.distributed.collectives import Flags, any_rank, is_peer_loss
+from warm_dist.distributed.world import World
 from warm_dist.errors import DataError, UnreachableError
+
+
+@pytest.mark.parametrize("mine", [False, True])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_what_any_rank_says_holds_for_all(monkeypatch, mine, theirs):
+    """Fault: a stop, or a non-finite step, counts only if every rank has it."""
+    together = {dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.MIN: torch.minimum}
+
+    def all_reduce(values: torch.Tensor, op: Any, group: Any, async_op: bool = False) -> Any:
+        values.copy_(together[op](values, torch.full_like(values, int(theirs))))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    world = World(0, 2, torch.device("cpu"), object())
+    assert any_rank(world, mine) == (mine or theirs)
+    flags = Flags(world, 2)
+    flags.post(mine, False)
+    assert flags.read() == [mine or theirs, theirs]
+    assert flags.read() == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from warm_dist.distributed.world import World
+from warm_dist.training import ema as ema_module
 from warm_dist.training.ema import EMA, exponent_of, half_life, power
 from warm_dist.training.engine import Fragment
 
@@ -47,6 +48,16 @@ def test_power_average_is_the_integral_of_its_profile():
     values = np.random.default_rng(0).normal(size=steps + 1)
     edges = (np.arange(steps + 1) / steps) ** (gamma + 1)
     assert run_ema(partial(power, gamma), values.tolist(), 16) == pytest.approx(np.diff(edges) @ values[1:], rel=1e-5)
+
+
+def test_a_whole_average_is_put_together_from_all_ranks(monkeypatch):
+    """Rank 1 of two has the last two of four elements, rank 0 the others."""
+    values = torch.tensor([3.0, 4.0])
+    theirs = torch.tensor([1.0, 2.0, 0.0, 0.0])
+    monkeypatch.setattr(ema_module.dist, "all_reduce", lambda flat: flat.add_(theirs))
+    mine = EMA([Fragment("w", 2, *[values] * 3)], partial(half_life, 40, None))
+    world = World(1, 2, torch.device("cpu"), None)
+    assert mine.full(world, {"w": torch.Size([4])})["w"].tolist() == [1, 2, 3, 4]
 
 
 def test_the_shares_of_a_parameter_are_put_where_they_lie():

@@ -83,3 +83,21 @@ def test_a_stop_that_is_under_way_is_told_before_a_save():
     assert not guard.check(True, Trace(0, (), torch.zeros(0), []), torch.zeros(1, dtype=torch.bool))
     assert guard.settle()
     assert not guard.settle(), "told once"
+
+
+def test_a_sample_is_told_with_its_own_sigma():
+    guard = NonFiniteGuard(ALONE, 1, lambda nimg, text: None)
+    losses = [torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan, 1.0])]
+    trace = Trace(32, ("a", "b", "c", "d"), torch.tensor([0.1, 0.2, 0.3, 0.4]), losses)
+    words = "rank 0 nimg 32 sample"
+    assert guard._samples(trace) == [f"{words} b at sigma 0.2", f"{words} c at sigma 0.3"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "bad"), [(1.0, 1.0, False), (torch.inf, 1.0, True), (1.0, torch.inf, True), (torch.nan, 1.0, True)]
+)
+def test_a_step_needs_a_finite_loss_and_a_finite_gradient(tmp_path, loss, norm, bad):
+    trainer = Trainer(config(tmp_path, engine="local"), ALONE, info(), print)
+    trainer.grad_norm = torch.tensor(norm)
+    found = trainer._non_finite(Trace(0, (), torch.zeros(0), [torch.ones(2), torch.tensor([1.0, loss])]))
+    assert found.tolist() == [bad]

@@ -44,7 +44,8 @@ def test_a_combination_is_the_nearest_and_its_distance_is_told():
         return float(np.linalg.norm(factors @ profiles - wanted) / np.linalg.norm(wanted))
 
     factors = combination(times, gammas, 2.5, 10)
-    assert mismatch(factors, times, gammas, 2.5, 10) == pytest.approx(distance(factors), rel=1e-3)
+    for some in (factors, factors + 0.1, np.zeros(4)):
+        assert mismatch(some, times, gammas, 2.5, 10) == pytest.approx(distance(some), rel=1e-3)
     assert 0.1 < distance(factors) < min(distance(factors + 0.01 * change) for change in (*np.eye(4), *-np.eye(4)))
 
 
