@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.gaussian import gaussian_denoise
 from tests.support.tiny_run import info
+from warm_dist.diffusion import heads as two_heads
+from warm_dist.diffusion import per_frequency
 from warm_dist.diffusion.heads import (
     Coefficients,
     Heads,
@@ -198,6 +200,21 @@ def test_sampler_weight_is_the_gain_of_the_error_in_a_step():
     blurs = [torch.exp(-eigenvalues(32, 32) * (0.35 * (1 + k * step)) ** 2 / 2) for k in (-0.5, 0.5)]
     slope = (blurs[1] - blurs[0]) / step * dct(e)
     assert float(weighted) == pytest.approx(float((slope**2).mean() / c.c_out_b**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("module", [two_heads, per_frequency], ids=["two heads", "per frequency"])
+def test_the_network_is_told_the_classes_and_the_augmentation(module):
+    """Fault: training, or sampling, is without classes though the data have some."""
+    at, x, condition, seen = level(1.0, 2.0), torch.randn(2, 1, 32, 32), (torch.tensor([3, -1]), torch.ones(2, 9)), []
+
+    def network(x, c_noise, c_blur, *given):
+        seen.append(given)
+        return torch.cat([x] * (2 if module is two_heads else 1), dim=1)
+
+    module.loss(network, SPECTRUM, x, at, x, condition)
+    module.heads(network, SPECTRUM, x, at, condition)
+    assert len(seen) == 2
+    assert all(a is b for given in seen for a, b in zip(given, condition, strict=True))
 
 
 def test_inconsistency_is_zero_for_one_image_and_one_for_a_lost_residual():

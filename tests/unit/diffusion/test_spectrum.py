@@ -10,7 +10,16 @@ import torch
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-from warm_dist.diffusion.spectrum import blur, dct, eigenvalues, fallback_spectrum, idct, split, unblurred
+from warm_dist.diffusion.spectrum import (
+    blur,
+    dct,
+    eigenvalues,
+    exact_float32,
+    fallback_spectrum,
+    idct,
+    split,
+    unblurred,
+)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -84,6 +93,18 @@ def test_fallback_spectrum_has_the_stated_constants(size, c):
     assert float(spectrum[3, 5] * lam[3, 5]) == pytest.approx(c, abs=5e-4)
     assert float(spectrum.sum() - spectrum[0, 0]) / size**2 == pytest.approx(0.19, rel=1e-12)
     torch.testing.assert_close(fallback_spectrum(size, size, sigma_data=0.25), spectrum / 4)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_left_out_inside_and_then_as_it_was(allowed):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with exact_float32():
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_blur_leaves_autocast():

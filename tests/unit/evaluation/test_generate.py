@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def test_whatever_is_drawn_has_a_stream_of_its_own_under_the_images_seed_and_num
 
     monkeypatch.setattr(rng, "generators", watched)
     images(tmp_path, [4, 1], batch_size=2, seed=5, process__bnr=bnr)
+    sample_labels(5, [4, 1], 10)
     drawn = [(seed, purpose, indices) for seed, purpose, indices in asked if indices != [0]]  # that of the weights
     assert [(seed, indices) for seed, _, indices in drawn] == [(5, [4, 1])] * len(drawn)
-    assert len({purpose for _, purpose, _ in drawn}) == len(drawn) >= 5, "the start and four steps"
+    assert len({purpose for _, purpose, _ in drawn}) == len(drawn) >= 6, "classes, the start and four steps"
 
 
 def test_the_noise_of_steps_and_start_is_white(tmp_path):
@@ -75,6 +77,48 @@ def test_the_noise_of_steps_and_start_is_white(tmp_path):
     torch.testing.assert_close(
         columns.T @ columns / 500, torch.eye(16).double(), rtol=0, atol=0.25
     )  # 4 standard errors
+
+
+def test_each_image_is_of_its_own_class_in_every_batch(tmp_path):
+    model, seen = with_classes(tmp_path, 0), []
+    model.network.register_forward_pre_hook(lambda module, args: seen.append(args[3].tolist()))
+    options = {"seed": 0, "device": CPU, "sampler": SamplerConfig(num_steps=2, method="first_order")}
+    generate(model, range(5), np.array([3, 1, 2, 0, -1]), batch_size=2, **options)
+    assert seen == [[3, 1]] * 2 + [[2, 0]] * 2 + [[-1]] * 2
+
+
+def test_the_data_s_channel_means_are_added_at_the_end(tmp_path):
+    settings, sampler = config(tmp_path), SamplerConfig(num_steps=2, start="plain")
+    network, options = build_network(settings), {"seed": 0, "device": CPU, "batch_size": 2, "sampler": sampler}
+    brighter = replace(info(), channel_mean=np.array([0.2, 0.0, -0.1]))
+    dull, bright = (
+        generate(Model(network, settings, data), [0, 1], np.full(2, -1), **options).astype(float)
+        for data in (info(), brighter)
+    )
+    inside = (np.minimum(dull, bright) > 0) & (np.maximum(dull, bright) < 255)
+    assert inside.mean() > 0.5
+    added = np.array([0.2, 0.0, -0.1])[:, None, None] * 127.5
+    assert np.abs(np.where(inside, bright - dull - added, 0)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("bnr", "start", "std"),
+    [
+        (0.0, "plain", 0.1),
+        (0.0, "measured", (0.25 + 0.1**2) ** 0.5),
+        ({"kind": "cold"}, "plain", 0.02),
+        # a cold start has 0.25 in each of the lowest 4 by 4 modes, blurred by 4 of 8 pixels
+        ({"kind": "cold"}, "measured",
+         (0.25 * sum(math.exp(-((math.pi * k / 8) ** 2) * 16) for k in range(4)) ** 2 / 64 + 0.02**2) ** 0.5),
+    ],
+)  # fmt: skip
+def test_images_start_as_the_config_says(tmp_path, bnr, start, std):
+    settings, seen = config(tmp_path, process__bnr=bnr), []
+    sampler = SamplerConfig(num_steps=2, sigma_min=0.01, sigma_max=0.1, start=start, method="first_order")
+    model, numbers = Model(build_network(settings), settings, info()), range(100)
+    generate(model, numbers, np.full(100, -1), seed=0, device=CPU, batch_size=100, sampler=sampler,
+             watch=lambda *given: seen.append(given[0]))  # fmt: skip
+    assert float(seen[0].std()) == pytest.approx(std, rel=0.15)  # 4 standard errors where few modes are left
 
 
 def test_a_batch_that_is_filled_up_has_the_same_images_and_one_shape(tmp_path):

@@ -117,10 +117,7 @@ def test_fourier_frequencies_need_no_checkpoint():
     a, b = tiny("ncsnpp"), UNet(NetworkConfig(arch="ncsnpp", **TINY), 8, 3, 0)
     assert torch.equal(a.fourier, b.fourier)
     wide = UNet(NetworkConfig(arch="ncsnpp", **{**TINY, "channels": 64}), 8, 3, 0).fourier
-    assert (float(wide.mean()), float(wide.std())) == (
-        pytest.approx(0, abs=4),
-        pytest.approx(16, abs=3),
-    )  # 4 std. errors
+    assert float(wide.std()) == pytest.approx(16, abs=5.6)  # 4 standard errors
     assert set(a.state_dict()) == {name for name, _ in a.named_parameters()}
 
 
