@@ -51,7 +51,7 @@ def load_weights(path: Path, device: torch.device | None = None) -> Model:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        if metadata.keys() != {"config", "data", "nimg"} | ({"sha256"} if certified else set()):
+        if metadata.keys() - {"nimg"} != {"config", "data"} | ({"sha256"} if certified else set()):
             raise KeyError
         config = validate(parse_json(metadata["config"], str(path)), str(path))
         info = DataInfo.from_json(json.loads(metadata["data"]))
