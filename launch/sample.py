@@ -42,7 +42,7 @@ def main() -> int:
     from warm_dist.config.run import sampling_precision
     from warm_dist.diffusion.samplers import nfe
     from warm_dist.distributed.world import prepare_host
-    from warm_dist.evaluation.generate import fitting_batch, generate, sample_labels
+    from warm_dist.evaluation.generate import draw_labels, fitting_batch, generate
     from warm_dist.evaluation.sampler_choice import describe_sampling, sampler_for, training_note
     from warm_dist.figures import save_grid
     from warm_dist.networks.compiled import compile_blocks, compiles
@@ -59,7 +59,7 @@ def main() -> int:
     if note:
         print(note)
     indices = range(args.n)
-    labels = sample_labels(args.seed, indices, config.data.num_classes)
+    labels = draw_labels(model, sampler, args.seed, indices)
     if args.label is not None:
         labels[:] = args.label
     batch_size = args.batch_size or fitting_batch(config, sampling_precision(config, sampler), device, args.n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -38,7 +38,8 @@ class DataInfo:
     power_spectrum: (H, W), S_k = E[u0_k^2], the mean over images and channels of the squared orthonormal DCT-II
     coefficients after subtracting the channel means. sigma_data: sqrt(mean_k S_k).
     low_mean, low_covariance: (K,), (K, K) of the lowest 4 x 4 coefficients, K = C·16, channel by channel, row by row,
-    where cold sampling starts; channel means subtracted.
+    where cold sampling starts; channel means subtracted. class_counts: (num_classes,) images of each class; empty without
+    classes, and in weights of older versions.
     """
 
     resolution: int
@@ -52,10 +53,11 @@ class DataInfo:
     low_mean: NDArray[np.float64]
     low_covariance: NDArray[np.float64]
     fingerprint: str
+    class_counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def to_json(self) -> dict[str, Any]:
         """Convert to lists and numbers; `from_json` restores arrays that are equal to the last bit."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
     @staticmethod

@@ -97,7 +97,9 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
     pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue()
     store.write(NAME, data)
-    return replace(manifest, info=replace(manifest.info, fingerprint=hashlib.sha256(data).hexdigest()))
+    counts = _class_counts(manifest.label, manifest.info.num_classes)
+    info = replace(manifest.info, fingerprint=hashlib.sha256(data).hexdigest(), class_counts=counts)
+    return replace(manifest, info=info)
 
 
 class _Damage(Exception):
@@ -106,7 +108,7 @@ class _Damage(Exception):
 
 def _header(manifest: Manifest) -> dict[str, Any]:
     info = asdict(manifest.info)
-    del info["fingerprint"]  # the hash of these very bytes
+    del info["fingerprint"], info["class_counts"]  # the hash of these very bytes; counted from the labels
     info["channel_mean"] = manifest.info.channel_mean.tolist()
     for name in _ARRAYS:
         info[name] = b64encode(getattr(manifest.info, name).astype("<f8").tobytes()).decode()
@@ -182,6 +184,7 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
     shapes = ((channels, size, size), (size, size), (low,), (low, low))
     for name, shape in zip(_ARRAYS, shapes, strict=True):
         fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
+    fields["class_counts"] = _class_counts(table["label"].to_numpy(), fields["num_classes"])
     fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
     return Manifest(
         info=DataInfo(**fields, fingerprint=fingerprint),
@@ -194,6 +197,11 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
         class_names=tuple(str(name) for name in header["class_names"]),
         attribution=str(header["attribution"]),
     )
+
+
+def _class_counts(label: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
+    known = label[(label >= 0) & (label < num_classes)]
+    return np.bincount(known, minlength=num_classes).astype(np.float64)
 
 
 def _check(manifest: Manifest) -> None:

@@ -44,6 +44,8 @@ def digest(config: Config) -> str:
     # as before these keys existed, or could be null
     if tree["sampler"]["precision"] is None:
         del tree["sampler"]["precision"]
+    if tree["sampler"]["classes"] == "data":
+        del tree["sampler"]["classes"]
     if tree["eval"] and tree["eval"]["batch_size"] is None:
         tree["eval"]["batch_size"] = 64
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]

@@ -169,6 +169,7 @@ class SamplerConfig(Section):
     s_min: NonNegative = 0.05
     s_max: PositiveFloat = 50.0
     s_noise: PositiveFloat = 1.003
+    classes: Literal["data", "even"] = Field("data", description="drawn by their shares of the data, or evenly")
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
     guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="of the network; null: parallel.precision")

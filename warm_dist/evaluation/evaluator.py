@@ -27,7 +27,7 @@ from warm_dist.errors import ConfigError, Stopped
 from warm_dist.evaluation import frechet, reference
 from warm_dist.evaluation.extractors import make_extractor
 from warm_dist.evaluation.feature_stream import FeatureStream, batches_of, each_batch
-from warm_dist.evaluation.generate import fitting_batch, generate, sample_labels
+from warm_dist.evaluation.generate import draw_labels, fitting_batch, generate
 from warm_dist.evaluation.kid_precision_recall import kid, precision_recall
 from warm_dist.evaluation.reference import Reference, ReferenceSpec
 from warm_dist.evaluation.sampler_choice import describe_sampling
@@ -142,7 +142,7 @@ class Evaluator:
             images = generate(
                 model,
                 indices,
-                sample_labels(settings.seed, indices, self.config.data.num_classes),
+                draw_labels(model, sampler, settings.seed, indices),
                 seed=settings.seed,
                 device=self.world.device,
                 batch_size=self.batch_size if self.compiled else len(numbers),

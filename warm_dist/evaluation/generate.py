@@ -21,19 +21,38 @@ from warm_dist.diffusion.heads import Heads, data_spectrum, heads
 from warm_dist.diffusion.process import Level
 from warm_dist.diffusion.samplers import Denoise, cold_start, guided, sampler_of, schedule, start
 from warm_dist.distributed.world import use_device
-from warm_dist.errors import NumericsError
+from warm_dist.errors import NumericsError, print_once
 from warm_dist.networks.memory import forward_bytes_per_image
 from warm_dist.networks.precision import DTYPES, set_precision
 
 MOST_IMAGES = 512  # at a time: more hardly make a GPU faster, and a run that is asked to stop waits for them
 
 
-def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> NDArray[np.int64]:
-    """A uniformly drawn class for each image, (len(indices),); -1 without classes."""
+def sample_labels(
+    seed: int, indices: Sequence[int], num_classes: int, counts: NDArray[np.float64] | None = None
+) -> NDArray[np.int64]:
+    """A class for each image, (len(indices),); -1 without classes.
+
+    counts: (num_classes,), drawn in proportion to them; None: evenly.
+    """
     if not num_classes:
         return np.full(len(indices), -1, np.int64)
-    drawn = [draw.integers(num_classes) for draw in rng.generators(seed, "sample label", indices)]
-    return np.array(drawn, np.int64)
+    generators = rng.generators(seed, "sample label", indices)
+    if counts is None:
+        return np.array([draw.integers(num_classes) for draw in generators], np.int64)
+    bounds = np.cumsum(counts) / np.sum(counts)
+    return np.searchsorted(bounds, [draw.random() for draw in generators], side="right").astype(np.int64)
+
+
+def draw_labels(model: Model, sampler: SamplerConfig, seed: int, indices: Sequence[int]) -> NDArray[np.int64]:
+    """A class for each image, (len(indices),), as sampler.classes says; -1 without classes."""
+    num_classes, counts = model.config.data.num_classes, model.info.class_counts
+    if sampler.classes == "even" or not num_classes:
+        return sample_labels(seed, indices, num_classes)
+    if len(counts) != num_classes:
+        print_once("these weights do not know the classes' shares, since an older version wrote them; drawn evenly")
+        return sample_labels(seed, indices, num_classes)
+    return sample_labels(seed, indices, num_classes, counts)
 
 
 def fitting_batch(config: Config, precision: str, device: torch.device, count: int) -> int:

@@ -27,6 +27,8 @@ def describe_sampling(config: Config, options: SamplerConfig) -> str:
         parts.append(f"churn {churn} in {low}..{high}, noise {noise}")
     if options.guidance != 1:
         parts.append(f"guidance {exact(options.guidance)} by {_describe_guide(options.guide)}")
+    if config.data.num_classes and options.classes == "data":
+        parts.append("classes as in the data")
     if (precision := sampling_precision(config, options)) != "fp32":
         parts.append(f"network in {precision}")
     return ", ".join(parts)

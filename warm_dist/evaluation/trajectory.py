@@ -20,7 +20,7 @@ from warm_dist.data import centre, to_uint8
 from warm_dist.diffusion.process import ORIGIN, Point, corrupt, level_at
 from warm_dist.diffusion.samplers import schedule
 from warm_dist.diffusion.spectrum import blur
-from warm_dist.evaluation.generate import generate, sample_labels
+from warm_dist.evaluation.generate import draw_labels, generate
 from warm_dist.figures import save_table
 
 
@@ -49,7 +49,7 @@ def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace
         # Heun evaluates a level twice; the first evaluation of the next step replaces the second of this one
         seen[Point(float(level.sigma), float(level.alpha))] = (x, heads.blurry, heads.clean)
 
-    labels = sample_labels(args.seed, range(args.n), model.config.data.num_classes)
+    labels = draw_labels(model, sampler, args.seed, range(args.n))
     if args.label is not None:
         labels[:] = args.label
     guide = load_guide(sampler, model.info)

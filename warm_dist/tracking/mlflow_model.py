@@ -38,14 +38,14 @@ class ImageSampler(PythonModel):  # type: ignore[misc]  # mlflow has no types fo
 
         from warm_dist.checkpoints.weights import load_guide
         from warm_dist.errors import ConfigError
-        from warm_dist.evaluation.generate import generate, sample_labels
+        from warm_dist.evaluation.generate import draw_labels, generate
         from warm_dist.evaluation.sampler_choice import sampler_for
 
         asked = {**DEFAULTS, **(params or {})}
         config, nfe, bnr = self.model.config, int(asked["nfe"]), float(asked["bnr"])
         sampler = sampler_for(config, [], nfe=nfe or None, bnr=bnr if bnr >= 0 else None)
         indices, labels = (np.asarray(model_input[name], np.int64) for name in ("image", "label"))
-        drawn = sample_labels(int(asked["seed"]), indices.tolist(), config.data.num_classes)
+        drawn = draw_labels(self.model, sampler, int(asked["seed"]), indices.tolist())
         if (labels >= max(config.data.num_classes, 0)).any():
             raise ConfigError(f"label {labels.max()}: this network has {config.data.num_classes} classes")
         options: dict[str, Any] = {name: int(asked[name]) for name in ("seed", "batch_size")} | {"device": self.device}

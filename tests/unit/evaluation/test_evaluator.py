@@ -100,11 +100,11 @@ def test_labels_are_drawn_by_the_evaluation_s_own_seed(make: Make, monkeypatch: 
     """Fault: labels drawn by train.seed, so that two runs of one recipe are measured on other classes."""
     drawn: list[int] = []
 
-    def labels(seed: int, indices: Any, num_classes: int) -> Any:
+    def labels(model: Any, sampler: Any, seed: int, indices: Any) -> Any:
         drawn.append(seed)
         return np.full(len(indices), -1)
 
-    monkeypatch.setattr("warm_dist.evaluation.evaluator.sample_labels", labels)
+    monkeypatch.setattr("warm_dist.evaluation.evaluator.draw_labels", labels)
     evaluator = make(seed=5)
     assert evaluator.config.train.seed == 0
     evaluator.block(evaluator.config.sampler, 0, StopSignal(), "test", None)

@@ -22,7 +22,7 @@ from warm_dist.diffusion.heads import Heads
 from warm_dist.diffusion.spectrum import dct, eigenvalues
 from warm_dist.errors import CheckpointError, ConfigError, NumericsError
 from warm_dist.evaluation import generate as generate_module
-from warm_dist.evaluation.generate import StepNoise, fitting_batch, generate, sample_labels
+from warm_dist.evaluation.generate import StepNoise, draw_labels, fitting_batch, generate, sample_labels
 from warm_dist.networks.flat import publish
 from warm_dist.networks.unet import build_network
 
@@ -273,6 +273,23 @@ def test_network_is_drawn_from_the_seed(tmp_path):
     a, b = (build_network(config(tmp_path, train__seed=seed)).flat for seed in (0, 1))
     assert torch.equal(a, build_network(config(tmp_path)).flat)
     assert not torch.equal(a, b)
+
+
+def test_labels_follow_the_data_s_shares(tmp_path, capsys):
+    """Fault: classes are drawn evenly whatever the data's shares, or those that no image has."""
+    model = with_classes(tmp_path, 0)
+    counts = np.zeros(model.config.data.num_classes)
+    counts[1], counts[-1] = 30, 10
+    known = model._replace(info=replace(model.info, class_counts=counts))
+    drawn = draw_labels(known, SamplerConfig(), 0, range(2000))
+    assert set(drawn.tolist()) == {1, len(counts) - 1}
+    assert abs((drawn == 1).mean() - 0.75) < 5 * (0.75 * 0.25 / 2000) ** 0.5
+    np.testing.assert_array_equal(draw_labels(known, SamplerConfig(), 0, [7, 1999]), drawn[[7, 1999]])
+    even = draw_labels(known, SamplerConfig(classes="even"), 0, range(2000))
+    assert np.bincount(even, minlength=len(counts)).min() > 2000 / len(counts) / 2
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(draw_labels(model, SamplerConfig(), 0, range(2000)), even)
+    assert "do not know the classes' shares" in capsys.readouterr().err
 
 
 def test_labels_are_spread_and_reproducible():

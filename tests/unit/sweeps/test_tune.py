@@ -24,7 +24,7 @@ def test_half_of_the_trials_go_on_by_the_lower_distance(nimg: int, distance: flo
     new: Any = SimpleNamespace(name="new", config=SimpleNamespace(train=SimpleNamespace(total_nimg=4 * NIMG)))
     known = {"a": 10.0, "b": 20.0, "c": 30.0}
     record: Any = SimpleNamespace(
-        read=lambda path: {"trials": [*known, "new"]},
+        read=lambda path, schema: SimpleNamespace(trials=[*known, "new"]),
         evaluations=lambda name: [{"nimg": NIMG, "frechet": known[name]}],
     )
     asha = _scheduler(settings, [new], record)
