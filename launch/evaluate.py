@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr
-from warm_dist import errors
+from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.files import claimed
 from warm_dist.runs.folder import MIRROR, Mirrored
@@ -68,6 +67,7 @@ def _numbers(flag: str, texts: list[str], kind: Callable[[str], float]) -> list[
 
 
 def main() -> int:
+    supervisor.end_with_launcher()
     args = parse()
     from data_pipelines.reading.loader import open_loader
     from warm_dist.distributed.collectives import on_main
@@ -135,4 +135,4 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
 
 
 if __name__ == "__main__":
-    errors.run(main, quiet=os.environ.get("RANK", "0") != "0")
+    errors.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -15,6 +16,7 @@ from typing import Any
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 _printed: set[str] = set()
+_mute = False
 
 
 class WarmDistError(Exception):
@@ -60,6 +62,10 @@ class OutputError(WarmDistError, exit_code=8):
     """A folder that cannot be written, or a full disk."""
 
 
+class DiskFullError(OutputError, resumable=True):
+    """A full disk or quota: with room made, the same command goes on."""
+
+
 class WorldSizeError(WarmDistError, exit_code=9):
     """A number of processes that cannot share batch and lanes evenly."""
 
@@ -97,7 +103,9 @@ def writing(target: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}){hint}") from None
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OutputError
+        advice = "; make room, and the same command goes on" if kind is DiskFullError else hint
+        raise kind(f"{target}: cannot be written ({error.strerror or error}){advice}") from None
 
 
 def redact(value: Any) -> Any:
@@ -130,11 +138,19 @@ def print_once(text: str) -> None:
         print_line(text)
 
 
-def run(main: Callable[[], int | None], quiet: bool = False) -> None:
+def leave_the_word(to_another_rank: bool) -> None:
+    """Whether another rank prints the error that ends this one, as is agreed once all have joined."""
+    global _mute
+    _mute = to_another_rank
+
+
+def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
-    quiet: leave the line to another rank. Where nobody reads stdout any more (`| head`), it ends in silence as by SIGPIPE.
+    Of a machine's ranks the first one prints the line, until `leave_the_word`. Where nobody reads stdout any more
+    (`| head`), it ends in silence as by SIGPIPE.
     """
+    leave_the_word(os.environ.get("LOCAL_RANK", "0") != "0")
     try:
         try:
             sys.exit(main() or EXIT_OK)
@@ -142,7 +158,7 @@ def run(main: Callable[[], int | None], quiet: bool = False) -> None:
             sys.stdout.flush()  # fails here, and not in the interpreter's teardown
             raise
     except WarmDistError as error:
-        if not quiet:
+        if not _mute:
             print_error(error)
         with suppress(OSError):
             sys.stdout.flush()

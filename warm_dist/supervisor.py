@@ -80,6 +80,15 @@ def end_with_parent(signum: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
+def end_with_launcher() -> None:
+    """Have the kernel end a launcher's rank with the launcher; a rank whose launcher has just ended ends too (Linux)."""
+    if "LOCAL_RANK" in os.environ:
+        launcher = os.getppid()
+        end_with_parent(signal.SIGTERM)
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGTERM)
+
+
 def identity(pid: int) -> str:
     """`pid:start time`, unique even if the pid is reused; empty if there is no such process or it is a zombie."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -130,16 +131,22 @@ def test_the_deepspeed_command_is_watched_and_nothing_else(tmp_path):
     """Three generations with the command lines of deepspeed, its launch.py and a rank."""
     assert deepspeed_runner() == ""
     rank = "from warm_dist.distributed.heartbeat import deepspeed_runner as r; print(r(), flush=True); input()"
-    parent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]])"
     launch = tmp_path / "launch.py"
     launch.write_text(parent)
-    for runner, watched in (("deepspeed", True), ("bash.py", False)):
+    here, there = (
+        "--world_info=" + base64.urlsafe_b64encode(json.dumps({host: [0]}).encode()).decode()
+        for host in ("localhost", "n")
+    )
+    for runner, world, watched in (("deepspeed", here, True), ("bash.py", there, False), ("bash.py", here, None)):
         path = tmp_path / runner
         path.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])")
-        command = [sys.executable, str(path), str(launch), "deepspeed.launcher.launch", "-c", rank]
+        command = [sys.executable, str(path), str(launch), "deepspeed.launcher.launch", world, "-c", rank]
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         said = process.stdout.readline().strip()
-        assert said == (supervisor.identity(process.pid) if watched else "")
+        gone = "" if watched is False else f"{process.pid}:gone"  # a parent that is not the runner of a local launch
+        assert said == (supervisor.identity(process.pid) if watched else gone)
+        assert supervisor.alive(said) is (watched is True)
         process.communicate("\n", timeout=20)
 
 

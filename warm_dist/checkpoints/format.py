@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from warm_dist.errors import AccessError, CheckpointError, DataError, OutputError
+from warm_dist.errors import AccessError, CheckpointError, DataError, OutputError, writing
 from warm_dist.files import sync, write_json
 from warm_dist.networks.flat import Published
 from warm_dist.records import DamagedError, Record, unseal
@@ -107,8 +107,10 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str,
         for part in (path, done):
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OutputError(f"{path}: cannot be written ({reason})") from None
+        if isinstance(error, OutputError):
+            raise
+        with writing(path):
+            raise
     return {"file": path.name, "bytes": size, "done": done.name, "sha256": _digest(done.read_bytes())}
 
 

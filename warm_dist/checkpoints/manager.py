@@ -38,6 +38,7 @@ from warm_dist.distributed.world import World
 from warm_dist.errors import (
     CheckpointError,
     ConfigError,
+    DiskFullError,
     MissingError,
     OutputError,
     UnreachableError,
@@ -232,11 +233,12 @@ class CheckpointManager:
                 self._make(folder, mine, empty=False)
             line = write_rank(folder, self.world.rank, tensors)
         except OutputError as error:
-            failure = str(error)
+            failure = error
         reports = gather(self.world, (line, failure), "checkpoint")
-        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+        failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
         if failures:
-            raise OutputError(f"{group[:-1]} at nimg {nimg} not saved; " + "; ".join(failures))
+            kind = next(type(error) for _, error in reports if error)
+            raise kind(f"{group[:-1]} at nimg {nimg} not saved; " + "; ".join(failures))
         tree = {"format": FORMAT, "nimg": nimg, **meta, "files": [line for line, _ in reports]}
         if self.shared:
             on_main(self.world, lambda: write_record(folder / COMPLETE, tree), "COMPLETE")
@@ -271,8 +273,8 @@ class CheckpointManager:
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
         if free < needed * 1.05:
-            raise OutputError(
-                f"{folder}: {needed:,} bytes to write, {free:,} free; make room, and the same command resumes from "
+            raise DiskFullError(
+                f"{folder}: {needed:,} bytes to write, {free:,} free; make room, and the same command goes on from "
                 "the last checkpoint"
             )
 

@@ -131,6 +131,11 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[Sw
     sweep = validate_as(SweepConfig, tree, str(path))
     base = read_tree(Path(path).parent / sweep.base)
     for key, value in [*sweep.set.items(), *of_trials]:
+        for searched in sweep.space:
+            if f"{key}.".startswith(f"{searched}."):
+                raise ConfigError(
+                    f"{path}: {key!r} is set for all trials and searched in space ({searched!r}); remove one of them"
+                )
         if key == SEED:
             raise ConfigError(f"{path}: set {SEED}: use the sweep's list seeds instead")
         assign(base, key, value, f"{path}: set {key!r}")

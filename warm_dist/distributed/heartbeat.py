@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -23,6 +25,8 @@ from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
 PHASES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
 """Phases of a rank at one nimg, in order (the update ends a step and raises nimg): an earlier phase is behind."""
 NEWS_RANKS = 64  # with more ranks each reads the beats, some 200 bytes a rank, less often, to spare rank 0
+_BEAT: dict[str, Any] = {"host": str, "place": str, "nimg": int, "held_s": int | float, "end": dict}
+_END = {"reason": str, "code": int, "resumable": bool, "blames_a_peer": bool}
 _PLURAL = {"is": "are", "has been": "have been"}
 
 
@@ -81,9 +85,8 @@ class Heartbeat:
         self._blames_a_peer = self._curious = False
         self._closing, self._wake = threading.Event(), threading.Event()
         self._runner = deepspeed_runner()
-        self._threads = [threading.Thread(target=self._watch, name="heartbeat_watch", daemon=True)]
-        if world.size > 1:
-            self._threads.append(threading.Thread(target=self._talk, name="heartbeat_talk", daemon=True))
+        duties = [self._watch, self._talk] if world.size > 1 else [self._watch]
+        self._threads = [threading.Thread(target=self._do, args=(duty,), daemon=True) for duty in duties]
 
     def at(self, phase: str, nimg: int) -> None:
         """Set this rank's phase. A single assignment, cheap enough for the inner loop."""
@@ -111,11 +114,21 @@ class Heartbeat:
         """Longest time without a beat, seconds, among the other ranks that have not ended."""
         return max((self.beats[rank].age_s for rank in self._others() if not self._ended(rank)), default=0.0)
 
+    def _do(self, duty: Callable[[], None]) -> None:
+        """Run a thread's duty; a surprise in it ends the run resumably, instead of the duty alone."""
+        try:
+            duty()
+        except Exception as error:
+            self.stop.name = (
+                self.stop.name or f"the end of {duty.__name__.strip('_')} ({type(error).__name__}: {error})"
+            )
+
     def _watch(self) -> None:
         with suppress(OSError):
             if self.world.is_main:  # remove files of an earlier attempt with more ranks
                 for old in self.path.parent.glob("rank_*.json"):
-                    if int(old.stem.partition("_")[2]) >= self.world.size:
+                    number = re.fullmatch(r"rank_(\d{1,9})", old.stem)
+                    if number and int(number[1]) >= self.world.size:
                         old.unlink(missing_ok=True)
         while True:
             last = self._closing.is_set()
@@ -170,7 +183,7 @@ class Heartbeat:
                     self._answered = now = time.monotonic()
                     for rank, raw in enumerate(values):
                         if raw != self.beats[rank].raw:
-                            self.beats[rank] = Beat(raw, now, json.loads(raw))
+                            self.beats[rank] = Beat(raw, now, _told(raw))
             except RuntimeError:
                 pass  # the store is gone or does not answer, which `_answered` shows
             if last:
@@ -262,17 +275,43 @@ class Heartbeat:
         return " and ".join(parts)
 
 
+def _told(raw: bytes) -> dict[str, Any]:
+    """What a beat says; another program's garbage says nothing."""
+    try:
+        tree = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(tree, dict):
+        return {}
+    told = {key: value for key, value in tree.items() if isinstance(value, _BEAT.get(key, ()))}
+    if told.keys() & {"end"} and {key: type(value) for key, value in told["end"].items()} != _END:
+        del told["end"]
+    return told
+
+
 def deepspeed_runner() -> str:
     """The identity of the `deepspeed` command that started this rank's launch.py, empty if there is none.
 
-    Killed, it leaves launch.py alive, and the kernel reports only the end of a process's direct parent.
+    Killed, it leaves launch.py alive, and the kernel reports only the end of a process's direct parent. If it was
+    killed before this rank began, the identity is of no process.
     """
     import psutil
 
     with suppress(psutil.Error):
         launch = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" in launch.cmdline():
+        words = launch.cmdline()
+        if "deepspeed.launcher.launch" in words:
             runner = psutil.Process(launch.ppid())
             names = {Path(word).name for word in runner.cmdline()}
-            return supervisor.identity(runner.pid) if names & {"deepspeed", "deepspeed.launcher.runner"} else ""
+            if names & {"deepspeed", "deepspeed.launcher.runner"}:
+                return supervisor.identity(runner.pid)
+            return f"{runner.pid}:gone" if _is_local(words) else ""  # elsewhere ssh or pdsh starts launch.py
     return ""
+
+
+def _is_local(words: list[str]) -> bool:
+    """Whether launch.py's command line says that it is of this machine alone, which the runner starts itself."""
+    world = next((word.partition("=")[2] for word in words if word.startswith("--world_info=")), "")
+    with suppress(ValueError, TypeError):
+        return list(json.loads(base64.urlsafe_b64decode(world))) == ["localhost"]
+    return False

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from warm_dist.errors import PortError, UnreachableError
+from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the_word
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 JOIN_S = 180  # nodes start at different speeds: the timeout of a collective would be too short
@@ -48,8 +48,13 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
     Local runs listen on loopback only, others on the interface to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set.
     Raises PortError if MASTER_PORT is in use, UnreachableError that names the ranks that did not join.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = (
+        from_environment("RANK", 0),
+        from_environment("WORLD_SIZE", 1),
+        from_environment("LOCAL_RANK", 0),
+    )
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {size}; the launcher sets both")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     use_device(device)
@@ -79,7 +84,16 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
             f"rank {rank} of {size} (host {socket.gethostname()}) could not join its peers at {master_address()} "
             f"in {join_s} s: {why}; start every node with the same MASTER_ADDR and port"
         ) from error
+    leave_the_word(rank > 0)
     return World(rank, size, device, control)
+
+
+def from_environment(name: str, default: int) -> int:
+    """An environment variable that counts ranks; unset or empty: the default. Raises ConfigError for anything else."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text!r}: needs a number; the launcher sets it")
+    return int(text)
 
 
 def master_address() -> str:
@@ -127,7 +141,7 @@ def _who_stayed_away(store: Store | None, size: int) -> str:
         return "rank 0's machine does not answer"
     try:
         came = {r: json.loads(store.get(beat_key(r)))["host"] for r in range(size) if store.check([beat_key(r)])}
-    except RuntimeError:
+    except (RuntimeError, ValueError, LookupError, TypeError):  # the store is lost, or somebody else wrote to it
         return ""
     absent = [str(r) for r in range(size) if r not in came]
     here = ", ".join(f"{r} (host {host})" for r, host in came.items())

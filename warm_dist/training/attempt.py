@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -44,12 +43,7 @@ class Attempt:
         parallel = config.parallel
         self.stop = StopSignal().install()
         prepare_host()
-        try:
-            self.world = join(parallel.timeout_s)
-        except errors.UnreachableError as error:
-            if os.environ.get("LOCAL_RANK") == "0" != os.environ.get("RANK"):
-                errors.print_error(error)  # rank 0 only prints for its own machine
-            raise
+        self.world = join(parallel.timeout_s)
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
         self.claim: Claim | None = None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.lines import lines_run
 from tests.support.patience import until
-from warm_dist.distributed.heartbeat import Beat, Heartbeat
+from warm_dist.distributed.heartbeat import Beat, Heartbeat, _is_local, _told
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
 
@@ -82,3 +84,54 @@ def test_a_preemption_file_asks_to_stop_and_is_named(tmp_path):
         marker.touch()
         until(lambda: beat.stop.name is not None)
     assert str(marker) in beat.stop.name
+
+
+@pytest.mark.parametrize(
+    "name", ["rank_0 (copy).json", "rank_.json", "rank_x.json", "rank_99999999999999999999.json", "rank_1"]
+)
+def test_odd_names_do_not_end_the_watch(tmp_path, name):
+    """Fault: a copy of a heartbeat's file ends the watcher without a word, and the preemption file is then ignored."""
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / name).touch()
+    stop_file = tmp_path / "stop"
+    with heartbeat(tmp_path, stop_file) as beat:
+        stop_file.touch()
+        until(lambda: beat.stop.name is not None)
+        assert "preemption_file" in beat.stop.name
+
+
+def test_a_duty_that_ends_ends_the_run(tmp_path, monkeypatch):
+    """Fault: a thread meets a surprise, dies, and takes its duty along."""
+    monkeypatch.setattr(Heartbeat, "_write", lambda self, phase: 1 / 0)
+    with heartbeat(tmp_path) as beat:
+        until(lambda: beat.stop.name is not None)
+        assert beat.stop.name == "the end of watch (ZeroDivisionError: division by zero)"
+
+
+END = {"reason": "x", "code": 3, "resumable": False, "blames_a_peer": False}
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"", {}), (b"\xff\0", {}), (b"[1]", {}), (b"7", {}), (b"[" * 50_000, {}), (b'{"nimg": "8", "host": 7}', {}),
+        (b'{"host": "a", "held_s": 1.5, "nimg": []}', {"host": "a", "held_s": 1.5}),
+        (json.dumps({"end": {"code": 3}}).encode(), {}), (json.dumps({"end": END}).encode(), {"end": END}),
+    ],
+)  # fmt: skip
+def test_garbage_in_the_store_says_nothing(raw, told):
+    """Fault: garbage in the rendezvous store ends the talk between ranks."""
+    assert _told(raw) == told
+    beat = Beat(raw, 0.0, _told(raw))
+    assert beat.progress[0] == 0
+    assert isinstance(beat.where + beat.host, str)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "local"), [(["localhost"], True), (["node1"], False), (["localhost", "node1"], False)]
+)
+def test_a_launcher_of_this_machine_alone_is_known(hosts, local):
+    """Fault: the deepspeed command was killed before its ranks began, and they train to the end without it."""
+    world = base64.urlsafe_b64encode(json.dumps({host: [0] for host in hosts}).encode()).decode()
+    assert _is_local(["python", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "x.py"]) is local
+    assert _is_local(["python", "--world_info=%%"]) is _is_local([]) is False

@@ -46,7 +46,9 @@ def test_a_combination_is_the_nearest_and_its_distance_is_told():
     factors = combination(times, gammas, 2.5, 10)
     for some in (factors, factors + 0.1, np.zeros(4)):
         assert mismatch(some, times, gammas, 2.5, 10) == pytest.approx(distance(some), rel=1e-3)
-    assert 0.1 < distance(factors) < min(distance(factors + 0.01 * change) for change in (*np.eye(4), *-np.eye(4)))
+    assert factors.sum() == pytest.approx(1, abs=1e-9), "an average of weights that are all equal is these weights"
+    changes = [one - other for one in np.eye(4) for other in np.eye(4) if one is not other]
+    assert 0.1 < distance(factors) < min(distance(factors + 0.01 * change) for change in changes if change.any())
 
 
 def test_a_snapshot_that_is_wanted_is_taken_as_it_is():
