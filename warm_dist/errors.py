@@ -119,16 +119,33 @@ def redact(value: Any) -> Any:
     return value
 
 
+def printable(text: str) -> str:
+    """The text with everything that a terminal would obey escaped: controls, line breaks, writing directions, bad UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """Why a library gave up, in one printable line without addresses in memory; the error's type if it does not say."""
+    text = re.sub(r"<[\w.]+( object)? at 0x[0-9a-f]+>", "the data", " ".join(str(error).split()))
+    return printable(text) or type(error).__name__
+
+
+def count(number: int, noun: str) -> str:
+    """A number and what it counts: `1 shard`, `2 shards`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def print_error(error: WarmDistError) -> None:
-    """Print the error as one line on stderr, without its secrets. A PeerError's message already names its type."""
+    """Print the error on stderr, printable and without its secrets. A PeerError's message already names its type."""
     prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
     print_line(f"{prefix}{error}")
 
 
 def print_line(text: str) -> None:
-    """Print a line on stderr, without its secrets; where nobody can read it, the program goes on."""
+    """Print text on stderr, printable and without its secrets; where nobody can read it, the program goes on."""
+    lines = map(printable, redact(text).split("\n"))  # some messages are lists
     with suppress(OSError, ValueError):
-        print(redact(text), file=sys.stderr, flush=True)
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def print_once(text: str) -> None:

@@ -74,3 +74,17 @@ def test_public_takes_secrets_out_of_urls_only() -> None:
     assert redact("see https://u:p@ss@host/x") == "see https://host/x"
     tree = {"a": ["http://u:p@h:1/x?sig=1#f", 3, None], "b": "see https://h/x?k=1 and s3://b/k, 5 @ 3? yes #1"}
     assert redact(tree) == {"a": ["http://h:1/x", 3, None], "b": "see https://h/x and s3://b/k, 5 @ 3? yes #1"}
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(capsys) -> None:
+    """Fault: a file's name clears the screen, breaks the line or turns the writing, or cannot be encoded at all."""
+    errors.print_error(errors.DataError("a\x1b[2Jb\u202ec\udcffd\u2028e\x85é 日 😀\n  more\r"))
+    line, more = capsys.readouterr().err.splitlines()
+    assert line == r"DataError: a\x1b[2Jb\u202ec\udcffd\u2028e\x85é 日 😀"
+    assert more == r"  more\r"
+
+
+def test_reasons_have_no_addresses_and_are_never_empty() -> None:
+    assert errors.reason(ValueError("cannot identify\n <_io.BytesIO object at 0x7f21aa>")) == "cannot identify the data"
+    assert errors.reason(MemoryError()) == "MemoryError"
+    assert [errors.count(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
