@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # packing and a trial's actor save 2 s and 350 MB without tor
 LOW_MODES = 4
 """Cold sampling starts from a Gaussian over the 4 x 4 lowest DCT modes: at α = W/2 the fifth has shrunk by 4e8."""
 
+MIN_SIGMA_DATA = 1e-3
+"""An eighth of a grey level, of 2/255: less contrast than one level in a sixtieth of all pixels."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,6 +62,13 @@ class DataInfo:
         """Convert to lists and numbers; `from_json` restores arrays that are equal to the last bit."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
+
+    def flaw(self) -> str:
+        """Why nothing can be learned from these data; "" if something can."""
+        if self.sigma_data >= MIN_SIGMA_DATA:
+            return ""
+        colour = ", ".join(f"{(mean + 1) * 127.5:.0f}" for mean in self.channel_mean)
+        return f"all images are one colour, {colour} of 255 (sigma_data {self.sigma_data:.1e}); check how they were exported"
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> DataInfo:

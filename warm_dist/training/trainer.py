@@ -24,7 +24,7 @@ from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.heartbeat import Heartbeat
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.errors import CheckpointError, Stopped
+from warm_dist.errors import CheckpointError, DataError, Stopped
 from warm_dist.networks.unet import build_network
 from warm_dist.runs.metrics import MetricsLog
 from warm_dist.training.deepspeed_engine import build_engine
@@ -66,6 +66,8 @@ class Trainer:
         checkpoints: CheckpointManager | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
+        if flaw := info.flaw():
+            raise DataError(f"data.manifest {config.data.manifest}: {flaw}")
         self.config, self.world, self.info, self.say = config, world, info, say
         self.checkpoints, self.heartbeat = checkpoints, heartbeat
         network = build_network(config)

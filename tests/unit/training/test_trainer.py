@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from warm_dist.config.load import dump
 from warm_dist.diffusion.heads import coefficients
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.errors import CheckpointError
+from warm_dist.errors import CheckpointError, DataError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.training.inputs import prepare
 from warm_dist.training.step_metrics import SUMS
@@ -174,3 +175,14 @@ def test_another_run_s_checkpoint_is_refused(tmp_path, changes, words):
     saved: Any = type("Saved", (), {"meta": meta})
     with pytest.raises(CheckpointError, match=words):
         trainer._check(saved)
+
+
+def test_data_of_one_colour_are_refused_by_name(tmp_path):
+    """Fault: they end in a non-finite loss, and the advice is to lower the learning rate."""
+    for sigma_data in (0.0, 2e-8):
+        flat = replace(info(), sigma_data=sigma_data)
+        words = r"data\.manifest .*: all images are one colour, 128, 128, 128 of 255 \(sigma_data .*\); check how they"
+        with pytest.raises(DataError, match=words):
+            Trainer(config(tmp_path, engine="local"), ALONE, flat, print)
+    faint = replace(info(), sigma_data=2e-3)
+    assert Trainer(config(tmp_path, engine="local"), ALONE, faint, print).nimg == 0
