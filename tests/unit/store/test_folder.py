@@ -73,3 +73,13 @@ def test_deleting_the_last_file_removes_its_folder(tmp_path: Path) -> None:
     store.write("a/b/c.bin", b"1")
     store.delete("a/b/c.bin")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_rewritten_in_place_with_as_many_bytes_is_another_version(tmp_path: Path) -> None:
+    """Fault: a tag without the time, so that other bytes are read as the pinned ones."""
+    store = open_store(str(tmp_path))
+    store.write("a.bin", b"old")
+    tag = store.stat("a.bin").etag
+    os.utime(tmp_path / "a.bin", ns=(0, 1))  # as a write in place does: the same inode and size
+    with pytest.raises(DataError, match="was replaced"):
+        store.read("a.bin", etag=tag)
