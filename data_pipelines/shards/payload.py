@@ -15,6 +15,8 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
+from warm_dist.errors import reason
+
 PAYLOADS = ("npy", "png", "jpg", "webp")
 MAX_PIXELS = 1 << 26  # of an image of unknown shape: 256 MiB in PIL
 _JPEG = {"quality": 95, "subsampling": 0}  # 4:4:4; below 64 px halved colour is visible
@@ -83,7 +85,7 @@ def decode(payload: bytes | memoryview, shape: Sequence[int] | None = None) -> N
     except (struct.error, IndexError):  # read past the end
         raise ValueError("truncated") from None
     except Exception as error:  # numpy's and PIL's parsers raise many types
-        raise ValueError(f"{type(error).__name__}: {str(error)[:100]}") from None
+        raise ValueError(f"{type(error).__name__}: {reason(error)[:100]}") from None
     image = image[..., None] if image.ndim == 2 else image
     if shape is not None and image.shape != tuple(shape):
         raise ValueError(f"shape {image.shape}, where {tuple(shape)} is needed")
@@ -187,10 +189,8 @@ def _pixels(mode: str, size: tuple[int, int], data: bytes, codec: str, *argument
     return np.asarray(Image.frombytes(mode, size, data, codec, *arguments), np.uint8)
 
 
-def _decode_webp(payload: bytes | memoryview, shape: Sequence[int] | None) -> NDArray[np.uint8]:
-    """Check the header, then decode with PIL, whose plugin allocates the canvas when it opens the file."""
-    from PIL.WebPImagePlugin import WebPImageFile
-
+def webp_size(payload: bytes | memoryview) -> tuple[int, int]:
+    """Width and height in a WebP's header. Raises ValueError if it is damaged."""
     kind, body = bytes(payload[12:16]), bytes(payload[20:30])
     if len(body) < 10:
         raise ValueError("truncated")
@@ -203,6 +203,14 @@ def _decode_webp(payload: bytes | memoryview, shape: Sequence[int] | None) -> ND
         width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
     else:
         raise ValueError("a WebP with a damaged header")
+    return width, height
+
+
+def _decode_webp(payload: bytes | memoryview, shape: Sequence[int] | None) -> NDArray[np.uint8]:
+    """Check the header, then decode with PIL, whose plugin allocates the canvas when it opens the file."""
+    from PIL.WebPImagePlugin import WebPImageFile
+
+    width, height = webp_size(payload)
     _check_size(width, height, shape)
     picture = WebPImageFile(io.BytesIO(payload))
     if picture.mode != "RGB" or picture.size != (width, height):

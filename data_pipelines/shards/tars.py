@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from warm_dist.errors import DataError
+from warm_dist.errors import DataError, printable, reason
 
 IMAGES = ("npy", "png", "jpg", "jpeg", "webp")  # suffixes of a sample's image
 _PIECE_BYTES = 1 << 20
@@ -34,8 +34,8 @@ class Entry(NamedTuple):
     payload: str
 
 
-def members(file: Path, name: str) -> Iterator[Member]:
-    """The regular files of an uncompressed tar; links, devices, folders and sparse files are skipped.
+def members(file: Path, name: str, skipped: Callable[[str], object] = lambda name: None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar; folders are passed over, `skipped` is told of links, devices and sparse files.
 
     Names serve only as keys, so `../x` is harmless. name: of the tar in errors. Raises DataError for a file that is not a
     tar, is truncated, or has garbage inside.
@@ -53,13 +53,14 @@ def members(file: Path, name: str) -> Iterator[Member]:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a kilobyte per file
                 if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
+                elif not member.isdir():
+                    skipped(member.name)
             # tarfile accepts a tar that is truncated between two members
             stream.seek(tar.offset)
             if not _only_zeros(stream):
                 raise DataError(f"{name}: truncated, or garbage inside: no end of archive after {tar.offset} bytes")
     except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name}: not a readable tar ({reason})") from None
+        raise DataError(f"{name}: not a readable tar ({reason(error)})") from None
 
 
 def samples(file: Path, name: str) -> list[Entry]:
@@ -73,7 +74,7 @@ def samples(file: Path, name: str) -> list[Entry]:
         folder, slash, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
         if stem and suffix:
-            sample = found.setdefault(folder + slash + stem, {})
+            sample = found.setdefault(printable(folder + slash + stem), {})  # bytes that are not UTF-8 cannot be stored
             if sample.setdefault(suffix.lower(), member) is not member:
                 raise DataError(f"{name}: the member {member.name[:80]!r} occurs twice")
     with file.open("rb") as stream:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.sources.transform import Transform, decode_image
+from warm_dist.errors import reason
 from warm_dist.rng import generator
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_FILE_BYTES = 256 << 20  # larger image files are a mistake or an attack
 
 
@@ -42,7 +42,8 @@ class Source:
     """Samples in a fixed order; iterable any number of times.
 
     part: (start, stop) → these samples, picklable for packing in several processes. identity: text that changes with the
-    content. shuffled: returns the samples in a fixed random order; None where random access would be slow.
+    content. shuffled: returns the samples in a fixed random order; None where random access would be slow. told: what was
+    taken for images, classes and split, and what was left out, in printable lines.
     """
 
     length: int
@@ -51,6 +52,7 @@ class Source:
     part: Callable[[int, int], Iterable[Item]]
     identity: str = ""
     shuffled: Callable[[], Source] | None = None
+    told: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -87,7 +89,7 @@ class Pictures:
                 image = decode_image(content, self.transform) if isinstance(content, bytes) else content
                 yield Sample(record.key, record.label, image)
             except (ValueError, OSError, MemoryError) as error:
-                yield BadImage(record.key, " ".join(str(error).split()) or type(error).__name__)
+                yield BadImage(record.key, reason(error))
 
 
 def listed(
@@ -97,17 +99,18 @@ def listed(
     class_names: Sequence[str] = (),
     attribution: str = "",
     identity: Iterable[object] = (),
+    told: tuple[str, ...] = (),
 ) -> Source:
     """A source of images that can be read in any order. identity: a value per record that changes with its content."""
     digest = hashlib.sha256(repr((transform, tuple(class_names))).encode())
     for record, content in zip(records, identity, strict=True):
-        digest.update(f"{record.key}\0{record.label}\0{content}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{record.key}\0{record.label}\0{content}\n".encode("utf-8", "surrogatepass"))
 
     def ordered(order: Sequence[int] | range, text: str) -> Source:
         def part(start: int, stop: int) -> Pictures:
             return Pictures([records[row] for row in order[start:stop]], read, transform)
 
-        return Source(len(order), tuple(class_names), attribution, part, text)
+        return Source(len(order), tuple(class_names), attribution, part, text, told=told)
 
     def shuffled() -> Source:
         bits = generator(0, "pack", 0).bit_generator.random_raw(len(records))
@@ -117,40 +120,10 @@ def listed(
     return replace(ordered(range(len(records)), digest.hexdigest()), shuffled=shuffled)
 
 
-def listed_tree(
-    files: Iterable[tuple[str, int]],
-    place: Callable[[str], Any],
-    read: Callable[[Any], bytes | NDArray[np.uint8]],
-    transform: Transform,
-    attribution: str,
-) -> Source:
-    """A source of the images among `files`, (relative path, size); class folders become labels.
-
-    Folders that contain everything are not classes. Raises what `listed` raises.
-    """
-    sizes = {name: size for name, size in files if is_picture(name)}
-    paths = sorted(name.split("/") for name in sizes)
-    depth = 0
-    while len({path[depth] for path in paths}) == 1 and all(len(path) > depth + 2 for path in paths):
-        depth += 1
-    classed = bool(paths) and all(len(path) == depth + 2 for path in paths)
-    class_names = sorted({path[depth] for path in paths}) if classed else []
-    numbers = {name: number for number, name in enumerate(class_names)}
-    records = [Record(name := "/".join(path), numbers[path[depth]] if classed else -1, place(name)) for path in paths]
-    identity = [sizes[record.key] for record in records]
-    return listed(records, read, transform, class_names, attribution, identity)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file is an image by its name; hidden files and macOS metadata are not."""
-    base = name.rpartition("/")[2]
-    return base.lower().endswith(SUFFIXES) and not base.startswith(".") and not name.startswith("__MACOSX/")
-
-
-def check_size(name: str, size: int) -> None:
+def check_size(size: int) -> None:
     """Raises ValueError for a file larger than MAX_FILE_BYTES."""
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are allowed")
+        raise ValueError(f"{size} bytes, at most {MAX_FILE_BYTES} are allowed")
 
 
 def finished(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import pickle
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.sources.base import Record, Source, finished, listed
 from data_pipelines.sources.transform import Transform, fit
-from warm_dist.errors import DataError
+from warm_dist.errors import DataError, printable, reason
 
-_CIFAR_BYTES = 256 << 20  # limit for one file of the archive; CIFAR's largest has 155 MB
+_CIFAR_BYTES = 256 << 20  # limit for all that the archive unpacks to; CIFAR's have up to 187 MB
 _CIFAR_IMAGE = 3 * 32 * 32
 
 
@@ -34,29 +35,48 @@ def open_cifar(path: Path, transform: Transform) -> Source:
         if not len(images) or len(images) != len(labels) or not 0 <= min(labels) <= max(labels) < len(names):
             raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(names)} class names")
     except Exception as error:  # a damaged pickle may raise any type
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not a CIFAR-10 or CIFAR-100 archive ({reason}); unpack other tars first") from None
+        why = f"not a CIFAR-10 or CIFAR-100 archive ({reason(error)}); unpack other tars first"
+        raise DataError(f"{printable(str(path))}: {why}") from None
     attribution = f"CIFAR-{len(names)} (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html"
     records = []
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         resized = image if transform.resolution == len(image) else fit(Image.fromarray(image), transform)
         records.append(Record(f"train-{number:05d}", int(label), resized))
     identity = [zlib.crc32(record.place.tobytes()) for record in records]
-    return listed(records, finished, transform, names, attribution, identity)
+    told = (f"images: CIFAR-{len(names)}'s {len(records)} training images", f"classes: {len(names)}, the archive's own")
+    return listed(records, finished, transform, names, attribution, identity, told)
+
+
+class _Bounded(io.RawIOBase):
+    """A gzip's unpacked bytes, which end in an error at CIFAR's own size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = gzip.GzipFile(fileobj=file), _CIFAR_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError(f"not CIFAR's: unpacks to more than {_CIFAR_BYTES >> 20} MB")
+        return len(data)
 
 
 def _cifar_files(path: Path) -> dict[str, bytes]:
     """File name → content of the files in a compressed tar."""
     files = {}
     try:
-        with tarfile.open(path, "r|gz") as tar:
-            for count, member in enumerate(tar):
-                if member.size < 0 or count > 100:
+        with path.open("rb") as file, tarfile.open(fileobj=_Bounded(file), mode="r|") as tar:
+            for number, member in enumerate(tar):
+                if member.size < 0 or number > 100:
                     raise tarfile.ReadError("not the files of CIFAR")
-                if member.isreg() and member.size <= _CIFAR_BYTES and (stream := tar.extractfile(member)):
+                if member.isreg() and (stream := tar.extractfile(member)):
                     files[member.name.rpartition("/")[2]] = stream.read()
     except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a readable compressed tar ({error})") from None
+        raise DataError(f"{printable(str(path))}: not a readable compressed tar ({reason(error)})") from None
     return files
 
 

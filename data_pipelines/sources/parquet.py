@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.sources.base import BadImage, Item, Sample, Source
-from data_pipelines.sources.transform import Transform, decode_image
-from warm_dist.errors import DataError
+from data_pipelines.sources.base import BadImage, Item, Sample, Source, check_size
+from data_pipelines.sources.listing import File, Listing
+from data_pipelines.sources.transform import LFS, LFS_REASON, Transform, decode_image
+from warm_dist.errors import DataError, count, printable, reason
 
-LABELS = ("label", "labels", "fine_label")
-_BATCH_ROWS = 64  # read from a row group at a time, so that groups of any size fit into memory
+IMAGE, LABELS = "image", ("label", "labels", "fine_label")
+_BATCH_ROWS = 64  # at most read from a row group at a time, so that groups of any size fit into memory
+_LABEL_ROWS = 1 << 16
+_BOMB_RATIO = 100  # encoded pictures hardly shrink
+_SHARE = 4  # of the allowed bytes, for a batch of encoded images
 
 
 class _Columns(NamedTuple):
@@ -24,13 +30,15 @@ class _Columns(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """Rows [start, stop) of a row group. first: the group's first row in its file."""
+    """Rows [start, stop) of a row group. first: the group's first row in its file. stem: of its rows' keys. batch: rows."""
 
     path: str
+    stem: str
     group: int
     first: int
     start: int
     stop: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -44,48 +52,65 @@ class _Rows:
 
     def __iter__(self) -> Iterator[Item]:
         for piece in self.slices:
-            stem = Path(piece.path).stem
             for row, data, label in _cells(piece, self.columns):
-                key, label = f"{stem}-{piece.first + row:08d}", -1 if label is None else int(label)
+                key, label = f"{piece.stem}-{piece.first + row:08d}", -1 if label is None else int(label)
                 if self.num_classes and not 0 <= label < self.num_classes:
                     yield BadImage(key, f"label {label} is not one of the {self.num_classes} classes")
                     continue
                 try:
+                    check_size(len(data or b""))
                     item: Item = Sample(key, label, decode_image(data or b"", self.transform))
-                except ValueError as error:
-                    item = BadImage(key, str(error))
+                except (ValueError, MemoryError) as error:
+                    item = BadImage(key, reason(error))
                 yield item
 
 
-def open_tables(paths: list[Path], transform: Transform) -> Source:
-    """The rows of all files in order. Raises DataError for a schema without images or with non-integer labels."""
+def open_tables(root: Path, files: Sequence[File], listing: Listing, transform: Transform) -> Source:
+    """The rows of the files below `root` in order.
+
+    Raises DataError for a schema without images or with non-integer labels, and for a row group that unpacks to too much;
+    ConfigError where two readings are plausible.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    files = [split.file for split in listing.of_split(files, shards=True)]
+    folders = sorted({file.name.rpartition("/")[0] for file in files})
+    if len(folders) > 1 and not listing.choice.include:
+        pattern = f"{escape(folders[0])}/*" if folders[0] else "*"
+        raise listing.refuse(
+            f"tables in several folders, {folders[0]!r} and {folders[1]!r}; choose by --include {pattern!r}"
+        )
     groups: list[_Slice] = []
     described = []
     columns, kinds = _Columns("", None), None
     schema = None
-    for path in paths:
+    for name in (file.name for file in files):
+        path = root / name
+        where = printable(str(path))
         try:
-            file = pq.ParquetFile(path)
-            schema = schema or file.schema_arrow
-            columns = columns if groups or kinds else _find_columns(path, schema)
-            found = [file.schema_arrow.field(name).type for name in columns if name]
+            with pq.ParquetFile(path) as file:
+                metadata, schema = file.metadata, schema or file.schema_arrow
+                columns = columns if groups or kinds else _find_columns(listing, where, schema)
+                found = [file.schema_arrow.field(column).type for column in columns if column]
             kinds = kinds or found
             if found != kinds:
-                raise DataError(f"{path}: its columns {columns} have the types {found}, the first file's {kinds}")
+                raise DataError(f"{where}: its columns {columns} have the types {found}, the first file's {kinds}")
+            first = 0
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                batch = _batch_rows(where, metadata.row_group(group), columns, transform.max_bytes)
+                groups.append(_Slice(str(path), _stem(name, folders), group, first, 0, rows, batch))
+                first += rows
         except KeyError as error:
-            raise DataError(f"{path}: lacks the column {error} of {paths[0].name}") from None
+            raise DataError(f"{where}: lacks the column {error} of {printable(files[0].name)}") from None
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path}: not readable as Parquet ({error})") from None
-        first = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            groups.append(_Slice(str(path), group, first, 0, rows))
-            first += rows
-        described.append((path.name, path.stat().st_size, first))
-    names = _class_names(paths, schema, columns.label)
+            raise DataError(f"{where}: not readable as Parquet ({_reason(path, error)})") from None
+        described.append((name, path.stat().st_size, first))
+    names = _class_names([root / file.name for file in files], schema, columns.label)
+    total = sum(group.stop for group in groups)
+    listing.notes.insert(0, f"images: {count(total, 'row')} of {count(len(files), 'table')}, column {columns.image!r}")
+    listing.note(f"classes: {len(names) or 'none'}" + (f", column {columns.label!r}" if columns.label else ""))
 
     def part(start: int, stop: int) -> _Rows:
         slices, begin = [], 0
@@ -97,7 +122,25 @@ def open_tables(paths: list[Path], transform: Transform) -> Source:
         return _Rows(slices, columns, len(names), transform)
 
     identity = repr((described, columns, names, transform))
-    return Source(sum(group.stop for group in groups), names, str(paths[0]), part, identity)
+    return Source(total, names, listing.where, part, identity, told=listing.told())
+
+
+def _stem(name: str, folders: Sequence[str]) -> str:
+    """What the keys of a table's rows begin with, different for each table."""
+    return Path(name).stem if len(folders) == 1 else name.rpartition(".")[0]
+
+
+def _batch_rows(where: str, group: Any, columns: _Columns, max_bytes: int) -> int:
+    """Rows of a group to read at once: no value is longer than its column when unpacked, however often it is repeated."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    ours = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    unpacked = max((chunk.total_uncompressed_size for chunk in ours), default=0)
+    packed = max((chunk.total_compressed_size for chunk in ours), default=0)
+    share = max_bytes // _SHARE
+    if unpacked > share and unpacked > _BOMB_RATIO * packed:
+        limit = f"at most {share >> 20} MB, a quarter of --max-decoded-mb, are allowed"
+        raise DataError(f"{where}: {packed} bytes of a column unpack to {unpacked}; {limit}")
+    return max(1, min(_BATCH_ROWS, share // max(1, unpacked)))
 
 
 def _cells(piece: _Slice, columns: _Columns) -> Iterator[tuple[int, bytes | None, int | None]]:
@@ -108,7 +151,7 @@ def _cells(piece: _Slice, columns: _Columns) -> Iterator[tuple[int, bytes | None
     try:
         with pq.ParquetFile(piece.path) as file:
             row = 0
-            for batch in file.iter_batches(_BATCH_ROWS, [piece.group], [name for name in columns if name]):
+            for batch in file.iter_batches(piece.batch, [piece.group], [name for name in columns if name]):
                 low, high = max(piece.start - row, 0), min(piece.stop - row, len(batch))
                 if low < high:
                     cut = batch.slice(low, high - low)
@@ -121,18 +164,39 @@ def _cells(piece: _Slice, columns: _Columns) -> Iterator[tuple[int, bytes | None
                 if row >= piece.stop:
                     return
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{piece.path}: row group {piece.group} cannot be read ({error})") from None
+        where = f"{printable(piece.path)}: row group {piece.group}"
+        raise DataError(f"{where} cannot be read ({reason(error)})") from None
 
 
-def _find_columns(path: Path, schema: Any) -> _Columns:
+def _reason(path: Path, error: Exception) -> str:
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            return LFS_REASON
+    return reason(error)
+
+
+def _find_columns(listing: Listing, where: str, schema: Any) -> _Columns:
     import pyarrow as pa
 
-    image = next((field.name for field in schema if _holds_images(field.type)), None)
-    if image is None:
-        raise DataError(f"{path}: no column of images (binary, or a struct with binary 'bytes'); has {schema.names}")
-    label = next((name for name in LABELS if name in schema.names), None)
+    choice = listing.choice
+    images = [field.name for field in schema if _holds_images(field.type) and field.name not in choice.exclude]
+    if not images:
+        raise DataError(f"{where}: no column of images (binary, or a struct with binary 'bytes'); has {schema.names}")
+    image = IMAGE if IMAGE in images else images[0]
+    if len(images) > 1 and image != IMAGE:
+        raise listing.refuse(f"several columns of images, {images}; leave out all but one, by --exclude NAME")
+    labels = [name for name in LABELS if name in schema.names]
+    if choice.classes not in (None, "none"):
+        if choice.classes not in schema.names:
+            raise listing.refuse(f"--classes {choice.classes}: no such column; has {schema.names}")
+        labels = [choice.classes]
+    label = None if choice.classes == "none" or not labels else labels[0]
     if label and not pa.types.is_integer(schema.field(label).type):
-        raise DataError(f"{path}: column {label!r} is {schema.field(label).type}, class labels must be integers")
+        kind = schema.field(label).type
+        raise DataError(f"{where}: column {label!r} is {kind}, class labels must be integers; or say --classes none")
+    for name in schema.names:
+        if name not in (image, label):
+            listing.leave("columns", name)
     return _Columns(image, label)
 
 
@@ -161,11 +225,14 @@ def _class_names(paths: list[Path], schema: Any, label: str | None) -> tuple[str
     largest = -1
     for path in paths:
         try:
-            column = pq.read_table(path, columns=[label])[label]
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_LABEL_ROWS, columns=[label]):  # whole columns may not fit into memory
+                    found = pc.max(batch.column(0)).as_py()
+                    largest = max(largest, -1 if found is None else int(found))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path}: column {label!r} cannot be read ({error})") from None
-        found = pc.max(column).as_py()
-        largest = max(largest, -1 if found is None else int(found))
+            raise DataError(f"{printable(str(path))}: column {label!r} cannot be read ({reason(error)})") from None
     if largest >= 1 << 20:
-        raise DataError(f"{paths[0]}: column {label!r} has the label {largest}, which is not a class number")
+        raise DataError(
+            f"{printable(str(paths[0]))}: column {label!r} has the label {largest}, which is not a class number"
+        )
     return tuple(str(number) for number in range(largest + 1))

@@ -83,7 +83,7 @@ def test_tars_that_cannot_be_packed(tmp_path: Path) -> None:
             open_source(str(write_tar(tmp_path / "a.tar", members)), 8)
     write_tar(tmp_path / "a.tar", {"a.png": picture})
     write_tar(tmp_path / "b.tar", {"a.png": picture})
-    with pytest.raises(DataError, match=r"b\.tar: the picture 'a\.png' occurs twice"):
+    with pytest.raises(DataError, match=r"the file 'a\.png' occurs twice"):
         open_source(str(tmp_path), 8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.sources import cifar as cifar_module
 from data_pipelines.sources.open import open_source
 from tests.support.cifar import cifar, python2
 from tests.support.pictures import encode, good, noise
@@ -80,3 +82,16 @@ def test_what_is_no_cifar(tmp_path: Path) -> None:
             open_source(str(write_tar(tmp_path / "cifar.tar.gz", files, "w:gz")), 32)
     with pytest.raises(ConfigError, match="no such source"):
         open_source(str(tmp_path / "cifar.tar.xz"), 32)
+
+
+def test_an_archive_that_unpacks_to_more_than_cifar_is_left_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: 14 MB of zeros' gzip, in one member or as a name's header, fill 4 GB of memory."""
+    monkeypatch.setattr(cifar_module, "_CIFAR_BYTES", 1 << 20)
+    path = write_tar(tmp_path / "cifar.tar.gz", {"a": bytes(600_000), "b": bytes(600_000)}, "w:gz")
+    long_name = tarfile.TarInfo("x" * (2 << 20)).tobuf(tarfile.GNU_FORMAT)
+    for content in (path.read_bytes(), gzip.compress(long_name)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not CIFAR's: unpacks to more than 1 MB"):
+            open_source(str(path), 32)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.sources.base import BadImage, Sample
+from data_pipelines.sources.listing import Choice
 from data_pipelines.sources.open import open_source
 from tests.support.pictures import encode, good, noise
 from warm_dist.errors import ConfigError, DataError
@@ -129,3 +130,102 @@ def test_rows_are_not_shuffled(tmp_path: Path) -> None:
 def test_foreign_metadata_are_passed_over(tmp_path: Path, metadata: bytes) -> None:
     pq.write_table(table([0, 1]).replace_schema_metadata({b"huggingface": metadata}), tmp_path / "a.parquet")
     assert open_source(str(tmp_path / "a.parquet"), 8).class_names == ("0", "1")
+
+
+SPLIT_FILES = (
+    "train-00000-of-00002.parquet",
+    "train-00001-of-00002.parquet",
+    "validation-00000-of-00001.parquet",
+    "test-0.parquet",
+)
+
+
+def test_a_hugging_face_repository_is_read_split_by_split(tmp_path: Path) -> None:
+    """Fault: train, validation and test become one set, or data/ below a README is not found."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("---")
+    (tmp_path / ".gitattributes").write_text("*.parquet filter=lfs")
+    for number, name in enumerate(SPLIT_FILES):
+        pq.write_table(table([number] * (number + 1)), tmp_path / "data" / name)
+    for root in (tmp_path, tmp_path / "data"):
+        with pytest.raises(ConfigError, match=r"several splits \(1 of test, 2 of train, 1 of validation\)"):
+            open_source(str(root), 8)
+        sizes = [len(open_source(str(root), 8, choice=Choice(split=split))) for split in ("train", "validation", "all")]
+        assert sizes == [3, 3, 10]
+    told = "\n".join(open_source(str(tmp_path), 8, choice=Choice(split="test")).told)
+    for words in (
+        "images: 4 rows of 1 table, column 'image'",
+        "split: test, by --split (1 of test, 2 of train, 1 of validation)",
+        "classes: 4, column 'label'",
+        "left out: hidden or a system's own: 1 without suffix (such as '.gitattributes')",
+        "left out: no pictures: 1 .md (such as 'README.md')",
+        "left out: not of the split test: 3 .parquet",
+    ):
+        assert words in told
+
+
+def test_tables_in_several_folders_are_refused(tmp_path: Path) -> None:
+    """Fault: a small and a full configuration of one data set are merged."""
+    for name in ("full", "small"):
+        (tmp_path / name).mkdir()
+        pq.write_table(table([0, 1]), tmp_path / name / "train-0.parquet")
+    with pytest.raises(
+        ConfigError, match=r"tables in several folders, 'full' and 'small'; choose by --include 'full/\*'"
+    ):
+        open_source(str(tmp_path), 8)
+    assert len(open_source(str(tmp_path), 8, choice=Choice(include=("full/*",)))) == 2
+
+
+def test_columns_are_chosen_and_the_others_told(tmp_path: Path) -> None:
+    """Fault: the column of masks is packed because it comes first."""
+    columns = {"mask": [encode(noise(9))] * 2, "image": [encode(noise(0))] * 2, "coarse": [4, 2], "label": [0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"), 8)
+    assert np.array_equal(good(source)[0].image, noise(0))
+    assert "left out: columns: 2 without suffix (such as 'mask')" in source.told
+    chosen = open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(classes="coarse"))
+    assert [item.label for item in good(chosen)] == [4, 2]
+    assert open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(classes="none")).class_names == ()
+    with pytest.raises(ConfigError, match="--classes folders: no such column; has"):
+        open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(classes="folders"))
+    pq.write_table(pa.table({"before": columns["mask"], "after": columns["image"]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"several columns of images, \['before', 'after'\]"):
+        open_source(str(tmp_path / "a.parquet"), 8)
+    assert len(open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(exclude=("before",)))) == 2
+
+
+def test_a_column_that_unpacks_to_too_much_is_refused_by_its_metadata(tmp_path: Path) -> None:
+    """Fault: a file of a kilobyte takes gigabytes."""
+    pq.write_table(pa.table({"image": [bytes(4 << 20)]}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    with pytest.raises(
+        DataError, match=r"a\.parquet: \d+ bytes of a column unpack to 4\d+; at most 1 MB, a quarter of"
+    ):
+        open_source(str(tmp_path / "a.parquet"), 8, max_bytes=4 << 20)
+
+
+def test_a_value_that_is_repeated_is_read_a_few_rows_at_once(tmp_path: Path) -> None:
+    """Fault: 64 rows of one long value, stored once, are 64 copies in memory."""
+    value = np.random.default_rng(0).bytes(1 << 20)
+    pq.write_table(pa.table({"image": [value] * 64}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"), 8, max_bytes=8 << 20)
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() - before for _ in source)
+    assert most < 8 << 20
+
+
+def test_labels_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: 400 million labels, which a file of kilobytes can hold, are read at once."""
+    pq.write_table(
+        pa.table({"image": pa.nulls(1 << 20, pa.binary()), "label": pa.repeat(pa.scalar(3), 1 << 20)}),
+        tmp_path / "a.parquet",
+    )
+    monkeypatch.setattr(pq, "read_table", lambda *words, **more: pytest.fail("read at once"))
+    source = open_source(str(tmp_path / "a.parquet"), 8)
+    assert (len(source), source.num_classes) == (1 << 20, 4)
+
+
+def test_a_pointer_in_place_of_a_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(DataError, match="Git LFS pointer in place of the file: run `git lfs pull`"):
+        open_source(str(tmp_path / "a.parquet"), 8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_pipelines.sources.transform import Transform, decode_image
 from tests.support.pictures import encode, noise
@@ -87,12 +89,98 @@ def test_cmyk_and_palettes_become_rgb() -> None:
     assert (decode_image(palette.getvalue(), Transform(16)) == 200).all()
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked() -> None:
-    header = encode(np.zeros((1, 1), np.uint8))
-    wide = bytearray(header)
-    wide[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in IHDR
-    import zlib
+def bomb(kind: str, side: int) -> bytes:
+    """A small file whose header claims a square of `side`."""
+    data = bytearray(encode(np.zeros((1, 1, 3), np.uint8), kind))
+    if kind == "PNG":
+        data[16:24] = side.to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    elif kind == "GIF":
+        data[6:10] = side.to_bytes(2, "little") * 2
+    elif kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = side.to_bytes(2, "big") * 2
+    elif kind == "BMP":
+        data[18:26] = side.to_bytes(4, "little") * 2
+    return bytes(data)
 
-    wide[29:33] = zlib.crc32(wide[12:29]).to_bytes(4, "big")
-    with pytest.raises(ValueError, match="bomb"):
-        decode_image(bytes(wide), Transform(8))
+
+@pytest.mark.parametrize(
+    ("kind", "side"), [("PNG", 13_300), ("PNG", 60_000), ("GIF", 65_000), ("JPEG", 65_000), ("BMP", 13_300)]
+)
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(
+    kind: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: memory for the claimed size is taken before the size is looked at."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=rf"{side}x{side} pixels would take \d+ MB, --max-decoded-mb allows 1024|bomb"):
+        decode_image(bomb(kind, side), Transform(8))
+
+
+def test_a_webp_bomb_is_refused_before_its_canvas_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(noise(0, 64), "WEBP", lossless=True)
+    monkeypatch.setattr(Image, "open", lambda *words, **more: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=r"64x64 pixels would take 1 MB, --max-decoded-mb allows 0"):
+        decode_image(data, Transform(8, max_bytes=48_000))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "AVIF", "BMP"])
+def test_the_bound_counts_the_copies_of_a_picture(kind: str) -> None:
+    """Fault: a format that is not held to the bound, or a bound that refuses what fits."""
+    data = encode(noise(0, 100, 50), kind)
+    assert decode_image(data, Transform(8, max_bytes=3 * 4 * 5000)).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="50x100 pixels would take"):
+        decode_image(data, Transform(8, max_bytes=3 * 4 * 5000 - 1))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_first_counts(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), (shade, shade, shade)) for shade in (255, 0, 0)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    assert (decode_image(buffer.getvalue(), Transform(8)) == 255).all()
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of noise with these chunks behind its header."""
+    plain = encode(noise(0))
+    added = b"".join(struct.pack(">I", len(b)) + n + b + zlib.crc32(n + b).to_bytes(4, "big") for n, b in chunks)
+    return plain[:33] + added + plain[33:]
+
+
+LONG = b"x" * (2 << 20)
+TEXTS = {
+    "a compressed text": (b"zTXt", b"note\0\0" + zlib.compress(LONG)),
+    "an international text": (b"iTXt", b"note\0\1\0en\0note\0" + zlib.compress(LONG)),
+    "a plain one": (b"tEXt", b"note\0" + LONG),
+    "a profile": (b"iCCP", b"sRGB\0\0" + zlib.compress(LONG)),
+    "a damaged profile": (b"iCCP", b"sRGB\0\0garbage"),
+    "XMP": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LONG)),
+    "plain XMP": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + LONG),
+    "EXIF as text": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(LONG)),
+    "EXIF that is none": (b"eXIf", b"garbage"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_picture_is_read_whatever_its_texts_hold(text: str) -> None:
+    """Fault: a sound PNG of an editor that writes long texts or profiles does not decode."""
+    assert np.array_equal(decode_image(png_with(TEXTS[text]), Transform(8)), noise(0))
+
+
+def test_an_orientation_in_a_text_still_turns() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="3"/></x:xmpmeta>'
+    turned = png_with((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp), TEXTS["a compressed text"])
+    assert np.array_equal(decode_image(turned, Transform(8)), noise(0)[::-1, ::-1])
+
+
+def test_why_a_file_is_no_picture_names_no_address() -> None:
+    """Fault: `<_io.BytesIO object at 0x7f…>`, other each time."""
+    for data, words in (
+        (b"", "empty"),
+        (b"hello", "no picture of a known format"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "no picture of a known format"),  # would run Ghostscript
+    ):
+        with pytest.raises(ValueError, match=words):
+            decode_image(data, Transform(8))
