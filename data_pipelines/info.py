@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.shards.manifest import Manifest, read_manifest
-from warm_dist.errors import run
+from data_pipelines.shards.packing_record import load_listing
+from warm_dist.errors import printable, run
+from warm_dist.store.base import split_url
+from warm_dist.store.open import open_store
 
 
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """Summarise a manifest. "images_per_class": fewest and most; None without classes."""
+def describe(manifest: Manifest, source: Sequence[str] = ()) -> dict[str, Any]:
+    """Summarise a manifest. "images_per_class": fewest and most; None without classes. source: what its listing told."""
     info = manifest.info
     classes = np.bincount(manifest.label, minlength=info.num_classes) if info.num_classes else None
     return {
@@ -30,6 +34,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "sigma_data": info.sigma_data,
         "channel_mean": info.channel_mean.tolist(),
         "attribution": manifest.attribution,
+        "source": list(source),
         "fingerprint": info.fingerprint,
     }
 
@@ -48,7 +53,8 @@ def _text(facts: dict[str, Any]) -> str:
         "attribution": facts["attribution"] or "none",
         "fingerprint": facts["fingerprint"],
     }
-    return "\n".join(f"{name:14}{value}" for name, value in lines.items())
+    told = [("source" if number == 0 else "", line) for number, line in enumerate(facts["source"])]
+    return "\n".join(f"{name:14}{printable(value)}" for name, value in [*lines.items(), *told])
 
 
 def main() -> int:
@@ -57,7 +63,8 @@ def main() -> int:
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--json", action="store_true", help="one JSON object, with all class names")
     args = parser.parse_args()
-    facts = describe(read_manifest(args.manifest_url, args.endpoint_url))
+    store = open_store(split_url(args.manifest_url)[0], args.endpoint_url)
+    facts = describe(read_manifest(args.manifest_url, args.endpoint_url), load_listing(store))
     print(json.dumps(facts) if args.json else _text(facts))
     return 0
 

@@ -2,8 +2,9 @@
 
 `python -m data_pipelines.pack SOURCE OUT_URL --resolution 64`. SOURCE: openmoji, digits, a folder of images (class
 folders become labels), a .zip or .tar of one, a .parquet file or a folder of those or of .tar shards, CIFAR's .tar.gz.
-The same source gives the same bytes for any number of processes and machines. If it is killed, the same command
-continues.
+It tells what it takes for images, classes and split and what it leaves out, and asks for a flag where two readings are
+plausible. The same source gives the same bytes for any number of processes and machines. If it is killed, the same
+command continues.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from typing import Any, NamedTuple
 from data_pipelines.shards import packing_record
 from data_pipelines.shards.indexed import Indexed, index_shard, merge
 from data_pipelines.shards.manifest import NAME, Manifest, read_manifest, write_manifest
+from data_pipelines.shards.names import BAD, LISTING, PARTS, SHARD
+from data_pipelines.shards.owner import owned
 from data_pipelines.shards.packing_record import Part
 from data_pipelines.shards.payload import PAYLOADS, encode
 from data_pipelines.shards.process_pool import in_processes, shared_store
 from data_pipelines.sources.base import BadImage, Item, Sample, Source
+from data_pipelines.sources.listing import SPLITS, Choice
 from data_pipelines.sources.open import open_source
-from data_pipelines.sources.transform import RESIZE
-from warm_dist.errors import ConfigError, DataError, run, writing
+from data_pipelines.sources.transform import MAX_BYTES, RESIZE
+from warm_dist.errors import ConfigError, DataError, OutputError, count, printable, run, writing
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
-BAD = "bad_images.json"
-OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.tar")  # names of our shards: number and hash
 RAW_UP_TO = 64  # pixels: up to this size raw arrays are hardly larger than PNGs and need no decoding
 _PRINTED = 20  # bad images on stderr; bad_images.json lists all
 
@@ -72,7 +74,8 @@ class Packing:
     max_bad: largest fraction of undecodable images, which are left out and listed in bad_images.json and on stderr.
     Shards are named by content and the manifest is written last, so an earlier data set in the same folder stays readable
     until then; its other shards are deleted afterwards. An interrupted packing continues with the same arguments.
-    Raises DataError for an empty source, ConfigError for an impossible option.
+    Raises DataError for an empty source, ConfigError for an impossible option. Both `run` and `finish` raise OutputError
+    while another packing writes to the same folder; parts of one packing share it.
     """
 
     def __init__(
@@ -109,6 +112,10 @@ class Packing:
         share, shares = part
         if not 1 <= share <= shares:
             raise ConfigError(f"part {share}/{shares}: needs 1 <= i <= n")
+        with owned(self.store, self.output.recipe):
+            return self._run(share, shares, workers, progress)
+
+    def _run(self, share: int, shares: int, workers: int, progress: Callable[[int], object]) -> int:
         ours = range(self.num_shards * (share - 1) // shares, self.num_shards * share // shares)
         done = packing_record.finished(self.store, self.output.recipe)
         progress(sum(self._count(number) for number in ours if number in done))
@@ -120,25 +127,39 @@ class Packing:
     def finish(self) -> Manifest:
         """Write the manifest of all shards, which must exist, and delete shards and records that it does not need.
 
-        Raises DataError for too many undecodable images or no decodable one, and what the store raises.
+        Raises DataError for too many undecodable images, no decodable one, or images of one colour, and what the store
+        raises.
         """
+        with owned(self.store, self.output.recipe, alone=True):
+            return self._finish()
+
+    def _finish(self) -> Manifest:
         records = packing_record.finished(self.store, self.output.recipe)
+        if len(records) < self.num_shards:
+            lost = f"{self.num_shards - len(records)} of {count(self.num_shards, 'shard')} have no record"
+            raise OutputError(
+                f"{self.store.url}: {lost}; if another packing has just ended here, run the same command again"
+            )
         indexed: list[Indexed] = []
         bad: list[BadImage] = []
         for part in packing_record.load_all(self.store, [records[number] for number in range(self.num_shards)]):
             bad.extend(part.bad)
             indexed += [part.indexed] if part.indexed else []
         _report(bad, self.store)
-        total, listed = len(self.source), f"listed in {self.store.url}/{BAD}"
+        total, listed = count(len(self.source), "image"), f"listed in {self.store.url}/{BAD}"
         if not indexed:
-            raise DataError(f"none of {total} images decodes, {listed}")
-        if len(bad) > self.max_bad * total:
+            raise DataError(f"none of {total} decodes, {listed}")
+        if len(bad) > self.max_bad * len(self.source):
             raise DataError(
-                f"{len(bad)} of {total} images do not decode, {listed}; repair them, or leave them out with "
-                f"--max-bad {math.ceil(1000 * len(bad) / total) / 1000:g}; packed shards are kept"
+                f"{len(bad)} of {total} do not decode, {listed}; repair them, or leave them out with "
+                f"--max-bad {math.ceil(1000 * len(bad) / len(self.source)) / 1000:g}; packed shards are kept"
             )
+        merged = merge(indexed, self.source.class_names, self.source.attribution)
+        if len(self.source) > 1 and (flaw := merged.info.flaw()):  # a single image is a trial
+            raise DataError(f"{printable(self.store.url)}: {flaw}")
         former = _former_shards(self.store, self.endpoint_url)
-        manifest = write_manifest(self.store, merge(indexed, self.source.class_names, self.source.attribution))
+        packing_record.save_listing(self.store, self.source.told)
+        manifest = write_manifest(self.store, merged)
         self._clean(former, {shard.name for shard in manifest.shards})
         return manifest
 
@@ -151,12 +172,12 @@ class Packing:
 
     def _clean(self, former: set[str], current: set[str]) -> None:
         """Delete the shards of the former manifest and of unfinished packings, and all records of packings."""
-        records = list(self.store.list(f"{packing_record.FOLDER}/"))
-        abandoned = {name for path in records if OURS.fullmatch(name := packing_record.shard_of(path))}
+        records = list(self.store.list(f"{PARTS}/"))
+        abandoned = {name for path in records if SHARD.fullmatch(name := packing_record.shard_of(path))}
         for name in [*sorted((former | abandoned) - current), *records]:
             self.store.delete(name)
         # only our own files: the prefix may be a whole bucket
-        ours = rf"{OURS.pattern}|{packing_record.FOLDER}/.*|{re.escape(NAME)}|{re.escape(BAD)}"
+        ours = rf"{SHARD.pattern}|{PARTS}/.*|{re.escape(NAME)}|{re.escape(BAD)}|{re.escape(LISTING)}"
         self.store.discard_partials(re.compile(ours))
 
 
@@ -213,7 +234,7 @@ def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int |
         for key, sample in samples:
             height, width = sample.image.shape[:2]
             if resolution not in (None, height):
-                raise ConfigError(f"{sample.key}: is {height}x{width}, --resolution is {resolution}")
+                raise ConfigError(f"{printable(sample.key)}: is {height}x{width}, --resolution is {resolution}")
             kind = payload or ("npy" if height <= RAW_UP_TO else "png")
             members = {"__key__": key, kind: encode(sample.image, kind)}
             if sample.label >= 0:
@@ -229,12 +250,12 @@ def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
         shards = read_manifest(f"{store.url}/{NAME}", endpoint_url).shards
     except DataError:
         return set()
-    return {shard.name for shard in shards if OURS.fullmatch(shard.name)}  # never delete shards of other programs
+    return {shard.name for shard in shards if SHARD.fullmatch(shard.name)}  # never delete shards of other programs
 
 
 def _report(bad: Sequence[BadImage], store: Store) -> None:
     for item in bad[:_PRINTED]:
-        print(f"left out: {item.key}: {item.reason}", file=sys.stderr)
+        print(f"left out: {printable(item.key)}: {printable(item.reason)}", file=sys.stderr)
     if len(bad) > _PRINTED:
         print(f"left out: {len(bad) - _PRINTED} more, see {store.url}/{BAD}", file=sys.stderr)
     if bad:
@@ -265,6 +286,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
     parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument(
+        "--classes", help="folders, none, dataset.json (EDM's), cls (WebDataset's) or a column of Parquet"
+    )
+    parser.add_argument(
+        "--split", choices=(*SPLITS, "all", "none"), help="all: merged; none: no name is that of a split"
+    )
+    for name, text in (("include", "pack only names like these"), ("exclude", "leave out names like these")):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="PATTERN", help=f"{text}; * matches / too"
+        )
+    text = "that decoding one image may take, in each worker (default: %(default)s)"
+    parser.add_argument("--max-decoded-mb", type=int, default=MAX_BYTES >> 20, metavar="MB", help=text)
     text = "pack only the i-th of n parts; default: pack all missing shards and write the manifest"
     parser.add_argument("--part", type=_part, metavar="i/n", help=text)
     return parser.parse_args(arguments)
@@ -274,7 +307,19 @@ def main() -> int:
     args = parse()
     from tqdm import tqdm
 
-    source = open_source(args.source, args.resolution, args.resize, args.shuffle)
+    choice = Choice(args.classes, args.split, tuple(args.include), tuple(args.exclude))
+    output = getattr(open_store(args.out_url, args.endpoint_url), "root", None)
+    source = open_source(
+        args.source,
+        args.resolution,
+        args.resize,
+        args.shuffle,
+        choice=choice,
+        max_bytes=args.max_decoded_mb << 20,
+        output=output,
+    )
+    for line in source.told:
+        print(line, file=sys.stderr)
     options = args.resolution, args.shard_size, args.payload, args.max_bad
     packing = Packing(source, args.out_url, args.endpoint_url, *options)
     with tqdm(desc="pack", total=None if args.part else len(source), unit="image", disable=None) as bar:
@@ -282,15 +327,16 @@ def main() -> int:
     if args.part:
         share, shares = args.part
         print(
-            f"part {share}/{shares} is packed, {missing} of {packing.num_shards} shards are missing; once none is, "
+            f"part {share}/{shares} is packed, {missing} of {count(packing.num_shards, 'shard')} are missing; once none is, "
             "the same command without --part makes them one data set"
         )
         return 0
     manifest = packing.finish()
     info = manifest.info
     print(
-        f"{info.num_images} images {info.resolution}x{info.resolution}x{info.channels}, {info.num_classes} classes, "
-        f"{len(manifest.shards)} shards at {args.out_url}\n"
+        f"{count(info.num_images, 'image')} {info.resolution}x{info.resolution}x{info.channels}, "
+        f"{info.num_classes} class{'' if info.num_classes == 1 else 'es'}, "
+        f"{count(len(manifest.shards), 'shard')} at {printable(args.out_url)}\n"
         f"sigma_data {info.sigma_data:.4f}, channel means {', '.join(f'{mean:.4f}' for mean in info.channel_mean)}\n"
         f"fingerprint {info.fingerprint}"
     )

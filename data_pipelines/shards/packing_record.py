@@ -18,12 +18,12 @@ import numpy as np
 
 from data_pipelines.shards.indexed import Indexed
 from data_pipelines.shards.manifest import Shard
+from data_pipelines.shards.names import LISTING, PARTS
 from data_pipelines.shards.statistics import Statistics
 from data_pipelines.sources.base import BadImage
-from warm_dist.errors import DataError
+from warm_dist.errors import DataError, reason
 from warm_dist.store.base import Store
 
-FOLDER = "parts"
 EMPTY = "empty"  # instead of the shard's name if no image decodes
 _READERS = 8
 _ROWS = ("label", "offset", "length", "crc32")
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 def path_of(recipe: str, number: int, shard: str) -> str:
     """The path of the number-th shard's record. shard: its file name, or EMPTY."""
-    return f"{FOLDER}/{recipe}/{number:06d}.{shard}.npz"
+    return f"{PARTS}/{recipe}/{number:06d}.{shard}.npz"
 
 
 def shard_of(path: str) -> str:
@@ -49,7 +49,7 @@ def shard_of(path: str) -> str:
 
 def finished(store: Store, recipe: str) -> dict[int, str]:
     """Number → path of the existing records."""
-    paths = [path for path in store.list(f"{FOLDER}/{recipe}/") if path.endswith(".npz")]
+    paths = [path for path in store.list(f"{PARTS}/{recipe}/") if path.endswith(".npz")]
     return {int(path.rpartition("/")[2].partition(".")[0]): path for path in paths}
 
 
@@ -65,6 +65,23 @@ def save(store: Store, recipe: str, number: int, part: Part) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
     store.write(path_of(recipe, number, part.indexed.shard.name if part.indexed else EMPTY), buffer.getvalue())
+
+
+def save_listing(store: Store, told: Sequence[str]) -> None:
+    """Keep what the source's listing told, for `load_listing`."""
+    if told:
+        store.write(LISTING, (json.dumps({"source": list(told)}, indent=1) + "\n").encode())
+    else:
+        store.delete(LISTING)
+
+
+def load_listing(store: Store) -> list[str]:
+    """What the source's listing told when the data set was packed; empty if that is not known."""
+    try:
+        told = json.loads(store.read(LISTING))["source"]
+    except (DataError, ValueError, TypeError, KeyError):
+        return []
+    return [str(line) for line in told] if isinstance(told, list) else []
 
 
 def load_all(store: Store, paths: Sequence[str]) -> Iterator[Part]:
@@ -91,4 +108,6 @@ def _load(store: Store, path: str) -> Part:
             )
             return Part(indexed, bad)
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{store.url}/{path}: is damaged ({error}); delete it and run the same command again") from None
+        raise DataError(
+            f"{store.url}/{path}: is damaged ({reason(error)}); delete it and run the same command again"
+        ) from None

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from data_pipelines import pack as pack_module
-from data_pipelines.pack import BAD, Packing, pack
+from data_pipelines.pack import Packing, pack
 from data_pipelines.shards.manifest import NAME, read_manifest
+from data_pipelines.shards.names import BAD, LISTING
 from data_pipelines.shards.payload import PAYLOADS, decode
 from data_pipelines.sources.base import BadImage, Sample, Source
+from data_pipelines.sources.open import open_source
 from tests.support.commands import call
 from tests.support.packing import contents, damages, noise_source, png
-from warm_dist.errors import ConfigError, DataError
+from warm_dist.errors import ConfigError, DataError, OutputError
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
@@ -166,8 +168,70 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "left out: bad.png" in capsys.readouterr().err
     assert not (tmp_path / "out" / NAME).exists()
     assert call(pack_module.main, *words, "--max-bad", 0.5) == 0
-    assert "1 images 4x4x3, 0 classes, 1 shards" in capsys.readouterr().out
+    assert "1 image 4x4x3, 0 classes, 1 shard at" in capsys.readouterr().out
     for argument in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(SystemExit) as caught:
             call(pack_module.main, *words, "--part", argument)
         assert caught.value.code == ConfigError.exit_code
+
+
+def test_images_of_one_colour_are_refused_as_such(tmp_path: Path) -> None:
+    """Fault: a broken export is packed, and training ends in a non-finite loss."""
+
+    def flat(*shades: tuple[int, int, int]) -> Source:
+        samples = [Sample(str(n), -1, np.full((8, 8, 3), shade, np.uint8)) for n, shade in enumerate(shades)]
+        return Source(len(samples), (), "", lambda start, stop: samples[start:stop])
+
+    with pytest.raises(
+        DataError, match=r"out: all images are one colour, 200, 10, 10 of 255 \(sigma_data .*\); check how"
+    ):
+        pack(flat((200, 10, 10), (200, 10, 10)), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / NAME).exists()
+    for number, shades in enumerate(
+        [((9, 9, 9), (10, 9, 9)), ((9, 9, 9),)]
+    ):  # one level of difference; a trial of one image
+        assert pack(flat(*shades), str(tmp_path / f"out{number}")).info.num_images == len(shades)
+
+
+def test_what_the_command_leaves_out_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a flag does not reach the listing, or what it left out is told to nobody."""
+    for name in ("train/ant/a.png", "train/bee/b.png", "test/ant/c.png", "train/bee/b_mask.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(len(name)))
+    words = [tmp_path / "in", tmp_path / "out", "--resolution", 8, "--workers", 1]
+    with pytest.raises(ConfigError, match="several splits"):
+        call(pack_module.main, *words)
+    with pytest.raises(ConfigError, match="seem to be masks"):
+        call(pack_module.main, *words, "--split", "train")
+    assert call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--classes", "folders") == 0
+    told = capsys.readouterr().err
+    kept = json.loads((tmp_path / "out" / LISTING).read_text())["source"]
+    assert all(line in told for line in kept)
+    assert kept[2:] == [
+        "classes: 2, the folders 'ant', 'bee'",
+        "left out: by --include and --exclude: 1 .png (such as 'train/bee/b_mask.png')",
+        "left out: not of the split train: 1 .png (such as 'test/ant/c.png')",
+    ]
+    with pytest.raises(DataError, match="none of 2 images decodes"):
+        call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--max-decoded-mb", 0)
+    assert "8x8 pixels would take 1 MB, --max-decoded-mb allows 0" in capsys.readouterr().err
+
+
+def test_records_that_another_packing_removed_are_missed_by_name(tmp_path: Path) -> None:
+    """Fault: a KeyError."""
+    packing = Packing(noise_source(8), str(tmp_path), shard_size=4)
+    packing.run(part=(1, 2))
+    with pytest.raises(OutputError, match="1 of 2 shards have no record; if another packing has just ended here"):
+        packing.finish()
+
+
+def test_names_and_reasons_are_printed_escaped_and_listed_the_same_each_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "\x1b[2J\u202eevil\n.png").write_bytes(b"")
+    (tmp_path / "in" / "good.png").write_bytes(png(0))
+    for out in ("one", "two"):
+        pack(open_source(str(tmp_path / "in"), 8), str(tmp_path / out), max_bad=0.5)
+        assert r"left out: \x1b[2J\u202eevil\n.png: empty" in capsys.readouterr().err
+    assert (tmp_path / "one" / BAD).read_bytes() == (tmp_path / "two" / BAD).read_bytes()
