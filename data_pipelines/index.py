@@ -1,19 +1,44 @@
 """Write the manifest of existing WebDataset shards: `python -m data_pipelines.index SHARDS_URL`.
 
-Shards may come from other programs: png, jpg, webp or npy members, cls labels.
+Shards may come from other programs: png, jpg, webp or npy members, cls labels. The class names of a manifest of the same
+shards stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from functools import partial
 
-from data_pipelines.shards.indexed import index_stored, merge
-from data_pipelines.shards.manifest import write_manifest
+from data_pipelines.shards.indexed import Indexed, index_stored, merge
+from data_pipelines.shards.manifest import NAME, read_manifest, write_manifest
 from data_pipelines.shards.process_pool import in_processes
-from warm_dist.errors import run
+from warm_dist.errors import DataError, count, printable, run
+from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
+
+
+def _kept(store: Store, indexed: Sequence[Indexed], endpoint_url: str | None) -> tuple[Sequence[str], str]:
+    """Class names and attribution of the manifest that is there: shards do not hold them.
+
+    Raises DataError if it has names for the classes of other shards.
+    """
+    try:
+        manifest = read_manifest(f"{store.url}/{NAME}", endpoint_url)
+    except DataError:  # none, or a damaged one, which this command mends
+        return (), ""
+    found = {part.shard for part in indexed}
+    if found.issuperset(manifest.shards):
+        largest = max((int(part.label.max()) for part in indexed if len(part.label)), default=-1)
+        if not manifest.class_names or largest < len(manifest.class_names):
+            return manifest.class_names, manifest.attribution
+    elif manifest.class_names in ((), tuple(map(str, range(len(manifest.class_names))))):
+        return (), ""
+    raise DataError(
+        f"{printable(store.url)}/{NAME}: its {len(manifest.class_names)} class names are of other shards than those there; "
+        "move it away to number the classes"
+    )
 
 
 def main() -> int:
@@ -29,8 +54,12 @@ def main() -> int:
     task = partial(index_stored, args.shards_url, args.endpoint_url)
     bar = tqdm(in_processes(task, names, args.workers), "index", len(names), unit="shard", disable=None)
     indexed = sorted(bar, key=lambda part: part.shard.name)
-    manifest = write_manifest(store, merge(indexed))
-    print(f"{manifest.info.num_images} images in {len(names)} shards, fingerprint {manifest.info.fingerprint}")
+    merged = merge(indexed, *_kept(store, indexed, args.endpoint_url))
+    if flaw := merged.info.flaw():
+        raise DataError(f"{printable(store.url)}: {flaw}")
+    manifest = write_manifest(store, merged)
+    images = f"{count(manifest.info.num_images, 'image')} in {count(len(names), 'shard')}"
+    print(f"{images}, fingerprint {manifest.info.fingerprint}")
     return 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from data_pipelines.shards.manifest import Manifest, Shard, read_manifest
 from data_pipelines.shards.payload import decode
 from data_pipelines.shards.process_pool import in_processes, shared_store
-from warm_dist.errors import DataError, run
+from warm_dist.errors import DataError, count, printable, reason, run
 from warm_dist.files import file_sha256
 from warm_dist.store.base import split_url
 
@@ -69,7 +69,7 @@ def _damages(task: _Task) -> list[str]:
                 try:
                     decode(payload, task.shape)
                 except (ValueError, OSError) as error:
-                    damages.append(f"{image}: does not decode ({error})")
+                    damages.append(f"{image}: does not decode ({reason(error)})")
     return damages
 
 
@@ -86,8 +86,11 @@ def main() -> int:
     bar = tqdm(done, desc="verify", total=len(manifest.shards), unit="shard", disable=None)
     damages = [damage for found in bar for damage in found]
     if damages:
-        raise DataError(f"{args.manifest_url}: {len(damages)} damages\n  " + "\n  ".join(damages))
-    print(f"{manifest.info.num_images} images in {len(manifest.shards)} shards are as packed")
+        raise DataError(
+            f"{args.manifest_url}: {count(len(damages), 'damage')}\n  " + "\n  ".join(map(printable, damages))
+        )
+    images, shards = count(manifest.info.num_images, "image"), count(len(manifest.shards), "shard")
+    print(f"{images} in {shards} {'is' if manifest.info.num_images == 1 else 'are'} as packed")
     return 0
 
 

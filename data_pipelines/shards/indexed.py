@@ -15,7 +15,7 @@ from data_pipelines.shards.payload import decode
 from data_pipelines.shards.process_pool import shared_store
 from data_pipelines.shards.statistics import BATCH_BYTES, Statistics
 from data_pipelines.shards.tars import samples
-from warm_dist.errors import DataError
+from warm_dist.errors import DataError, reason
 from warm_dist.files import file_sha256
 
 
@@ -44,7 +44,7 @@ def index_shard(file: Path, name: str) -> Indexed:
             try:
                 image = decode(stream.read(entry.length), shape)
             except (ValueError, OSError) as error:
-                raise DataError(f"image {entry.key!r} in shard {name}: does not decode ({error})") from None
+                raise DataError(f"image {entry.key!r} in shard {name}: does not decode ({reason(error)})") from None
             shape = image.shape
             if shape[0] != shape[1]:
                 advice = "images must be square; use data_pipelines.pack"

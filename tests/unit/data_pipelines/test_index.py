@@ -73,3 +73,29 @@ def test_a_key_of_two_shards_is_refused(tmp_path: Path) -> None:
         foreign_tar(tmp_path / name, {"a.png": png(1)})
     with pytest.raises(DataError, match=r"shard y\.tar: a key occurs twice"):
         indexed.merge([index_shard(tmp_path / name, name) for name in ("x.tar", "y.tar")])
+
+
+def test_class_names_of_the_same_shards_stay_and_those_of_others_are_refused(tmp_path: Path) -> None:
+    """Fault: indexing a packed data set again turns its class names into numbers."""
+    packed = pack(noise_source(9), str(tmp_path), shard_size=4)
+    assert call(index.main, tmp_path, "--workers", 1) == 0
+    again = read_manifest(f"{tmp_path}/{NAME}")
+    assert (
+        (again.class_names, again.attribution)
+        == (packed.class_names, packed.attribution)
+        == (("a", "b", "c"), "made up")
+    )
+    assert again.label.tolist() == packed.label.tolist()
+    (tmp_path / packed.shards[0].name).unlink()
+    with pytest.raises(DataError, match=r"its 3 class names are of other shards than those there; move it away"):
+        call(index.main, tmp_path, "--workers", 1)
+    (tmp_path / NAME).unlink()
+    assert call(index.main, tmp_path, "--workers", 1) == 0
+    assert read_manifest(f"{tmp_path}/{NAME}").class_names == ("0", "1", "2")
+
+
+def test_keys_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    """Fault: a name of other bytes ends indexing in a UnicodeEncodeError, or moves a reader's cursor."""
+    foreign_tar(tmp_path / "x.tar", {b"\xffa\x1b[1m.png".decode("utf-8", "surrogateescape"): png(1)})
+    assert call(index.main, tmp_path, "--workers", 1) == 0
+    assert read_manifest(f"{tmp_path}/{NAME}").key.tolist() == ["\\udcffa\\x1b[1m"]
