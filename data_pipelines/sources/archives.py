@@ -14,10 +14,13 @@ from typing import BinaryIO
 from data_pipelines.shards.tars import members
 from data_pipelines.sources.base import Source, check_size
 from data_pipelines.sources.listing import File, Listing
-from data_pipelines.sources.pictures import parts_of
+from data_pipelines.sources.pictures import plain
 from data_pipelines.sources.transform import Transform
 from data_pipelines.sources.tree import open_tree
 from warm_dist.errors import DataError, printable, reason
+
+# what reading a member raises if it is damaged, encrypted or of an unknown method
+_DAMAGE = (KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
 
 
 @lru_cache(maxsize=64)
@@ -38,18 +41,8 @@ def _read_member(path: str, name: str, size: int | None = None) -> bytes:
             check_size(archive.getinfo(name).file_size)
         with archive.open(name) as file:
             return file.read() if size is None else file.read(size)
-    except (
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        raise ValueError(
-            f"{type(error).__name__}: {reason(error)}"
-        ) from None  # damaged, encrypted, of an unknown method
+    except _DAMAGE as error:
+        raise ValueError(f"{type(error).__name__}: {reason(error)}") from None
 
 
 def open_zip(path: Path, listing: Listing, transform: Transform) -> Source:
@@ -58,10 +51,10 @@ def open_zip(path: Path, listing: Listing, transform: Transform) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                name = info.filename.replace("\\", "/")  # as some Windows programs write them
+                name = plain(info.filename)
                 if stat.S_ISLNK(info.external_attr >> 16):
                     listing.leave("links and devices", name)
-                elif parts_of(name) and not name.endswith("/"):  # is_dir fails for ""
+                elif name and not info.filename.endswith(("/", "\\")):  # is_dir fails for ""
                     files.append(File(name, info.file_size ^ info.CRC << 64, info.filename))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"{listing.where}: not a readable zip archive ({reason(error)})") from None
@@ -81,7 +74,7 @@ def open_tars(paths: list[Path], listing: Listing, transform: Transform) -> Sour
     """Uncompressed tars; labels come from cls members, else from folders. Raises DataError for a damaged tar."""
     left = partial(listing.leave, "links and devices")
     files = [
-        File(member.name.replace("\\", "/"), member.size, (str(path), member.offset, member.size))
+        File(plain(member.name), member.size, (str(path), member.offset, member.size))
         for path in paths
         for member in members(path, printable(str(path)), left)
     ]

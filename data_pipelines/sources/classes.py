@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.shards.tars import MAX_LABEL, read_label
 from data_pipelines.sources.listing import File, Listing, Split
-from data_pipelines.sources.pictures import parts_of
+from data_pipelines.sources.pictures import parts_of, plain
 from warm_dist.errors import DataError, count, reason
 
 EDM = "dataset.json"
@@ -76,7 +76,7 @@ def _edm_labels(listing: Listing, sidecars: Sidecars) -> tuple[str, dict[str, in
             raise DataError(
                 f"{where}: 'labels' must be null or pairs of a name and a class, has {_short(pair)}; {advice}"
             )
-        name, label = "/".join(parts_of(pair[0].replace("\\", "/"))), pair[1]
+        name, label = plain(pair[0]), pair[1]
         if type(label) is not int or not 0 <= label < MAX_LABEL:
             raise DataError(f"{where}: {name!r} has the label {_short(label)}, needs an integer from 0 on; {advice}")
         if labels.setdefault(name, label) != label:

@@ -94,7 +94,8 @@ class Listing:
         left = []
         for reason, suffixes in self._left.items():
             kinds = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common(5))
-            left.append(printable(f"left out: {reason}: {kinds} (such as {self._example[reason]!r})"))
+            such = f"{kinds}; such as {self._example[reason]!r}"
+            left.append(printable(f"left out: {reason}: {suffixes.total()} ({such})"))
         return (*self.notes, *left)
 
     def refuse(self, text: str) -> ConfigError:

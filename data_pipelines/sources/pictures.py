@@ -29,6 +29,11 @@ def parts_of(name: str) -> tuple[str, ...]:
     return tuple(part for part in name.split("/") if part not in ("", "."))
 
 
+def plain(name: str) -> str:
+    """A name inside an archive as if it were one of a folder; some Windows programs write backslashes."""
+    return "/".join(parts_of(name.replace("\\", "/")))
+
+
 def suffix_of(name: str) -> str:
     """The suffix in lower case with its dot; "" if there is none, or only what follows a dot in a sentence or a number."""
     found = re.search(r"[^/](\.(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}|~)$", name)

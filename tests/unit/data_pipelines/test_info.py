@@ -49,7 +49,7 @@ def test_info_shows_what_the_listing_told_in_printable_lines(
     assert call(info.main, tmp_path / "out" / NAME) == 0
     out = capsys.readouterr().out
     assert "source        images: 2 pictures of" in out
-    assert "\n              left out: no pictures: 1 .txt (such as 'notes.txt')\n" in out
+    assert "\n              left out: no pictures: 1 (1 .txt; such as 'notes.txt')\n" in out
     assert r"1 to 1 images each: \x1b[2Jant, bee" in out
     assert "\x1b" not in out
     assert call(info.main, tmp_path / "out" / NAME, "--json") == 0

@@ -209,8 +209,8 @@ def test_what_the_command_leaves_out_is_told_and_kept(tmp_path: Path, capsys: py
     assert all(line in told for line in kept)
     assert kept[2:] == [
         "classes: 2, the folders 'ant', 'bee'",
-        "left out: by --include and --exclude: 1 .png (such as 'train/bee/b_mask.png')",
-        "left out: not of the split train: 1 .png (such as 'test/ant/c.png')",
+        "left out: by --include and --exclude: 1 (1 .png; such as 'train/bee/b_mask.png')",
+        "left out: not of the split train: 1 (1 .png; such as 'test/ant/c.png')",
     ]
     with pytest.raises(DataError, match="none of 2 images decodes"):
         call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--max-decoded-mb", 0)
