@@ -32,6 +32,8 @@ def labelled(listing: Listing, pictures: Sequence[Split], sidecars: Sidecars) ->
     """Give each picture its class. Raises ConfigError where folders can be read in two ways, DataError for damaged labels."""
     choice = listing.choice.classes
     edm, cls = _edm_labels(listing, sidecars), list(sidecars.cls)
+    if choice not in (None, "folders", "none", EDM, "cls"):
+        raise listing.refuse(f"--classes {choice}: pictures have folders, none, {EDM} or cls; columns are Parquet's")
     if choice is None:
         found = [name for name, there in ((EDM, edm is not None), ("cls", bool(cls))) if there]
         if len(found) > 1:
@@ -131,13 +133,11 @@ def _by_cls(listing: Listing, pictures: Sequence[Split], cls: list[File], read: 
 def _by_folders(listing: Listing, pictures: Sequence[Split], choice: str | None) -> Labels:
     parents = [split.parts[:-1] for split in pictures]
     if choice == "folders":  # pictures beside the class folders have no class
-        inside = [split for split in pictures if split.parts[:-1]]
-        depth = _common([split.parts[:-1] for split in inside])
+        inside = [parent for parent in parents if parent]
+        if not inside:
+            raise listing.refuse("--classes folders: no picture is in a folder; leave it out, or say --classes none")
+        depth = min(_common(inside), max(map(len, inside)) - 1)
         stray = [split for split in pictures if len(split.parts) < depth + 2]
-        if len(stray) == len(pictures):
-            raise listing.refuse(
-                "--classes folders: the pictures are in one folder; leave it out, or say --classes none"
-            )
         for split in stray:
             listing.leave("in no class folder", split.file.name)
         return _folder_labels(listing, [split for split in pictures if len(split.parts) >= depth + 2], depth)

@@ -153,10 +153,10 @@ class Listing:
         )
         if not several and (wanted in (None, "all") or (shards and not named)):
             return whole
-        found = ", ".join(f"{number} of {kind or 'no split'}" for kind, number in sorted(kinds.items(), key=str))
+        order = [kind for kind in (*SPLITS, None) if kind in kinds]
+        found = ", ".join(f"{kinds[kind]} of {kind or 'no split'}" for kind in order)
         if wanted is None:
-            one = sorted(named, key=SPLITS.index)[0]
-            ways = f"--split {one} takes one, --split all merges them, --split none says that these names mean no split"
+            ways = f"--split {order[0]} takes one, --split all merges them, --split none says that these names mean no split"
             raise self.refuse(f"names speak of several splits ({found}); {ways}")
         out = []
         for split, place in zip(whole, places, strict=True):

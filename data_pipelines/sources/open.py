@@ -46,7 +46,8 @@ def open_source(
     elif path.is_file():
         source = _open_file(path, listing, transform)
     else:
-        raise ConfigError(f"{listing.where}: no such source; give {_KNOWN}")
+        remote = "; copy it to a folder first, or" if "://" in spec else ";"
+        raise ConfigError(f"{listing.where}: no such source{remote} give {_KNOWN}")
     if not shuffle:
         return source
     if source.shuffled is None:

@@ -103,6 +103,20 @@ def test_folders_that_may_only_hold_thousands_each_are_refused(source: Open) -> 
 def test_one_folder_around_everything_is_no_class(source: Open) -> None:
     assert source("photos/a.png", "photos/b.png").class_names == ()
     assert source("set/x/ant/a.png", "set/x/bee/b.png").class_names == ("ant", "bee")
+    assert source("photos/a.png", "photos/b.png", classes="folders").class_names == ("photos",)
+    mixed = source("a.png", "photos/b.png", "photos/c.png", classes="folders")
+    assert (len(mixed), mixed.class_names) == (2, ("photos",))
+
+
+def test_classes_that_there_are_none_of_are_refused(source: Open) -> None:
+    """Fault: a misspelt way to label pictures means the usual one."""
+    for classes, words in (
+        ("label", "pictures have folders, none, dataset.json or cls"),
+        ("folders", "no picture is in a folder"),
+        ("cls", "there is none with labels"),
+    ):
+        with pytest.raises(ConfigError, match=f"--classes {classes}: {words}"):
+            source("a.png", "b.png", classes=classes)
 
 
 SPLITS = (
@@ -117,7 +131,7 @@ SPLITS = (
 @pytest.mark.parametrize(("names", "classes"), SPLITS)
 def test_splits_are_not_merged_until_a_flag_says_so(source: Open, names: list[str], classes: tuple[str, ...]) -> None:
     """Fault: training, validation and test become one training set, or a split becomes a class."""
-    with pytest.raises(ConfigError, match=r"several splits \(1 of test, 2 of train, 1 of validation\); --split train"):
+    with pytest.raises(ConfigError, match=r"several splits \(2 of train, 1 of validation, 1 of test\); --split train"):
         source(*names)
     train = source(*names, split="train")
     assert (keys(train), train.class_names) == (sorted(names[:2]), classes)
@@ -129,6 +143,14 @@ def test_splits_are_not_merged_until_a_flag_says_so(source: Open, names: list[st
     assert (len(merged), merged.class_names) == (4, classes)
     with pytest.raises(ConfigError, match="--split test: no name speaks of it"):
         source(*CLASSES, split="test")
+
+
+def test_folders_of_splits_beside_others_are_refused(source: Open) -> None:
+    """Fault: STL-10's test images are packed with its training and unlabelled ones."""
+    names = ("train/a.png", "test/b.png", "unlabeled/c.png")
+    with pytest.raises(ConfigError, match=r"several splits \(1 of train, 1 of test, 1 of no split\)"):
+        source(*names)
+    assert keys(source(*names, split="train")) == ["train/a.png"]
 
 
 def test_a_class_may_be_named_train(source: Open) -> None:
@@ -202,6 +224,14 @@ def test_shards_of_several_splits_and_shards_beside_pictures(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"several splits \(2 of train, 1 of validation\)"):
         open_source(str(tmp_path), 8)
     assert [len(open_source(str(tmp_path), 8, choice=Choice(split=split))) for split in ("train", "all")] == [4, 6]
+    as_tar(tmp_path / "more.tar", {"more.png": PNG})
+    with pytest.raises(ConfigError, match=r"2 of train, 1 of validation, 1 of no split"):
+        open_source(str(tmp_path), 8)
+    (tmp_path / "x-val-000.tar").rename(tmp_path / "x-val-000.tar.bak")
+    with pytest.raises(ConfigError, match=r"2 of train, 1 of no split"):
+        open_source(str(tmp_path), 8)
+    (tmp_path / "x-val-000.tar.bak").rename(tmp_path / "x-val-000.tar")
+    (tmp_path / "more.tar").unlink()
     (tmp_path / "logo.png").write_bytes(PNG)
     with pytest.raises(ConfigError, match=r"holds 3 \.tar files and 1 picture file; --include '\*\.tar'"):
         open_source(str(tmp_path), 8, choice=Choice(split="train"))

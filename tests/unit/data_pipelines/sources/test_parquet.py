@@ -148,14 +148,14 @@ def test_a_hugging_face_repository_is_read_split_by_split(tmp_path: Path) -> Non
     for number, name in enumerate(SPLIT_FILES):
         pq.write_table(table([number] * (number + 1)), tmp_path / "data" / name)
     for root in (tmp_path, tmp_path / "data"):
-        with pytest.raises(ConfigError, match=r"several splits \(1 of test, 2 of train, 1 of validation\)"):
+        with pytest.raises(ConfigError, match=r"several splits \(2 of train, 1 of validation, 1 of test\)"):
             open_source(str(root), 8)
         sizes = [len(open_source(str(root), 8, choice=Choice(split=split))) for split in ("train", "validation", "all")]
         assert sizes == [3, 3, 10]
     told = "\n".join(open_source(str(tmp_path), 8, choice=Choice(split="test")).told)
     for words in (
         "images: 4 rows of 1 table, column 'image'",
-        "split: test, by --split (1 of test, 2 of train, 1 of validation)",
+        "split: test, by --split (2 of train, 1 of validation, 1 of test)",
         "classes: 4, column 'label'",
         "left out: hidden or a system's own: 1 (1 without suffix; such as '.gitattributes')",
         "left out: no pictures: 1 (1 .md; such as 'README.md')",
