@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from warm_dist.errors import reason
 
 PAYLOADS = ("npy", "png", "jpg", "webp")
-MAX_PIXELS = 1 << 26  # of an image of unknown shape: 256 MiB in PIL
+MAX_SIDE = 2048  # pixels, of packed images
+MAX_PIXELS = MAX_SIDE**2  # of an image of unknown shape
 _JPEG = {"quality": 95, "subsampling": 0}  # 4:4:4; below 64 px halved colour is visible
 _WEBP = {"lossless": True, "quality": 75, "method": 4}
 _NPY_HEADER = 1024  # bytes; numpy writes 128 for an image

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from data_pipelines.sources.pictures import is_hidden
 from warm_dist.errors import DataError, printable, reason
 
 IMAGES = ("npy", "png", "jpg", "jpeg", "webp")  # suffixes of a sample's image
@@ -73,7 +74,7 @@ def samples(file: Path, name: str) -> list[Entry]:
     for member in members(file, name):
         folder, slash, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
-        if stem and suffix:
+        if stem and suffix and not is_hidden(member.name):
             sample = found.setdefault(printable(folder + slash + stem), {})  # bytes that are not UTF-8 cannot be stored
             if sample.setdefault(suffix.lower(), member) is not member:
                 raise DataError(f"{name}: the member {member.name[:80]!r} occurs twice")

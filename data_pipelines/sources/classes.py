@@ -102,9 +102,7 @@ def _by_edm(listing: Listing, pictures: Sequence[Split], folder: str, labels: di
     for name in sorted(labels.keys() - set(names)):
         listing.leave(f"named by {EDM}, but not there or not taken", name)
     files = [(split.file, labels[name]) for split, name in zip(pictures, names, strict=True)]
-    numbers = _numbers(label for _, label in files)
-    listing.note(f"classes: {len(numbers)}, by {EDM}")
-    return files, numbers
+    return files, _numbers(listing, files, EDM)
 
 
 def _by_cls(listing: Listing, pictures: Sequence[Split], cls: list[File], read: Callable[[Any], bytes]) -> Labels:
@@ -125,9 +123,7 @@ def _by_cls(listing: Listing, pictures: Sequence[Split], cls: list[File], read: 
         out.append((split.file, read_label(read(found[stem].place), f"{listing.where}: {found[stem].name!r}")))
     for stem in sorted(found.keys() - owners.keys()):
         listing.leave("labels without a picture", found[stem].name)
-    numbers = _numbers(label for _, label in out)
-    listing.note(f"classes: {len(numbers)}, by cls files")
-    return out, numbers
+    return out, _numbers(listing, out, "cls files")
 
 
 def _by_folders(listing: Listing, pictures: Sequence[Split], choice: str | None) -> Labels:
@@ -185,8 +181,13 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SAMPLED])) + (f", … {names[-1]!r}" if len(names) > _SAMPLED else "")
 
 
-def _numbers(labels: Any) -> list[str]:
-    return [str(number) for number in range(max(labels, default=-1) + 1)]
+def _numbers(listing: Listing, files: Sequence[tuple[File, int]], source: str) -> list[str]:
+    """The names of numbered classes."""
+    found = {label for _, label in files}
+    total = max(found) + 1
+    empty = f", {total - len(found)} of them without a picture" if len(found) < total else ""
+    listing.note(f"classes: {total}, by {source}{empty}")
+    return [str(number) for number in range(total)]
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipelines.shards.payload import MAX_SIDE
 from data_pipelines.sources.base import Source
 from data_pipelines.sources.builtin import open_digits, open_openmoji
 from data_pipelines.sources.folder import open_folder, walk
@@ -35,8 +36,9 @@ def open_source(
     that decoding one image may take. output: a folder whose packed data are no source. Raises ConfigError for an unknown
     source, two plausible readings, or an option it does not support, DataError for an archive that cannot be read.
     """
-    if resolution < 1 or resize not in RESIZE:
-        raise ConfigError(f"resolution {resolution}, resize {resize!r}: needs >= 1, and one of {', '.join(RESIZE)}")
+    if not 1 <= resolution <= MAX_SIDE or resize not in RESIZE:
+        needed = f"1 to {MAX_SIDE}, and one of {', '.join(RESIZE)}"
+        raise ConfigError(f"resolution {resolution}, resize {resize!r}: needs {needed}")
     transform, path = Transform(resolution, resize, max_bytes), Path(spec).expanduser()
     listing = Listing(spec, choice)
     if spec in ("openmoji", "digits"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,8 +57,8 @@ def decode_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":  # PIL allocates its canvas when it opens the file
             _check_size(webp_size(data), transform.max_bytes)
         source = io.BytesIO(_without_texts(data) if data.startswith(_PNG) else data)
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # bounded below
-            picture: Image.Image = Image.open(source, formats=FORMATS)
+        Image.MAX_IMAGE_PIXELS = None  # a bound of PIL's own, in pixels; ours is in bytes
+        picture: Image.Image = Image.open(source, formats=FORMATS)
         _check_size(picture.size, transform.max_bytes)
         picture.load()
         if transform.resize != "adm":

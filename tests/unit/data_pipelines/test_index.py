@@ -23,7 +23,17 @@ def test_foreign_shards_get_a_manifest(tmp_path: Path) -> None:
     foreign_tar(
         tmp_path / "x.tar", {f"{name}one.png": png(1), f"{name}one.cls": b"4", "d/two.PNG": png(2), "d/two.cls": b"0\n"}
     )
-    foreign_tar(tmp_path / "y.tar", {"three.json": b"{}", "three.cls": b"1", "three.png": png(3)})
+    foreign_tar(
+        tmp_path / "y.tar",
+        {
+            "d/Thumbs.db": b"",
+            "._three.png": b"",
+            ".ipynb_checkpoints/a.png": b"",
+            "three.json": b"{}",
+            "three.cls": b"1",
+            "three.png": png(3),
+        },
+    )
     assert call(index.main, tmp_path, "--workers", 1) == 0
     manifest = read_manifest(f"{tmp_path}/{NAME}")
     assert manifest.key.tolist() == [f"{name}one", "d/two", "three"]

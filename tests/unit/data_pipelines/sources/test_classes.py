@@ -43,6 +43,12 @@ def test_edm_labels_are_the_classes(tmp_path: Path, prefix: str) -> None:
     assert by_folders.class_names == ("00000", "00001")
 
 
+def test_classes_without_a_picture_are_told(tmp_path: Path) -> None:
+    source = opened(tmp_path, {"labels": [[name, 40] for name in NAMES]})
+    assert source.num_classes == 41
+    assert "classes: 41, by dataset.json, 40 of them without a picture" in source.told
+
+
 def test_labels_of_null_are_no_classes(tmp_path: Path) -> None:
     source = opened(tmp_path, {"labels": None})
     assert source.class_names == ()

@@ -51,7 +51,7 @@ def test_unknown_sources_and_broken_archives(tmp_path: Path) -> None:
     """Fault: a misspelt path or a broken archive ends in a library's own exception."""
     with pytest.raises(ConfigError, match="no such source"):
         open_source(str(tmp_path / "nowhere"), 8)
-    for resolution, resize in ((0, "box"), (8, "cubic")):
+    for resolution, resize in ((0, "box"), (4096, "box"), (8, "cubic")):
         with pytest.raises(ConfigError, match=f"resolution {resolution}, resize '{resize}'"):
             open_source(str(tmp_path), resolution, resize)
     for name, words in (

@@ -113,7 +113,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(
 ) -> None:
     """Fault: memory for the claimed size is taken before the size is looked at."""
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("unpacked"))
-    with pytest.raises(ValueError, match=rf"{side}x{side} pixels would take \d+ MB, --max-decoded-mb allows 1024|bomb"):
+    with pytest.raises(ValueError, match=rf"{side}x{side} pixels would take \d+ MB, --max-decoded-mb allows 1024"):
         decode_image(bomb(kind, side), Transform(8))
 
 
