@@ -25,8 +25,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 LFS = b"version https://git-lfs"
 LFS_REASON = "a Git LFS pointer in place of the file: run `git lfs pull`"
-_COPIES = 3  # of a whole picture at once: as loaded, turned or laid on white, cropped
-_PIXEL_BYTES = 4  # PIL keeps RGB in 32 bits
+_PIXEL_BYTES = {"WEBP": 16, "JPEG2000": 24}  # measured peaks; in their decoders' own buffers too
+_THREE_COPIES = 12  # bytes a pixel of others, at most 4 each: as loaded, turned or laid on white, cropped
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold an orientation
 _TEXT_BYTES = 1 << 20  # PIL's own limit for a text, unpacked
@@ -55,11 +55,11 @@ def decode_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
         raise ValueError("empty")
     try:
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":  # PIL allocates its canvas when it opens the file
-            _check_size(webp_size(data), transform.max_bytes)
+            _check_size(webp_size(data), "WEBP", transform.max_bytes)
         source = io.BytesIO(_without_texts(data) if data.startswith(_PNG) else data)
         Image.MAX_IMAGE_PIXELS = None  # a bound of PIL's own, in pixels; ours is in bytes
         picture: Image.Image = Image.open(source, formats=FORMATS)
-        _check_size(picture.size, transform.max_bytes)
+        _check_size(picture.size, picture.format, transform.max_bytes)
         picture.load()
         if transform.resize != "adm":
             with suppress(Exception):  # metadata that nobody can read turn nothing
@@ -76,8 +76,8 @@ def decode_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
         raise ValueError(reason(error)) from None
 
 
-def _check_size(size: tuple[int, int], max_bytes: int) -> None:
-    needed = size[0] * size[1] * _PIXEL_BYTES * _COPIES
+def _check_size(size: tuple[int, int], kind: str | None, max_bytes: int) -> None:
+    needed = size[0] * size[1] * _PIXEL_BYTES.get(kind or "", _THREE_COPIES)
     if needed > max_bytes:
         taken, allowed = -(-needed >> 20), max_bytes >> 20
         raise ValueError(f"{size[0]}x{size[1]} pixels would take {taken} MB, --max-decoded-mb allows {allowed}")
