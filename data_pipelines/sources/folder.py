@@ -36,6 +36,8 @@ def walk(root: Path, listing: Listing, output: Path | None) -> list[File]:
             listing.leave("links to folders that are listed already", folder)
             continue
         seen.add((status.st_dev, status.st_ino))
+        if not entries:
+            listing.leave("empty folders", folder)
         ours = _ours({entry.name for entry in entries})
         if ours and not folder and not (output and _same(root, output)):
             ours = ours - _shards(ours)  # its shards are packed again
