@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.shards.tars import MAX_LABEL, read_label
 from data_pipelines.sources.listing import File, Listing, Split
 from data_pipelines.sources.pictures import parts_of, plain
-from warm_dist.errors import DataError, count, reason
+from warm_dist.errors import count, reason
 
 EDM = "dataset.json"
 _SAMPLED = 3  # names that a line quotes
@@ -31,7 +30,7 @@ class Sidecars(NamedTuple):
 def labelled(listing: Listing, pictures: Sequence[Split], sidecars: Sidecars) -> Labels:
     """Give each picture its class. Raises ConfigError where folders can be read in two ways, DataError for damaged labels."""
     choice = listing.choice.classes
-    edm, cls = _edm_labels(listing, sidecars), list(sidecars.cls)
+    edm, cls = _edm_labels(listing, pictures, sidecars), list(sidecars.cls)
     if choice not in (None, "folders", "none", EDM, "cls"):
         raise listing.refuse(f"--classes {choice}: pictures have folders, none, {EDM} or cls; columns are Parquet's")
     if choice is None:
@@ -52,52 +51,61 @@ def labelled(listing: Listing, pictures: Sequence[Split], sidecars: Sidecars) ->
     return _by_folders(listing, pictures, choice)
 
 
-def _edm_labels(listing: Listing, sidecars: Sidecars) -> tuple[str, dict[str, int] | None] | None:
-    """The folder of EDM's dataset.json, and name → class (None: without classes); None if there is no such file."""
-    if not sidecars.edm:
-        return None
-    passed = listing.choice.classes not in (None, EDM)
-    file, *others = sorted(sidecars.edm, key=lambda file: len(parts_of(file.name)))  # the outermost is of all
-    for other in [file, *others] if passed else others:
-        listing.leave("labels, by --classes" if passed else f"not the outermost {EDM}", other.name)
-    if passed:
-        return None
-    where, advice = f"{listing.where}: {file.name}", "repair it, or choose by --classes folders or --classes none"
+def _edm_labels(
+    listing: Listing, pictures: Sequence[Split], sidecars: Sidecars
+) -> tuple[int, dict[str, int] | None] | None:
+    """The folders around EDM's dataset.json, and name → class (None: without classes); None if there is no such file."""
+    parents = [parts_of(split.file.name)[:-1] for split in pictures]
+    around = parents[0][: _common(parents)]
+    chosen = None
+    for file in sorted(sidecars.edm, key=lambda file: len(parts_of(file.name))):
+        folder = parts_of(file.name)[:-1]
+        if listing.choice.classes not in (None, EDM):
+            listing.leave("labels, by --classes", file.name)
+        elif chosen or folder != around[: len(folder)]:
+            listing.leave(f"a {EDM} that is not the outermost around all pictures", file.name)
+        else:
+            chosen = file
+    return _read_edm(listing, chosen, sidecars.read) if chosen else None
+
+
+def _read_edm(listing: Listing, file: File, read: Callable[[Any], bytes]) -> tuple[int, dict[str, int] | None] | None:
+    depth, advice = len(parts_of(file.name)) - 1, "repair it, or choose by --classes folders or --classes none"
     try:
-        tree = json.loads(sidecars.read(file.place))
+        tree = json.loads(read(file.place))
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read ({reason(error)}); {advice}") from None
+        raise listing.damaged(f"{file.name} cannot be read ({reason(error)}); {advice}") from None
     if not isinstance(tree, dict) or "labels" not in tree:
         listing.leave("not EDM's, it has no 'labels'", file.name)
         return None
     if tree["labels"] is None:
-        return os.path.dirname(file.name), None
+        return depth, None
     labels: dict[str, int] = {}
     for pair in tree["labels"] if isinstance(tree["labels"], list) else [tree["labels"]]:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise DataError(
-                f"{where}: 'labels' must be null or pairs of a name and a class, has {_short(pair)}; {advice}"
+            raise listing.damaged(
+                f"{file.name}: 'labels' must be null or pairs of a name and a class, has {_short(pair)}; {advice}"
             )
         name, label = plain(pair[0]), pair[1]
         if type(label) is not int or not 0 <= label < MAX_LABEL:
-            raise DataError(f"{where}: {name!r} has the label {_short(label)}, needs an integer from 0 on; {advice}")
+            raise listing.damaged(
+                f"{file.name}: {name!r} has the label {_short(label)}, needs an integer from 0 on; {advice}"
+            )
         if labels.setdefault(name, label) != label:
-            raise DataError(f"{where}: {name!r} has the labels {labels[name]} and {label}; {advice}")
-    return os.path.dirname(file.name), labels
+            raise listing.damaged(f"{file.name}: {name!r} has the labels {labels[name]} and {label}; {advice}")
+    return depth, labels
 
 
-def _by_edm(listing: Listing, pictures: Sequence[Split], folder: str, labels: dict[str, int] | None) -> Labels:
+def _by_edm(listing: Listing, pictures: Sequence[Split], start: int, labels: dict[str, int] | None) -> Labels:
     if labels is None:
         listing.note(f"classes: none, by {EDM}, whose labels are null")
         return [(split.file, -1) for split in pictures], []
-    start = len(parts_of(folder))
     names = ["/".join(parts_of(split.file.name)[start:]) for split in pictures]
     missing = [name for name in names if name not in labels]
     if missing:
         ways = "complete it, leave them out by --exclude, or choose by --classes folders or --classes none"
-        raise DataError(
-            f"{listing.where}: {EDM} has no label for {len(missing)} of {count(len(names), 'picture')}, "
-            f"such as {missing[0]!r}; {ways}"
+        raise listing.damaged(
+            f"{EDM} has no label for {len(missing)} of {count(len(names), 'picture')}, such as {missing[0]!r}; {ways}"
         )
     for name in sorted(labels.keys() - set(names)):
         listing.leave(f"named by {EDM}, but not there or not taken", name)
@@ -115,7 +123,7 @@ def _by_cls(listing: Listing, pictures: Sequence[Split], cls: list[File], read: 
         stems = (name.rpartition(".")[0], folder + slash + base.partition(".")[0])
         stem = next((stem for stem in stems if stem in found), None)
         if stem is None:
-            raise DataError(f"{listing.where}: {name!r} has no cls member, others have; or choose by --classes none")
+            raise listing.damaged(f"{name!r} has no cls member, others have; or choose by --classes none")
         if stem in owners:
             pair = f"{owners[stem]!r} and {name!r}"
             raise listing.refuse(f"two pictures of one sample, {pair}; choose by --include or --exclude")

@@ -100,11 +100,15 @@ class Listing:
 
     def refuse(self, text: str) -> ConfigError:
         """The error for a source with two plausible readings, or for a flag that does not fit it."""
-        return ConfigError(f"{self.where}: {text}")
+        return ConfigError(printable(f"{self.where}: {text}"))
+
+    def damaged(self, text: str) -> DataError:
+        """The error for files that contradict each other or cannot be read."""
+        return DataError(printable(f"{self.where}: {text}"))
 
     def empty(self) -> DataError:
         """The error for a source without images."""
-        return DataError(f"{self.where}: no images; {'; '.join(self.told()) or 'it is empty'}")
+        return self.damaged(f"no images; {'; '.join(self.told()) or 'it is empty'}")
 
     def wanted(self, files: Iterable[File]) -> list[File]:
         """The files that are neither hidden nor excluded. Raises DataError for two pictures or labels of one name."""
@@ -119,7 +123,7 @@ class Listing:
             elif file.name in out and kind_of(file.name) != PICTURE and suffix_of(file.name) != ".cls":
                 self.leave("of a name that occurs twice", file.name)
             elif file.name in out:
-                raise DataError(f"{self.where}: the file {file.name[:80]!r} occurs twice; leave one out")
+                raise self.damaged(f"the file {file.name[:80]!r} occurs twice; leave one out")
             else:
                 out[file.name] = file
         return list(out.values())

@@ -85,6 +85,21 @@ def test_labels_that_cannot_be_meant(tmp_path: Path, tree: Any, words: str) -> N
     assert opened(tmp_path, tree, choice=Choice(classes="none")).class_names == ()
 
 
+def test_a_dataset_json_labels_what_is_below_it(tmp_path: Path) -> None:
+    """Fault: one in a class folder is taken for that of all pictures; or its folder's name breaks the message's line."""
+    inner = {"two\nlines/dataset.json": b"[["}
+    as_zip(tmp_path / "x.zip", {"a.png": encode(noise(0)), **inner})
+    source = open_source(str(tmp_path / "x.zip"), 8)
+    assert any("not the outermost around all pictures: 1 (1 .json" in line for line in source.told)
+    as_zip(tmp_path / "x.zip", {"two\nlines/a.png": encode(noise(0)), **inner})
+    with pytest.raises(DataError, match=r"x\.zip: two\\nlines/dataset\.json cannot be read"):
+        open_source(str(tmp_path / "x.zip"), 8)
+    labels = {f"{split}/dataset.json": json.dumps({"labels": [["0/a.png", 4]]}).encode() for split in ("train", "test")}
+    as_zip(tmp_path / "x.zip", labels | {f"{split}/0/a.png": encode(noise(1)) for split in ("train", "test")})
+    chosen = open_source(str(tmp_path / "x.zip"), 8, choice=Choice(split="test"))
+    assert [item.label for item in good(chosen)] == [4]
+
+
 @pytest.mark.parametrize("tree", [[], {"images": []}, 3])
 def test_a_dataset_json_of_others_is_passed_over(tmp_path: Path, tree: Any) -> None:
     names = ["ant/a.png", "bee/b.png"]
