@@ -7,7 +7,6 @@ stop or kill, the same command with --resume continues, also on another cluster;
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from warm_dist import errors, supervisor
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
 from warm_dist.files import claimed
+from warm_dist.store.lease import Lease
+from warm_dist.store.open import open_store
 from warm_dist.sweeps.session import Session, describe
 from warm_dist.sweeps.trial_process import make_paths
 from warm_dist.sweeps.trials import trials
@@ -48,7 +49,8 @@ def drive(args: argparse.Namespace) -> int:
         print(describe(sweep, every))
         return errors.EXIT_OK
     paths = make_paths(sweep, "", None)
-    with contextlib.nullcontext() if paths.remote else claimed(Path(paths.output), "sweep"):
+    remote = open_store(paths.output, paths.endpoint_url) if paths.remote else None
+    with Lease(remote, "owner.json", "sweep") if remote else claimed(Path(paths.output), "sweep"):
         return Session(sweep, every, paths).run(args.resume, args.retry_failed)
 
 

@@ -17,6 +17,7 @@ from warm_dist.errors import OutputError, printable, writing
 from warm_dist.files import locked
 from warm_dist.store.base import Store
 from warm_dist.store.folder import FolderStore
+from warm_dist.store.lease import Lease
 
 _GATE = ".packing.lock"  # held while the others are looked at
 _MEMBER = ".packing.{recipe}.{kind}.{id}"  # a file for each process that packs, locked until it ends
@@ -26,9 +27,9 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 @contextmanager
 def owned(store: Store, recipe: str, alone: bool = False) -> Iterator[None]:
-    """Hold a folder for one recipe; other processes of the same recipe may join. On S3 nothing is held.
+    """Hold a folder or prefix for one recipe; other processes of the same recipe may join.
 
-    alone: wait until no other process holds it. Raises OutputError if another recipe holds it, or if it cannot be written.
+    alone: in a folder, wait until no other process holds it. Raises OutputError if another recipe holds it, or if it cannot be written.
     """
     with ExitStack() as stack:
         if isinstance(store, FolderStore):
@@ -42,6 +43,8 @@ def owned(store: Store, recipe: str, alone: bool = False) -> Iterator[None]:
                         raise
                     text = f"this file system cannot lock ({error.strerror}); let nothing else pack there meanwhile"
                     print(f"{printable(store.url)}: {text}", file=sys.stderr)
+        else:
+            stack.enter_context(Lease(store, ".packing.json", "packing", group=recipe))
         yield
 
 

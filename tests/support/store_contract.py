@@ -27,6 +27,18 @@ class StoreContract:
         store.delete("a/b.bin")
         assert list(store.list()) == ["c.bin"]
 
+    def test_a_conditional_write_is_of_the_version_that_was_seen(self, store: Store) -> None:
+        """Fault: of two who take one place at once both believe to have it."""
+        first = store.write_if("o.json", b"1", None)
+        assert first == store.stat("o.json").etag
+        assert store.write_if("o.json", b"2", None) is None
+        second = store.write_if("o.json", b"3", first)
+        assert second == store.stat("o.json").etag != first
+        assert store.write_if("o.json", b"4", first) is None
+        assert store.read("o.json") == b"3"
+        assert store.write_if("none.json", b"5", first) is None
+        assert list(store.list()) == ["o.json"]
+
     def test_upload_and_download_of_a_file_in_several_parts(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

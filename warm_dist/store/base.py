@@ -43,6 +43,10 @@ class Store(ABC):
         """Create or replace an object atomically: readers see the old one or the new one, never a part."""
 
     @abstractmethod
+    def write_if(self, path: str, data: bytes, etag: str | None) -> str | None:
+        """Create an object (etag None), or replace its version `etag`; returns the new tag, None if another is there."""
+
+    @abstractmethod
     def upload(self, path: str, local_file: Path) -> None:
         """Like `write`, from a file that need not fit into memory."""
 

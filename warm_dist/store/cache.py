@@ -91,6 +91,9 @@ class CachedStore(Store):
     def write(self, path: str, data: bytes) -> None:
         self.base.write(path, data)
 
+    def write_if(self, path: str, data: bytes, etag: str | None) -> str | None:
+        return self.base.write_if(path, data, etag)
+
     def upload(self, path: str, local_file: Path) -> None:
         self.base.upload(path, local_file)
 

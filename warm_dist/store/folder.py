@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from warm_dist.errors import AccessError, DataError, MissingError, writing
-from warm_dist.files import make_durably, open_regular, sync
+from warm_dist.files import locked, make_durably, open_regular, sync
 from warm_dist.store.base import PARTIAL, Stat, Store, too_short
 
+_CHANGE_S = 10.0  # longest wait for another process that changes the same object
 _OWN_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 
 
@@ -37,6 +38,17 @@ class FolderStore(Store):
     def write(self, path: str, data: bytes) -> None:
         with self._replacing(path) as partial:
             partial.write_bytes(data)
+
+    def write_if(self, path: str, data: bytes, etag: str | None) -> str | None:
+        target = self.root / path
+        with writing(target):
+            make_durably(target.parent)
+            with locked(target.with_name(f".{target.name}.lock{PARTIAL}"), _CHANGE_S):
+                found = self._tag(target.stat()) if target.exists() else None
+                if found != etag:
+                    return None
+                self.write(path, data)
+                return self._tag(target.stat())
 
     def upload(self, path: str, local_file: Path) -> None:
         with self._replacing(path) as partial:

@@ -228,6 +228,20 @@ class S3Store(Store):
         where = {"Bucket": self.bucket, "Key": self.prefix + path}
         self._call(path, lambda: self.client.put_object(**where, Body=data, ContentMD5=md5))
 
+    def write_if(self, path: str, data: bytes, etag: str | None) -> str | None:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
+        where = {"Bucket": self.bucket, "Key": self.prefix + path}
+
+        def request() -> str | None:
+            try:
+                return str(self.client.put_object(**where, Body=data, **condition)["ETag"]).strip('"')
+            except self.client.exceptions.ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (404, 409, 412):  # 404: gone since
+                    return None
+                raise
+
+        return self._call(path, request)
+
     def upload(self, path: str, local_file: Path) -> None:
         # not upload_file, which hides the cause of a failure in another exception's text
         def send() -> None:

@@ -21,6 +21,8 @@ from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
 from warm_dist.runs.folder import METRICS, WEIGHTS, Claim, describe_run, read_end
 from warm_dist.runs.metrics import MetricsLog, read_metrics
+from warm_dist.store.lease import Lease
+from warm_dist.store.open import open_store
 from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.prometheus import Exporter
 from warm_dist.training.trainer import Trainer
@@ -47,6 +49,7 @@ class Attempt:
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
         self.claim: Claim | None = None
+        self._lease: Lease | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
 
     def say(self, text: str) -> None:
@@ -88,6 +91,20 @@ class Attempt:
         self.claim = Claim.take(self.path)
         return self.claim.attempt
 
+    def _take_url(self, stack: contextlib.ExitStack) -> None:
+        """Hold checkpoint.url until the run ends, so that no other run replaces its checkpoints."""
+        checkpoint = self.config.checkpoint
+        if checkpoint.url:
+            store = open_store(checkpoint.url, checkpoint.endpoint_url)
+            self._lease = stack.enter_context(Lease(store, "owner.json", f"run {self.path.absolute()}"))
+
+    def _check(self) -> None:
+        """Raise OutputError if the folder or checkpoint.url is no longer this run's. Rank 0 only."""
+        assert self.claim is not None
+        self.claim.check()
+        if self._lease is not None:
+            self._lease.check()
+
     def _peer_error(self, error: Exception) -> errors.WarmDistError:
         """Why a collective failed: the error that a peer has reported, or a diagnosis from the heartbeats."""
 
@@ -105,11 +122,12 @@ class Attempt:
 
     def _train(self) -> None:
         config, world = self.config, self.world
-        with contextlib.closing(self.open_reader(config, world.rank, world.size)) as reader:
+        with contextlib.ExitStack() as stack:
+            on_main(world, lambda: self._take_url(stack), "checkpoint.url")
+            reader = stack.enter_context(contextlib.closing(self.open_reader(config, world.rank, world.size)))
             for line in reader.describe():
                 self.say(line)
-            assert self.claim is not None
-            checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self.claim.check)
+            checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self._check)
             self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
             trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
@@ -149,8 +167,7 @@ class Attempt:
             exporter = Exporter(tracking.prometheus_host, tracking.prometheus_port)
             exporter.follow("heartbeat_age_s", "longest silence of a rank", self.heartbeat.silence_s)
             exporter.follow("checkpoint_age_s", "since the last safe checkpoint", trainer.unsafe_s)
-        assert self.claim is not None
-        log = MetricsLog(self.path / METRICS, self.number, exporter, self.claim.check)
+        log = MetricsLog(self.path / METRICS, self.number, exporter, self._check)
         log.begin()
         return log
 
