@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +154,25 @@ def test_an_artifact_store_that_fails_delays_no_value_and_no_end(
     (run / "samples" / "000000000064.png").write_bytes(b"half a picture")
     Mirror(run, running.mlflow_url, run.parent.name).sync(running=False)
     assert len(client.list_artifacts(found(client, run).info.run_id, "images")) == 2, "the damaged one is passed over"
+
+
+def test_a_server_whose_answer_drips_for_ever_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: each read brings a byte in time, and the mirror hangs in one request."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    log(run, STEPS[:2])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            near, _ = listener.accept()
+            with suppress(OSError), near:
+                near.sendall(b"HTTP/1.1 200 OK\r\n")
+                while True:
+                    near.sendall(b"X-More: x\r\n")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(UnreachableError, match="the answer took longer than 2 s"):
+            Mirror(run, f"http://127.0.0.1:{listener.getsockname()[1]}", "x").sync(running=True)
+        assert time.monotonic() - begun < 20

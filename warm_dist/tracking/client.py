@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.config.load import flatten
+from warm_dist.deadlines import answers_within
 from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
 
 # MLflow's own retries block for four minutes and can create a run twice, so callers retry after looking for the run.
@@ -44,7 +45,8 @@ def reaching(url: str) -> Iterator[None]:
         raise ConfigError(f"{redact(url)}: MLflow needs the URL of a server, http://… or https://…")
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
     try:
-        yield
+        with answers_within(_whole_answer_s()):
+            yield
     except WarmDistError:
         raise
     except Exception as error:
@@ -60,9 +62,15 @@ def patience(num_bytes: int) -> Iterator[None]:
     before = os.environ[name]
     os.environ[name] = str(int(before) + num_bytes // 1_000_000)
     try:
-        yield
+        with answers_within(_whole_answer_s()):
+            yield
     finally:
         os.environ[name] = before
+
+
+def _whole_answer_s() -> float:
+    """For an answer that drips: twice the longest silence that is allowed in it."""
+    return 2.0 * int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
 
 
 def client_of(url: str) -> Any:

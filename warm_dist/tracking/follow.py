@@ -14,7 +14,7 @@ from pathlib import Path
 
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
-from warm_dist.errors import ConfigError, OutputError, UnreachableError
+from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError
 from warm_dist.files import locked
 from warm_dist.runs.folder import EXIT, LOCK, METRICS, attempt_of, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
@@ -65,7 +65,12 @@ def mirror_run(
     model = partial(send_model, register=register) if tracking.log_model or register else None
     attempt = attempt_of(run)
     if owner:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deepspeed's launcher signals all descendants of the run
+
+        def heed(number: int, frame: object) -> None:
+            if not supervisor.alive(owner):  # deepspeed's launcher signals all descendants of a run that still saves
+                raise Stopped(f"SIGTERM; python launch/mirror.py {run} sends the rest")
+
+        signal.signal(signal.SIGTERM, heed)
     with _only_mirror(run, owner):
         if follow:
             _follow(mirror, owner)
