@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import Fixture
-from warm_dist.errors import CheckpointError, ConfigError, UnreachableError
+from warm_dist.errors import CheckpointError, ConfigError, UnreachableError, WarmDistError
 from warm_dist.store import s3
 from warm_dist.store.base import Store
 from warm_dist.store.s3 import S3Store
@@ -194,3 +195,70 @@ def test_a_run_that_has_had_a_checkpoint_does_not_begin_anew(
     with pytest.raises(CheckpointError, match="had a checkpoint at nimg 8, and none is found"):
         mine.restore()
     mine.storage.close(1)
+
+
+def _spoilt(draw: random.Random, reply: Reply) -> Reply:
+    """The reply with one or two things wrong, never other content of the right length under the right headers."""
+    status, headers, body = reply
+    headers = dict(headers)
+    for _ in range(draw.randint(1, 2)):
+        match draw.randrange(6):
+            case 0:
+                status = draw.choice(
+                    [200, 201, 204, 206, 301, 302, 304, 307, 400, 401, 403, 404, 409, 412, 416, 429, 500, 502, 503]
+                )
+            case 1:
+                headers[draw.choice(["ETag", "Content-Length", "Content-Range", "Content-Type"])] = ""
+            case 2:
+                headers["Content-Range"] = draw.choice(
+                    ["bytes", "bytes 0-9/10", "bytes 9-0/5", "items 1-2/3", "bytes 100-199/*", "x"]
+                )
+            case 3:
+                headers["Content-Length"] = draw.choice(["-1", "x", "1e3", str(10**30), "0", str(len(body) + 7)])
+            case 4:
+                body = draw.choice(
+                    [b"", HTML, b"\0" * 50, b"<a><b></a>", body[: len(body) // 2], body + body, b"{}", body[::-1][:-1]]
+                )
+            case 5:
+                headers["Location"] = draw.choice(["http://127.0.0.1:9/", "//", "/", "https://user:secret@host/"])
+    return status, headers, body
+
+
+@pytest.mark.soak
+def test_no_answer_ends_in_a_traceback_a_hang_or_a_wrong_object(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an answer that nobody thought of is taken, or its error is a library's."""
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(s3, "ANSWER_S", 3.0)
+    monkeypatch.setattr(s3, "READ_S", 1)
+    store = S3Store("bucket", "run", liar.url, ("key", "secret"), attempts=1)
+    honest: dict[str, Reply] = {
+        "list": (200, {}, LIST % (ITEM % b"run/a")),
+        "stat": (200, {"ETag": '"e"'}, b"123"),
+        "read": part(100, 199),
+        "write": (200, {"ETag": '"e"'}, b""),
+    }
+    right: dict[str, object] = {"list": ["a"], "stat": 3, "read": CONTENT[100:200], "write": None}
+    taken = dict.fromkeys(honest, 0)
+    for seed in range(1500):
+        draw = random.Random(seed)
+        call = draw.choice([*honest])
+        reply = _spoilt(draw, honest[call])
+        liar.script = lambda *_, reply=reply: reply
+        begun, result, failure = time.monotonic(), None, ""
+        try:
+            if call == "read":
+                result = store.read("a", 100, 100, draw.choice([None, "e"]))
+            else:
+                result = getattr(store, call)(*CALLS[call])
+        except WarmDistError as error:
+            failure = str(error)
+        else:
+            taken[call] += 1
+            seen = [*result] if call == "list" else result.size if call == "stat" else result
+            lengths = {
+                "stat": {0, 3, len(reply[2]), *map(int, filter(str.isdecimal, [reply[1].get("Content-Length", "")]))}
+            }
+            assert seen == right[call] or seen in lengths.get(call, ()), (seed, reply)
+        assert "secret" not in failure, reply
+        assert time.monotonic() - begun < 20, (seed, reply)
+    assert min(taken.values()) > 0

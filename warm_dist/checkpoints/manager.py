@@ -7,6 +7,7 @@ writes COMPLETE to the store when all of them are there.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -265,9 +266,9 @@ class CheckpointManager:
     def _make(self, folder: Path, needed: int, empty: bool = True) -> None:
         """Create a folder, and check that `needed` bytes are free. empty: remove what was there before."""
         try:
-            if empty and folder.exists():
-                (folder / COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+            if empty and os.path.lexists(folder):
+                _remove(folder / COMPLETE)
+                _remove(folder)
             make_folder(folder)
             free = shutil.disk_usage(folder).free
         except OSError as error:
@@ -331,3 +332,11 @@ class CheckpointManager:
         self._ended += self.uploads.ended()
         failed = [upload for upload in self._ended if upload.error and not upload.superseded]
         return [upload for upload in failed if upload not in late] + late
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever is at a path: a file, a link, a folder with its content, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

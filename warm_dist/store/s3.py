@@ -257,8 +257,8 @@ class S3Store(Store):
         def request() -> Stat:
             head = self.client.head_object(Bucket=self.bucket, Key=self.prefix + path)
             try:
-                return Stat(head["ContentLength"], head["ETag"].strip('"'))
-            except KeyError as error:
+                return _stat(head["ContentLength"], head["ETag"])
+            except (KeyError, ValueError) as error:
                 raise self._place(path).odd(error) from None
 
         return self._call(path, request)
@@ -276,7 +276,7 @@ class S3Store(Store):
                 for item in page.get("Contents", ()):
                     if not item["Key"].startswith(wanted):
                         raise ValueError("a list of other names")
-                    found[item["Key"][len(self.prefix) :]] = Stat(item["Size"], item["ETag"].strip('"'))
+                    found[item["Key"][len(self.prefix) :]] = _stat(item["Size"], item["ETag"])
             except (KeyError, ValueError) as error:
                 raise self._place(prefix).odd(error) from None
         return found
@@ -309,6 +309,12 @@ class S3Store(Store):
 
     def _errors(self, path: str) -> AbstractContextManager[None]:
         return translated(self._place(path))
+
+
+def _stat(size: int, etag: str) -> Stat:
+    if not 0 <= size < 1 << 63:
+        raise ValueError(f"a size of {size} bytes")
+    return Stat(size, etag.strip('"'))
 
 
 def _is_loopback(url: str | None) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, MissingError, UnreachableError
+from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, MissingError, UnreachableError, redact
 
 BODY_S = 30  # limit for one body; another connection may be faster
 PIECE_BYTES = 256 << 10  # per read from a body
@@ -112,10 +112,9 @@ def refuse_redirect(response: Any, where: str) -> None:
     if response is None or response[0].status_code not in (301, 302, 303, 307, 308):
         return
     headers = response[0].headers
-    if "x-amz-bucket-region" not in headers and "Location" in headers:
-        raise ConfigError(
-            f"{where} redirects to {headers['Location']}; set the endpoint URL to the address that answers itself"
-        )
+    if "x-amz-bucket-region" not in headers:
+        target = redact(str(headers.get("Location", "an unknown place")))
+        raise ConfigError(f"{where} redirects to {target}; set the endpoint URL to the address that answers itself")
 
 
 def content_length(status: int, headers: Mapping[str, str], first: int, last: int | None) -> int:
