@@ -51,6 +51,8 @@ def main() -> int:
 
     store = open_store(args.shards_url, args.endpoint_url)
     names = [name for name in store.list() if name.endswith(".tar")]
+    if not names:
+        raise DataError(f"{printable(store.url)}: has no .tar shards; name the folder or prefix that holds them")
     task = partial(index_stored, args.shards_url, args.endpoint_url)
     bar = tqdm(in_processes(task, names, args.workers), "index", len(names), unit="shard", disable=None)
     indexed = sorted(bar, key=lambda part: part.shard.name)

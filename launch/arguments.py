@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from warm_dist.config.explain import shown
 from warm_dist.errors import ConfigError
 
+MOST = 2**31 - 1
+"""Of what a flag counts."""
 LAUNCH = Path(__file__).resolve().parent
 
 
@@ -34,6 +37,19 @@ def as_bnr(text: str) -> float:
         return TypeAdapter(NonNegative).validate_python(float(text))
     except ValueError:
         raise ConfigError(f"--bnr {text}: needs 0 or a number from 1e-15 to 1e15") from None
+
+
+def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
+    """Check {flag: (value, least)}; None is a flag that was not given. Raises ConfigError."""
+    for flag, (value, least) in flags.items():
+        if value is not None and not least <= value <= MOST:
+            raise ConfigError(f"{flag} {shown(value)}: needs a number from {least} to {MOST}")
+
+
+def check_run(run: str) -> None:
+    """Check that a run's folder exists; a URL is looked at by its store. Raises ConfigError."""
+    if "://" not in run and not Path(run).is_dir():
+        raise ConfigError(f"{run}: is no folder; name a run's, or the s3:// URL of its checkpoint.url")
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

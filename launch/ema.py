@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launch.arguments import check_run
 from warm_dist import errors
 from warm_dist.errors import CheckpointError, ConfigError
 
@@ -33,13 +34,14 @@ def main() -> int:
     from warm_dist.training import posthoc_ema
     from warm_dist.training.ema import exponent_of, kind_of
 
+    check_run(args.run)
     store = open_store(args.run, args.endpoint_url)
     snapshots = [open_saved(store, name) for name in complete_names(store, SNAPSHOTS)]
     if not snapshots:
         raise CheckpointError(f"{args.run}: no snapshots; set train.ema_lengths=[0.05,0.1] and train.snapshot_nimg")
     nimg = snapshots[-1].meta["nimg"] if args.nimg is None else args.nimg
     if nimg <= 0:
-        raise ConfigError(f"--nimg {nimg} must be positive")
+        raise ConfigError(f"--nimg {nimg}: needs a number above 0")
     held = [(saved, length) for saved in snapshots for length in saved.meta["config"]["train"]["ema_lengths"]]
     times = np.array([float(saved.meta["nimg"]) for saved, _ in held])
     gammas = np.array([exponent_of(length) for _, length in held])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launch.arguments import add_set, as_bnr
+from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors, supervisor
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.files import claimed
@@ -49,10 +49,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, as_bnr), _numbers("--nfe", args.nfe, int)
     args.method = [name for text in args.method for name in text.split(",") if name] or [None]
-    for key, least in (("num_images", 2), ("batch_size", 1), ("blocks", 1)):
-        value = getattr(args, key)
-        if value is not None and value < least:
-            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
+    check_least(
+        {"--num-images": (args.num_images, 2), "--batch-size": (args.batch_size, 1), "--blocks": (args.blocks, 1)}
+    )
     if args.mlflow_url and not args.mlflow_url.startswith(("http://", "https://")):
         raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the URL of a server, http://… or https://…")
     return args

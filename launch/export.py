@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from launch.arguments import check_run
 from warm_dist import errors
 from warm_dist.errors import CheckpointError, ConfigError
 
@@ -26,6 +27,7 @@ def main() -> int:
     from warm_dist.runs.folder import EXPORTS
     from warm_dist.store.open import open_store
 
+    check_run(args.run)
     store = open_store(args.run, args.endpoint_url)
     names = complete_names(store, CHECKPOINTS)
     if args.nimg is not None:
@@ -35,7 +37,7 @@ def main() -> int:
             raise CheckpointError(f"{args.run}: no complete checkpoint at nimg {args.nimg}; complete ones: {have}")
         names = [wanted]
     out = args.out or Path(args.run) / EXPORTS / f"{args.kind}.safetensors"
-    problem = "has no complete checkpoint"
+    problem = "has no complete checkpoint; name a run's folder, or the s3:// URL of its checkpoint.url"
     for name in reversed(names):
         try:
             export_weights([(open_saved(store, name), args.kind, 1.0)], out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr
+from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -28,9 +28,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
     parser.add_argument("--batch-size", type=int, help="default: as many as fit into the GPU, 64 on a CPU")
     args = parser.parse_args()
-    given = [args.n] if args.batch_size is None else [args.n, args.batch_size]
-    if min(given) < 1 or args.seed < 0:
-        raise ConfigError("--n and --batch-size must be positive, --seed not negative")
+    check_least({"--n": (args.n, 1), "--batch-size": (args.batch_size, 1), "--seed": (args.seed, 0)})
     if args.out.suffix not in (".png", ".npy"):
         raise ConfigError(f"--out {args.out}: must end in .png or .npy")
 

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr
+from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 
@@ -30,8 +30,7 @@ def main() -> int:
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
     parser.add_argument("--out", type=Path, default=Path("trajectory"), help="output folder")
     args = parser.parse_args()
-    if args.n < 1 or args.columns < 2 or args.seed < 0:
-        raise ConfigError("--n must be positive, --columns at least 2, --seed not negative")
+    check_least({"--n": (args.n, 1), "--columns": (args.columns, 2), "--seed": (args.seed, 0)})
 
     import numpy as np
 

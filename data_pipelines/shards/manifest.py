@@ -68,7 +68,12 @@ def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
     Raises DataError if it is missing, damaged or inconsistent, and what the store raises.
     """
     folder, name = split_url(url)
-    data = open_store(folder, endpoint_url).read(name)
+    try:
+        data = open_store(folder, endpoint_url).read(name)
+    except DataError as error:
+        if name == NAME:
+            raise
+        raise DataError(f"{error}; name the data set's manifest itself, {url.rstrip('/')}/{NAME}") from None
     try:
         manifest, certified = _parse(data)
     except _Damage as damage:

@@ -260,7 +260,7 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("evaluate", [random, "--manifest", other / "manifest.parquet", "--out", tmp_path / "e"], 2, "made from data"),
         ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be made"),
         ("evaluate", [random, "--nfe", "9,many", "--out", tmp_path / "e"], 2, "needs numbers, such as 9,18,35"),
-        ("evaluate", [random, "--blocks", 0, "--out", tmp_path / "e"], 2, "must be at least 1"),
+        ("evaluate", [random, "--blocks", 0, "--out", tmp_path / "e"], 2, "--blocks 0: needs a number from 1"),
         ("trajectory", [random, "--label", 10], 2, "has 10 classes"),
         ("trajectory", [random, "--columns", 1], 2, "at least 2"),
     ]:  # fmt: skip

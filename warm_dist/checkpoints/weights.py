@@ -15,7 +15,7 @@ from warm_dist.checkpoints.format import COMPLETE, open_saved
 from warm_dist.config.load import parse_json
 from warm_dist.config.run import Config, SamplerConfig, validate
 from warm_dist.data import DataInfo
-from warm_dist.errors import CheckpointError, print_once, redact
+from warm_dist.errors import CheckpointError, ConfigError, print_once, redact
 from warm_dist.networks.flat import adopt, published
 from warm_dist.networks.unet import build
 from warm_dist.runs.folder import EXPORTS, WEIGHTS
@@ -55,8 +55,12 @@ def load_weights(path: Path, device: torch.device | None = None) -> Model:
             raise KeyError
         config = validate(parse_json(metadata["config"], str(path)), str(path))
         info = DataInfo.from_json(json.loads(metadata["data"]))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}); name a file of launch/export.py"
+        ) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); name a file of launch/export.py") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
     if not certified:
@@ -85,8 +89,13 @@ def load_guide(options: SamplerConfig, info: DataInfo, device: torch.device | No
 def weights_path(given: Path) -> Path:
     """The weights file of a finished run or a checkpoint (RUN/checkpoints/NIMG, exported once), or `given` itself.
 
-    Raises CheckpointError for a damaged checkpoint.
+    Raises ConfigError if there is none, CheckpointError for a damaged checkpoint.
     """
+    where = "name a finished run's folder, a checkpoint in it (RUN/checkpoints/NIMG), or a file of launch/export.py"
+    if not given.exists():
+        raise ConfigError(f"{given}: does not exist; {where}")
+    if given.is_dir() and not (given / COMPLETE).exists() and not (given / WEIGHTS).exists():
+        raise ConfigError(f"{given}: has no {WEIGHTS}, which a run writes at its end; {where}")
     if not (given / COMPLETE).exists():
         return given / WEIGHTS if given.is_dir() else given
     run = given.resolve().parent.parent

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from warm_dist.config.values import UNION_TAGS
+from warm_dist.config.explain import explain
 from warm_dist.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -23,8 +23,12 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds an object, without validating it. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: does not exist; name a config file, such as configs/quickstart.json") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a config file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text, so it is not JSON; name a config file") from None
     return parse_json(text, str(path))
 
 
@@ -53,8 +57,10 @@ def _loads(text: str, name: str, **hooks: Any) -> Any:
 
     def number(digits: str, kind: type[float] | type[int] = float) -> float:
         if len(digits) > MOST_DIGITS or not math.isfinite(value := kind(digits)):
-            shown = digits if len(digits) <= MOST_DIGITS else f"{digits[:MOST_DIGITS]}…"
-            raise ConfigError(f"{name}: {shown} is no number here; it must be finite and short")
+            text = digits if len(digits) <= 30 else f"{digits[:30]}…"
+            raise ConfigError(
+                f"{name}: {text} is no number here; it must be finite and of {MOST_DIGITS} digits or fewer"
+            )
         return value
 
     try:
@@ -63,34 +69,22 @@ def _loads(text: str, name: str, **hooks: Any) -> Any:
         raise ConfigError(f"{name}: nested too deeply") from None
 
 
-def validate_as(model: type[Model], tree: dict[str, Any], name: str) -> Model:
-    """Validate a tree as a `model`, strictly. Raises ConfigError that begins with `name`, with one line per mistake."""
+def validate_as(model: type[Model], tree: dict[str, Any], name: str, given: Sequence[str] = ()) -> Model:
+    """Validate a tree as a `model`, strictly. Raises ConfigError with one line per mistake.
+
+    name: where the tree comes from, for messages. given: dotted paths that `--set` changed.
+    """
+
+    def origin(path: str) -> str:
+        return next((f"--set {key}" for key in given if f"{path}.".startswith(f"{key}.")), name)
+
     try:
         # through JSON: lists become tuples, all other types stay strict
         return model.model_validate_json(json.dumps(tree, allow_nan=False))
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(dict(item), known_keys(model)) for item in error.errors())
-        raise ConfigError(f"{name}: " + "\n  ".join(lines)) from None
+        raise ConfigError(explain(error, known_keys(model), origin)) from None
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _explain(item: dict[str, Any], keys: list[str]) -> str:
-    location = [str(part) for part in item["loc"] if part not in UNION_TAGS]
-    path = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        leaves = [key.split(".")[-1] for key in keys]
-        near = difflib.get_close_matches(path, keys, 1, 0.5) or difflib.get_close_matches(location[-1], leaves, 1)
-        return f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        return f"missing key {path!r}"
-    if not path:
-        return str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "union_tag_invalid":
-        kinds = item["ctx"]["expected_tags"]
-        return f"{path!r}: needs a number or an object whose kind is {kinds}, got {item['input']!r}"
-    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"  # a whole section would not help
-    return f"{path!r}: {str(item['msg']).removeprefix('Value error, ')}{got}"
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -116,7 +110,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     Raises ConfigError for another form or a non-finite value.
     """
     path, separator, value_text = text.partition("=")
-    if not separator or not path:
+    if not separator or not all(path.split(".")):
         raise ConfigError(f"--set {text!r}: needs the form a.b=VALUE")
     try:
         return path, _loads(value_text, f"--set {path}")

@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size
+from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
 
@@ -118,7 +118,9 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """Precision, sharding, memory savings, and how ranks wait for each other."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; ignored by engine local")
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole)] = Field(
+        1, description="DeepSpeed ZeRO stage; ignored by engine local"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3: master weights, Adam and EMA in the host's memory")
@@ -323,7 +325,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = read_tree(path)
     for setting in overrides or []:
         override(tree, setting)
-    return validate(tree, str(path))
+    given = [setting.partition("=")[0] for setting in reversed(overrides or [])]
+    return validate_as(Config, tree, str(path), given)
 
 
 def validate(tree: dict[str, Any], name: str = "config") -> Config:

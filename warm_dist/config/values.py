@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -10,6 +10,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 def _squarable(value: float) -> float:
     if value and not 1e-15 <= abs(value) <= 1e15:
         raise ValueError("needs a size from 1e-15 to 1e15, whose square float32 can hold")
+    return value
+
+
+def whole(value: Any) -> Any:
+    """The value, if it is an integer and not a boolean or float that equals one. Raises ValueError."""
+    if type(value) is not int:
+        raise ValueError("needs a whole number")
     return value
 
 
@@ -32,8 +39,3 @@ def exact(value: float) -> str:
     """The shortest usual text that parses back to the same number: `0.5`, `0.12345671`."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-UNION_TAGS = {"constrained-float", "function-after[_squarable(), constrained-float]", "literal['measured']", "grid name", "grid list",
-              "number", "power", "table", "uniform", "log_uniform", "cold"}  # fmt: skip
-"""Names of union branches, which pydantic puts between the keys in the location of an error."""

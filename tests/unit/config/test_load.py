@@ -28,15 +28,18 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.batch_size=true", "'train.batch_size'"),
-        ("train.lr=fast", "'train.lr'"),
-        ("process.bnr=-1", "greater than or equal to 0"),
+        ("train.batch_size=true", "--set train.batch_size: needs a whole number, got true"),
+        ("train.lr=fast", '--set train.lr: needs a number, got "fast"'),
+        ("process.bnr=-1", "--set process.bnr: needs 0 or more, got -1"),
         ('process.bnr={"kind":"cool"}', "whose kind is 'number', 'power'"),
         ('process.bnr={"kind":"power","bnr":1,"exponent":-1}', "'process.bnr.exponent'"),
         ('process.bnr={"kind":"table","sigma":[1,2],"bnr":[1,0.4]}', "must not fall as sigma rises"),
         ('process.bnr={"kind":"uniform","low":2,"high":1}', "must be below the high end"),
         ('process.bnr={"kind":"uniform","low":0,"high":1}', "sampler.bnr is needed"),
-        ('sampler.bnr={"kind":"uniform","low":0,"high":1}', "'sampler.bnr'"),
+        (
+            'sampler.bnr={"kind":"uniform","low":0,"high":1}',
+            "--set sampler.bnr: needs a number, or an object whose kind is",
+        ),
         ("sampler.method=cold", "needs process.bnr cold"),
         ("sampler.grid=[3,2]", "grid has 2 entries, num_steps is 35"),
         ("sampler.grid=linear", "'edm' or 'log_linear'"),
@@ -51,23 +54,26 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("eval.extractor=inception", "eval.extractor_sha256"),
         ("eval.extractor=torchscript", "eval.extractor_sha256"),
         ('eval={"eval_nimg":32,"num_images":2,"extractor":"pixels","extractor_bf16":true}', "pixels is always float32"),
-        ("tracking.mlflow_url=sqlite:///mlflow.db", "^https?://"),
-        ("tracking.parent_run_id=sweep", "'tracking.parent_run_id'"),
+        ("tracking.mlflow_url=sqlite:///mlflow.db", "needs the URL of a server, http://… or https://…"),
+        ("tracking.parent_run_id=sweep", 'needs an id of 32 hex digits, got "sweep"'),
         ('tracking={"log_model":false,"registered_model":"x"}', "needs tracking.log_model"),
         ("sampler.sigma_max=0.001", "must be below sigma_max"),
         ("process.bnr=NaN", "must be finite"),
         ("process.bnr=1e999", "must be finite"),
         ('process.bnr={"kind":"power","bnr":1e999,"exponent":0}', "must be finite"),
         *(
-            (f"{key}={value}", f"'{key}': needs a size from 1e-15 to 1e15, whose square float32 can hold, got ")
+            (f"{key}={value}", "a size from 1e-15 to 1e15, whose square float32 can hold, got ")
             for key in ("process.bnr", "process.sigma_data", "sampler.sigma_max", "sampler.bnr", "train.lr")
             for value in ("1e200", "1e-320")
         ),
-        ("process.p_mean=-1e19", "'process.p_mean': "),
+        ("process.p_mean=-1e19", "--set process.p_mean: needs -20 or more, got -1e+19"),
         ("train.ema_lengths=[1e-300]", "'train.ema_lengths.0': "),
-        ("parallel.timeout_s=9999999999999", "'parallel.timeout_s': "),
-        *((f"{key}={10**23}", f"'{key}': ") for key in ("data.window", "data.num_classes", "network.num_blocks")),
-        (f"train.total_nimg={'9' * 5000}", f"--set train.total_nimg: {'9' * 100}… is no number here"),
+        ("parallel.timeout_s=9999999999999", "--set parallel.timeout_s: needs 1000000 or less, got 9999999999999"),
+        *(
+            (f"{key}={10**23}", f"--set {key}: needs ")
+            for key in ("data.window", "data.num_classes", "network.num_blocks")
+        ),
+        (f"train.total_nimg={'9' * 5000}", f"--set train.total_nimg: {'9' * 30}… is no number here"),
         ("train.betas=" + "[" * 30_000, "--set train.betas: nested too deeply"),
         ('process.bnr={"kind":"power","bnr":1,"exponent":11}', "'process.bnr.exponent'"),
         *(
@@ -98,7 +104,7 @@ def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is no number here; it must be finite"),
         ('{"a": {"b": -1e999}}', "-1e999 is no number here"),
-        ('{"a": ' + "9" * 5000 + "}", f"{'9' * 100}… is no number here"),
+        ('{"a": ' + "9" * 5000 + "}", f"{'9' * 30}… is no number here"),
         ('{"a": ' + "[" * 100_000, "nested too deeply"),
         ("null", "holds null, needs an object"),
         ("{", "not JSON, line 1"),
@@ -107,7 +113,7 @@ def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
     ]:
         (tmp_path / "c.json").write_text(text)
         assert words in refusal(path=tmp_path / "c.json")
-    assert "cannot be read" in refusal(path=tmp_path / "absent.json")
+    assert "does not exist" in refusal(path=tmp_path / "absent.json")
 
 
 def test_overrides_are_json_or_else_strings():
@@ -126,7 +132,7 @@ def test_overrides_are_json_or_else_strings():
 
 def test_every_error_is_reported_at_once():
     message = refusal("train.lr=-1", "process.bnr=-1", "foo=1")
-    assert all(word in message for word in ("'train.lr'", "'process.bnr'", "'foo'"))
+    assert all(word in message for word in ("--set train.lr: ", "--set process.bnr: ", "unknown key 'foo'"))
 
 
 def test_flatten_gives_the_keys_of_set():

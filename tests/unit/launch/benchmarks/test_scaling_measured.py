@@ -53,7 +53,7 @@ def test_figures_that_cannot_be_true_are_refused(tmp_path, change, told):
         (json.dumps(reported(NAME) | {"micro_batches": 0}), "'micro_batches': "),
         (
             json.dumps(reported(NAME) | {"device": "\033[2J"}),
-            r"'device': needs printable characters alone, got '\x1b[2J'",
+            "'device': needs printable characters alone, got \"\\u001b[2J\"",
         ),
     ],
 )
