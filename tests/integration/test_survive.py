@@ -21,11 +21,11 @@ from tests.support.processes import free_port, wait_for
 from tests.support.training import BATCH, STEPS, finish, fork, fork_ranks, losses, outcome, reached
 from tests.support.zygote import zygote
 from warm_dist import errors
+from warm_dist.checkpoints.export import export_tensors
 from warm_dist.checkpoints.format import (
     CHECKPOINTS,
     SNAPSHOTS,
     complete_names,
-    export_tensors,
     name_of,
     nimg_of,
     open_saved,

@@ -204,7 +204,8 @@ def test_restarted_pods_with_empty_disks_go_on_from_the_checkpoint(story: Story)
         if begun:
             assert f"resumed at nimg {begun} from s3://warm-dist/runs/digits/checkpoints/" in attempt.said[0]
         begun = ended
-    assert third.ends[0] | {"reason": ""} == {"code": 0, "reason": "", "nimg": TOTAL, "resumable": False, "attempt": 3}
+    end = {key: value for key, value in third.ends[0].items() if key not in ("reason", "sha256")}
+    assert end == {"code": 0, "nimg": TOTAL, "resumable": False, "attempt": 3}
 
 
 def test_mlflow_has_all_of_it_as_one_run(place: Place, story: Story):

@@ -24,8 +24,7 @@ from warm_dist.evaluation import surface_figure
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
 from warm_dist.files import file_sha256, replace_file
-from warm_dist.records import read_record, write_record
-from warm_dist.runs.folder import RESULTS, SAMPLES, Results
+from warm_dist.runs.folder import RESULTS, SAMPLES, read_results, write_results
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ def open_results(out: Path) -> dict[str, Any]:
     """
     if not os.path.lexists(out / RESULTS):
         return {}
-    kept = read_record(out / RESULTS, Results)
+    kept = read_results(out)
     if kept is None:
         raise DataError(
             f"{out / RESULTS}: not written by this command, or damaged; move it away, or choose another --out"
         )
-    return {key: cell for key, cell in kept.model_dump().items() if isinstance(cell, dict) and "per_block" in cell}
+    return {key: cell for key, cell in kept.items() if "per_block" in cell}
 
 
 class NetworkCells:
@@ -106,7 +105,7 @@ class NetworkCells:
                 cell = results.setdefault(key, {"per_block": []})
                 if len(cell["per_block"]) == block and "problem" not in cell:
                     self._block(evaluator, sampler, block, stop, cell, key)
-                    on_main(world, lambda: write_record(options.out / RESULTS, results))
+                    on_main(world, lambda: write_results(options.out, results))
         origin = {"recipe": self.recipe, "seed": self.config.train.seed}
         return [results[key] | origin for key in keys]
 

@@ -16,7 +16,7 @@ from warm_dist.config.bnr import AnyBNR, describe
 from warm_dist.config.load import flatten
 from warm_dist.errors import ConfigError, OutputError, redact
 from warm_dist.records import read_record
-from warm_dist.runs.folder import EXIT, METRICS, RESULTS, RUN, Attempt, End, Results, read_config
+from warm_dist.runs.folder import EXIT, METRICS, RUN, Attempt, End, read_config, read_results
 from warm_dist.runs.metrics import finite, read_metrics
 
 BEST, NEAR = "best", "within spread"
@@ -134,11 +134,10 @@ def read_evaluation(folder: Path, runs: Sequence[Run]) -> list[Result]:
 
     Raises ConfigError if the folder is not an evaluation's.
     """
-    found = read_record(folder / RESULTS, Results)
-    if found is None:
+    tree = read_results(folder)
+    if tree is None:
         raise ConfigError(f"{folder}: not an evaluation, has no readable results.json; give launch/evaluate.py's --out")
-    tree = redact(found.model_dump())
-    results = [_result(entry, _network(entry, runs)) for entry in tree.values() if isinstance(entry, dict)]
+    results = [_result(entry, _network(entry, runs)) for entry in redact(tree).values()]
     return [result for result in results if result is not None]
 
 

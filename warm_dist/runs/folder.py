@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
@@ -60,12 +60,6 @@ class Mirrored(Record):
     run_id: str
     offset: Annotated[int, Field(ge=0)]
     sending: Annotated[int, Field(ge=0)] | None
-
-
-class Results(Record):
-    """results.json of launch/evaluate.py: cells by their key, a hash of weights and measure."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Claim:
@@ -187,3 +181,24 @@ def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -
 
 def _reserved(run: Path) -> Path:
     return run / f".exit.{socket.gethostname()}.{os.getpid()}"  # two containers may share a pid
+
+
+def write_results(out: Path, cells: dict[str, dict[str, Any]]) -> None:
+    """Write results.json: cells by their key, each with the digest of its content. Raises OutputError."""
+    write_json(out / RESULTS, {key: {**cell, "digest": digest(cell)} for key, cell in cells.items()})
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]] | None:
+    """The cells of results.json; None if it cannot be read. One that differs from what was written is left out and told."""
+    tree = read_json(out / RESULTS)
+    if not isinstance(tree, dict):
+        return None
+    cells = {}
+    for key, cell in tree.items():
+        if not isinstance(cell, dict):
+            continue
+        if "digest" in cell and cell.pop("digest") != digest(cell):
+            print_once(f"{out / RESULTS}: the cell {key} differs from what was written; passed over")
+        else:
+            cells[key] = cell
+    return cells
