@@ -256,14 +256,14 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("sample", ["--weights", random, "--method", "euler"], 2, "sampler.method"),
         ("sample", ["--weights", random, "--method", "heun", "--nfe", 4], 2, "an odd number"),
         ("sample", ["--weights", random, "--set", "sampler.guidance=2", "--set", "sampler.guide=absent"], 4, "absent"),
-        ("evaluate", [tmp_path, "--out", tmp_path / "e"], 4, "ema.safetensors"),
+        ("evaluate", [tmp_path, "--out", tmp_path / "e"], 2, "has no weights/ema.safetensors"),
         ("evaluate", [random, "--manifest", tmp_path / "none" / "manifest.parquet", "--out", tmp_path / "e"], 3, "none"),
         ("evaluate", [random, "--manifest", other / "manifest.parquet", "--out", tmp_path / "e"], 2, "made from data"),
-        ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be made"),
+        ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be written (Not a directory)"),
         ("evaluate", [random, "--nfe", "9,many", "--out", tmp_path / "e"], 2, "needs numbers, such as 9,18,35"),
         ("evaluate", [random, "--blocks", 0, "--out", tmp_path / "e"], 2, "--blocks 0: needs a number from 1"),
         ("trajectory", [random, "--label", 10], 2, "has 10 classes"),
-        ("trajectory", [random, "--columns", 1], 2, "at least 2"),
+        ("trajectory", [random, "--columns", 1], 2, "--columns 1: needs a number from 2"),
     ]:  # fmt: skip
         done = command(name, *args)
         assert (done.returncode, words in done.stderr) == (code, True), (name, args, done.stderr)
