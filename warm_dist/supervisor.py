@@ -26,11 +26,16 @@ _SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
 def start(
-    command: list[str], env: Mapping[str, str] | None = None, log: Path | None = None, cwd: str | None = None
+    command: list[str],
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    cwd: str | None = None,
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start `command` under a supervisor that ends it when this process ends.
 
-    env: the whole environment. log: a file to which stdout and stderr are appended. cwd: working folder. None: ours.
+    env: the whole environment. log: a file to which stdout and stderr are appended. cwd: working folder. umask: of the
+    files that it creates. None, -1: ours.
     Returns the supervisor's process: its exit code is the command's (128 + n after signal n, 127 if it cannot be run),
     and SIGTERM or SIGINT sent to it reach the command's whole group. End it with `stop`.
     """
@@ -40,6 +45,7 @@ def start(
             [sys.executable, "-m", "warm_dist.supervisor", "--", *command],
             env=environment,
             cwd=cwd,
+            umask=umask,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT if out else None,

@@ -28,6 +28,7 @@ HOMES = {
     "prometheus_client": "warm_dist/tracking/prometheus.py",
     "matplotlib": "warm_dist/figures.py|.*figure.*|.*/(charts|curve).py",
     "triton": "warm_dist/networks/group_norm_kernels.py",
+    "cryptography": "warm_dist/store/seaweedfs.py",
     "torch": "(?!data_pipelines/).*",
 }
 HEAVY = {*HOMES, "jinja2", "pyarrow", "webdataset", "sklearn", "pandas"} - {"torch"}

@@ -1,7 +1,13 @@
-"""The embedded S3 server: SeaweedFS on loopback, with its own credentials, that ends with its owner."""
+"""The embedded S3 server: SeaweedFS on loopback, with its own credentials, that ends with its owner.
+
+Other users of the machine are let in nowhere: the folder is private, S3 asks for its keys, and every other port (master,
+volume, filer, admin, and gRPC of each) for a certificate that only this folder holds.
+"""
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
 import os
 import secrets
@@ -13,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from warm_dist import supervisor
-from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError
+from warm_dist.errors import ConfigError, OutputError, PortError, UnreachableError, WarmDistError, writing
 from warm_dist.files import claimed, make_folder
 from warm_dist.store.s3 import S3Store
 
@@ -22,6 +28,9 @@ START_S = 30.0
 STOP_S = 3.0  # weed can wait long for idle connections; its data survive SIGKILL
 PORTS = range(10_000, 22_000)  # weed opens P..P+4 and each + 10000: none of Linux's ephemeral ports (32768 and up)
 MAX_PORT = 55_000
+# `weed scaffold -config=security`: the sections of its security.toml, each key of which is also a variable WEED_SECTION_KEY
+_TLS_SECTIONS = [f"GRPC_{part}" for part in ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT")]
+_TLS_SECTIONS += [f"HTTPS_{part}" for part in ("MASTER", "VOLUME", "FILER", "ADMIN", "CLIENT")]
 
 
 class S3Server:
@@ -76,6 +85,8 @@ class S3Server:
     def _locked(self) -> IO[str]:
         """Lock the folder; the lock file, returned open, holds the identity of the running server's supervisor."""
         lock = claimed(self.directory, "S3 server", "s3.lock")
+        with writing(self.directory):
+            self.directory.chmod(0o700)
         make_folder(self.directory / "data")
         former = lock.read()
         deadline = time.monotonic() + 2 * supervisor.GRACE_S
@@ -116,12 +127,24 @@ class S3Server:
             "admin.ui": "false",
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
+            "s3.iam": "false",  # would let users be managed over the S3 port
+            "master.telemetry": "false",
             "bucket": self.bucket,
         }
         command = [str(weed), "mini", *(f"-{name}={value}" for name, value in flags.items())]
         # the AWS variables, if set, would become a second identity
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return supervisor.start(command, {**environment, "GOMEMLIMIT": "256MiB"}, self.directory / "s3.log")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
+        environment |= {"GOMEMLIMIT": "256MiB", **self._tls()}
+        # umask: weed also opens Unix sockets, in /tmp
+        return supervisor.start(command, environment, self.directory / "s3.log", umask=0o077)
+
+    def _tls(self) -> dict[str, str]:
+        """Variables that have weed's parts show each other a certificate, made here, and refuse whoever has another."""
+        path = (self.directory / "tls.pem").resolve()
+        with writing(path), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(_self_signed(HOST))
+        files = {f"WEED_{section}_{kind}": str(path) for section in _TLS_SECTIONS for kind in ("CERT", "KEY", "CA")}
+        return {**files, "WEED_GRPC_CA": str(path), "WEED_HTTPS_CLIENT_ENABLED": "true"}
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], keys: tuple[str, str]) -> None:
         """Wait until a write to the bucket succeeds: the S3 port answers before the volumes behind it do."""
@@ -137,6 +160,22 @@ class S3Server:
                     tail = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-8:])
                     raise UnreachableError(f"the S3 server did not start ({error}); {log} ends:\n  {tail}") from None
             time.sleep(0.05)
+
+
+def _self_signed(address: str) -> bytes:
+    """A new private key and a certificate for this IP address, signed by itself, as PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "warm-dist")])
+    now, span = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=3650)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - span, now + span)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+    certificate = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(*plain) + certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _find_weed() -> Path:
