@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 
 from launch.services import services
-from tests.support.family import descendants, ends_cleanly, listening
-from tests.support.processes import ROOT, free_port, wait_for
+from tests.support.family import descendants, ends_cleanly
+from tests.support.processes import MARK, ROOT, free_port, wait_for
 from tests.support.training import reached
+from tests.support.watch import Watch, listening, telling
 from warm_dist.errors import OutputError, Stopped
 from warm_dist.runs.metrics import read_metrics
 
@@ -48,11 +49,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart") / "runs"
 
 
-def quickstart(root: Path) -> subprocess.Popen[str]:
+def quickstart(root: Path, mark: str = "") -> subprocess.Popen[str]:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
     command = [sys.executable, str(ROOT / "launch" / "quickstart.py"), "--root", str(root), *sets]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -68,10 +74,19 @@ def said(process: subprocess.Popen[str], code: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(root: Path) -> tuple[str, str]:
+def watch(root: Path) -> Watch:
+    """Looks at the first command's processes."""
+    return Watch(str(root))
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, watch: Watch) -> tuple[str, str]:
     """Ctrl-C in mid-training, then the same command to its end: what both printed."""
-    first = quickstart(root)
-    wait_for("steps", lambda: reached(root / "quickstart") >= 320 or first.poll() is not None, 400)
+    first = quickstart(root, watch.mark)
+    wait_for("credentials", lambda: (root / "s3" / "s3.json").exists() or first.poll() is not None)
+    watch.secrets.append(secret_key(root))
+    with watch:
+        wait_for("steps", lambda: reached(root / "quickstart") >= 320 or first.poll() is not None, 400)
     os.killpg(first.pid, signal.SIGINT)
     return said(first, Stopped.exit_code), said(quickstart(root), 0)
 
@@ -84,6 +99,22 @@ def test_interrupted_it_saves_and_the_same_command_goes_on(root, finished):
     lines = [r["nimg"] for r in read_metrics(root / "quickstart" / "metrics.jsonl") if r["kind"] == "train"]
     assert lines == list(range(160, 961, 160))
     assert "Traceback" not in first + second
+
+
+def secret_key(root: Path) -> str:
+    """Of the embedded S3, in its private folder."""
+    identities = json.loads((root / "s3" / "s3.json").read_text())["identities"]
+    return str(identities[0]["credentials"][0]["secretKey"])
+
+
+def test_it_listens_on_loopback_and_tells_no_secret(root, finished, watch):
+    """Fault: a port of a server, of the launcher or of a rank that other machines reach; a key in a log or a command line."""
+    assert watch.addresses == {"127.0.0.1"}
+    assert watch.told - {str(root / "s3" / "s3.json")} == set()
+    assert (root / "s3").stat().st_mode & 0o077 == 0
+    outside = [path for path in root.rglob("*") if root / "s3" not in path.parents]
+    assert telling(outside, [secret_key(root)]) == set()
+    assert secret_key(root) not in "".join(finished)
 
 
 def test_it_prints_what_the_issue_of_a_run_is(root, finished):
@@ -148,6 +179,6 @@ def test_ui_serves_on_loopback_alone_and_one_at_a_time(root, ui):
     assert b"MLflow" in get(address)
     family = descendants(process.pid)
     assert len(family) == 6, "ui; for each server a supervisor; weed; mlflow and its one worker: no job runners"
-    assert listening(family) == {"0100007F"}, "127.0.0.1 in the kernel's byte order, and nothing else"
+    assert listening(family) == {"127.0.0.1"}
     with pytest.raises(OutputError, match="another make quickstart, make sweep or make ui"), services(root):
         pass

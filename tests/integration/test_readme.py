@@ -47,7 +47,9 @@ def test_a_command_of_the_documents_is_real(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
-    assert words[0] in (".venv/bin/python", ".venv/bin/deepspeed", ".venv/bin/torchrun")
+    assert words[0] in (".venv/bin/python", ".venv/bin/deepspeed")
+    if words[1:3] == ["-m", "warm_dist.distributed.torchrun"]:
+        del words[1:3]
     first = next(
         k for k, word in enumerate(words) if word == "-m" or word.endswith(".py")
     )  # before it: the launcher's own

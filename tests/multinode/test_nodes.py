@@ -68,7 +68,9 @@ class Story:
 
     def torchrun(self, size: int) -> list[list[str]]:
         shared = ["--rdzv-backend=c10d", f"--rdzv-endpoint={MASTER}:{PORT}", "--rdzv-id=story"]
-        return [[str(BIN / "torchrun"), f"--nnodes={size}", "--nproc-per-node=1", *shared]] * size
+        return [
+            [sys.executable, "-m", "warm_dist.distributed.torchrun", f"--nnodes={size}", "--nproc-per-node=1", *shared]
+        ] * size
 
     def lines(self) -> list[dict[str, Any]]:
         path = self.run / "metrics.jsonl"

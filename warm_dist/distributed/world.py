@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the_word
+from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the_word, print_line
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ELSEWHERE = "127.0.0.2"  # on Linux the machine's own too; nobody listens on it alone
 JOIN_S = 180  # nodes start at different speeds: the timeout of a collective would be too short
 NCCL_GRACE = timedelta(seconds=30)  # gloo must time out first: it raises, NCCL's watchdog aborts the process
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -45,7 +46,8 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
     """Join the process group of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them, one rank.
 
     timeout_s: of a collective. join_s: how long to wait for all ranks to join, at least timeout_s.
-    Local runs listen on loopback only, others on the interface to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set.
+    Local runs listen on loopback only, others on the interface to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set (and
+    NCCL where it likes, unless NCCL_SOCKET_IFNAME is set).
     Raises PortError if MASTER_PORT is in use, UnreachableError that names the ranks that did not join.
     """
     rank, size, local_rank = (
@@ -62,12 +64,16 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
         os.environ.setdefault(key, str(value))
     timeout, join_s = timedelta(seconds=timeout_s), max(timeout_s, join_s)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    interface = interface_to(os.environ["MASTER_ADDR"] if size > 1 else LOOPBACK[0])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if interface == "lo":  # which NCCL would take last
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        _tell_open_store()
     if size == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return World(0, 1, device, None)
-    interface = interface_to(os.environ["MASTER_ADDR"])
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     store: Store | None = None
     try:
         store = _store(rank, size, timedelta(seconds=join_s))
@@ -124,15 +130,35 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
     if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves it
         return connect(timeout)
     host, port = _address()
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(address)
-        listener.listen(size)
+        listener = listen(host, port)
     except OSError as error:
         raise PortError(f"{host}:{port} cannot be bound ({error.strerror}); set another --master_port") from None
     return connect(timeout, listener.detach(), size)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address of `host` only. port 0: a free one. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _tell_open_store() -> None:
+    """Say so where torchrun's store, which holds what ranks tell each other, listens on every address."""
+    port = _address()[1]
+    with suppress(OSError), socket.create_connection((_ELSEWHERE, port), timeout=1):
+        print_line(
+            f"torchrun listens on every address of this machine, without a password: close port {port} and that of "
+            "--rdzv-endpoint to others, or start by `python -m warm_dist.distributed.torchrun` instead of `torchrun`"
+        )
 
 
 def _who_stayed_away(store: Store | None, size: int) -> str:

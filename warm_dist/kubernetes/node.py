@@ -40,7 +40,7 @@ def _torchrun(arguments: list[str]) -> int:
     passed = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, passed)  # until the process exists
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "-m", "launch.train", *arguments],
+        [sys.executable, "-m", "warm_dist.distributed.torchrun", "-m", "launch.train", *arguments],
         preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, passed),
     )
     for signum in passed:

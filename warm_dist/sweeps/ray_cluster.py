@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ _LOCAL = {  # for a Ray that serves this machine alone
 # The number of tries, default 20: a refused token would take 20 s, an address without a listener 14 minutes.
 _JOINED = {"RAY_gcs_server_port_wait_time_s": "1"}
 _CONNECT_S = 10.0
+_SCRATCH = "/tmp"  # a short name: the path of a Unix socket has at most 107 bytes
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray accepts; nothing large is stored
 
 
@@ -49,17 +51,20 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
     import ray
 
     _check_port(address)
-    try:
-        ray.init(**options, log_to_driver=False, logging_level="error", namespace="warm-dist")
-    except Exception as error:  # ConnectionError, RuntimeError and Ray's own types
-        raise UnreachableError(f"Ray at {address or 'this machine'}: {_cause(error)}") from None
-    try:
-        say(f"ray: {'joined ' + address if address else 'started on this machine, loopback only'}")
-        yield ray
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=_SCRATCH, ignore_cleanup_errors=True) as private:
         if not address:
-            del os.environ["RAY_AUTH_TOKEN"]
+            options["_temp_dir"] = f"{private}/ray"  # which Ray opens to everyone
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="error", namespace="warm-dist")
+        except Exception as error:  # ConnectionError, RuntimeError and Ray's own types
+            raise UnreachableError(f"Ray at {address or 'this machine'}: {_cause(error)}") from None
+        try:
+            say(f"ray: {'joined ' + address if address else 'started on this machine, loopback only'}")
+            yield ray
+        finally:
+            ray.shutdown()
+            if not address:
+                del os.environ["RAY_AUTH_TOKEN"]
 
 
 def _check_port(address: str | None) -> None:

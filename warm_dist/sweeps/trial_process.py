@@ -93,7 +93,7 @@ def command(config: Path, resources: TrialConfig, node_rank: int, address: str, 
     train = ["-m", "launch.train", "--config", str(config)]
     if resources.processes == 1:
         return [sys.executable, *train]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, "-m", "warm_dist.distributed.torchrun"]
     torchrun += [f"--nnodes={resources.nodes}", f"--nproc-per-node={resources.processes_per_node}"]
     torchrun += [f"--node-rank={node_rank}", f"--master-addr={address}", f"--master-port={port}"]
     return torchrun + train

@@ -35,9 +35,13 @@ def run(
     with connected(sweep, say) as ray, tempfile.TemporaryDirectory(prefix="warm-dist-tune-") as scratch:
         check_resources(ray, sweep, say)
         from ray import tune
+        from ray.tune.execution import class_cache
 
         from warm_dist.sweeps.actors import ActorJob, TrialActor
 
+        # Tune would send them through Ray, which logs them; each machine has its own
+        secret = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+        class_cache.ENV_VARS_TO_PROPAGATE = class_cache.ENV_VARS_TO_PROPAGATE - secret
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_watch` reports errors in one line each
         trials = {trial.name: trial for trial in pending}
         job = ActorJob(trials, paths, sweep.trial, secrets.token_hex(8))

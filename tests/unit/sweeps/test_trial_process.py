@@ -36,7 +36,7 @@ def test_one_process_is_plain_python_and_more_are_torchrun():
         "/x/trial.json",
     ]
     words = command(config, TrialConfig(nodes=2, processes_per_node=4), 1, "10.0.0.1", 29500)
-    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[1:3] == ["-m", "warm_dist.distributed.torchrun"]
     assert words[3:] == [
         *("--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29500"),
         *("-m", "launch.train", "--config", "/x/trial.json"),

@@ -1,0 +1,65 @@
+"""Watches all processes with a mark while they run: on which addresses they listen, and whether they tell a secret."""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from tests.support.processes import marked
+
+EVERY_S = 0.5
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """The addresses of all listening TCP sockets of these processes; an IPv4 address is written as such."""
+    found = set()
+    for pid in pids:
+        with suppress(psutil.Error):
+            for socket in psutil.Process(pid).net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    address = ipaddress.ip_address(socket.laddr.ip)
+                    found.add(str(getattr(address, "ipv4_mapped", None) or address))
+    return found
+
+
+def telling(paths: Iterable[Path], secrets: Iterable[str]) -> set[str]:
+    """Those files that hold one of the secrets."""
+    words, found = [secret.encode() for secret in secrets], set()
+    for path in paths:
+        with suppress(OSError):
+            if path.is_file() and any(word in path.read_bytes() for word in words):
+                found.add(str(path))
+    return found
+
+
+class Watch:
+    """`with Watch(mark, secrets) as watch:`; addresses: of listening sockets; told: command lines and open files with a secret."""
+
+    def __init__(self, mark: str, secrets: Iterable[str] = ()) -> None:
+        self.mark, self.secrets = mark, list(secrets)
+        self.addresses, self.told = set[str](), set[str]()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(EVERY_S):
+            pids = [process.pid for process in marked(self.mark)]
+            self.addresses |= listening(pids)
+            for pid in pids:
+                with suppress(psutil.Error):
+                    words = psutil.Process(pid).cmdline()
+                    self.told |= {" ".join(words)} if any(one in " ".join(words) for one in self.secrets) else set()
+                    self.told |= telling((Path(file.path) for file in psutil.Process(pid).open_files()), self.secrets)
