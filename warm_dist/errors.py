@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,10 @@ EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 _printed: set[str] = set()
 _mute = False
+# `user:password@`, in which a password may hold any of /?#@ up to the next URL, or else `token@`; HOST:PORT/a@b is neither
+_USER = re.compile(r"://(?:(?!\[)[^\s/?#@:]*:(?!\d+(?:[/?#\s]|$))(?:(?!://)\S)*@|[^\s/?#@]*@)")
+_QUERY = re.compile(r"\b(?!(?:s3|file)://)([a-z][\w+.-]*://[^\s?]*)\?\S*", re.IGNORECASE)
+_SIGNATURE = re.compile(r"[?&#](?:x-amz-|awsaccesskeyid=|signature=|sig=|\w*token=|password=)\S*", re.IGNORECASE)
 
 
 class WarmDistError(Exception):
@@ -109,19 +114,23 @@ def writing(target: Path, hint: str = "") -> Iterator[None]:
 
 
 def redact(value: Any) -> Any:
-    """A copy of a tree or text without what may be secret in a URL: user, password, query (signed links), fragment."""
+    """A copy of a tree or text without what may be secret in its URLs: user, password, query, signature.
+
+    `?` is legal in the keys of s3:// and file://, and stays there unless it begins a signature or token.
+    """
     if isinstance(value, dict):
         return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [redact(inner) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", re.sub(r"(\w://)[^/\s?#]*@", r"\1", value))
+        return _SIGNATURE.sub("", _QUERY.sub(r"\1", _USER.sub("://", value)))
     return value
 
 
 def printable(text: str) -> str:
-    """The text with everything that a terminal would obey escaped: controls, line breaks, writing directions, bad UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """The text with control, format and surrogate characters escaped, line breaks too, which names of files may hold."""
+    odd = {c for c in set(text) if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}}  # Unicode's categories
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
 def reason(error: BaseException) -> str:

@@ -37,7 +37,7 @@ def export_weights(parts: list[Part], path: Path) -> None:
     Raises CheckpointError if something is damaged or missing, OutputError if the file cannot be written.
     """
     saved = parts[-1][0]
-    config = validate(saved.meta["config"], str(saved))
+    config = validate(redact(saved.meta["config"]), str(saved))  # an old one may hold credentials
     with torch.device("meta"):
         network = build(config)
     header = {key: json.dumps(redact(saved.meta[key])) for key in ("config", "data", "nimg")}  # others will read it

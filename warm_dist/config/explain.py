@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from warm_dist.errors import redact
+
 SYNONYMS = {"learning_rate": "train.lr", "epochs": "train.total_nimg", "num_epochs": "train.total_nimg", "steps": "train.total_nimg",
             "max_steps": "train.total_nimg", "batch": "train.batch_size", "batchsize": "train.batch_size", "bs": "train.batch_size",
             "grad_clip": "train.clip", "ema": "train.ema_half_life_nimg", "fp16": "parallel.precision", "bf16": "parallel.precision",
@@ -123,8 +125,8 @@ def suggestion(path: str, keys: Sequence[str]) -> str | None:
 def shown(value: Any) -> str:
     """A value as in JSON, of bounded length."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(redact(value), ensure_ascii=False)
     except (TypeError, ValueError):
-        text = repr(value)
+        text = repr(redact(value))
     text = re.sub(r"(\d{30})\d+", r"\1…", text)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"

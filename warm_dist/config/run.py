@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
+from warm_dist.config.urls import URL, NoSecrets
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
@@ -20,8 +21,8 @@ from warm_dist.errors import ConfigError
 class DataConfig(Section):
     """Which data set to train on, and how its images are read and shuffled."""
 
-    manifest: str = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
-    endpoint_url: str | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
+    manifest: URL = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
+    endpoint_url: URL | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
     resolution: Size = Field(description="height = width, pixels; must equal the manifest's")
     channels: Size = Field(3, description="colour channels of an image; must equal the manifest's")
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
@@ -136,8 +137,8 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """Where checkpoints go besides the run's folder, and which of them stay."""
 
-    url: str | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
-    endpoint_url: str | None = Field(None, description="S3 endpoint of url; null: AWS")
+    url: URL | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
+    endpoint_url: URL | None = Field(None, description="S3 endpoint of url; null: AWS")
     keep_last: Positive = Field(2, description="newest checkpoints to keep")
     keep_every_nimg: Positive | None = Field(None, description="also keep the checkpoints at multiples of this nimg")
 
@@ -173,7 +174,7 @@ class SamplerConfig(Section):
     s_noise: PositiveFloat = 1.003
     classes: Literal["data", "even"] = Field("data", description="drawn by their shares of the data, or evenly")
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
-    guide: str | None = Field(None, description="weights file of a weaker network; null: this network without class")
+    guide: URL | None = Field(None, description="weights file of a weaker network; null: this network without class")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="of the network; null: parallel.precision")
 
     def model_post_init(self, context: Any) -> None:
@@ -194,7 +195,7 @@ class EvalConfig(Section):
     num_images: Annotated[int, Field(ge=2)] = Field(description="images to generate")
     num_blocks: Positive = Field(3, description="blocks of seeds in the last evaluation, for mean ± spread")
     extractor: Literal["lite0", "pixels", "inception", "torchscript"] = "lite0"
-    extractor_url: str | None = Field(
+    extractor_url: URL | None = Field(
         None, description="inception-2015-12-05.pt or the TorchScript file: path, http(s)://, s3:// (data.endpoint_url)"
     )
     extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="of that file")
@@ -221,7 +222,7 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics are shown besides metrics.jsonl: MLflow and Prometheus."""
 
-    mlflow_url: Annotated[str, Field(pattern="^https?://")] | None = Field(
+    mlflow_url: Annotated[str, Field(pattern="^https?://"), NoSecrets] | None = Field(
         None, description="MLflow server, e.g. http://127.0.0.1:5000; null: metrics.jsonl only"
     )
     experiment: str = "warm-dist"
@@ -242,9 +243,9 @@ class TrackingConfig(Section):
 class Config(Section):
     """Everything that describes a training run."""
 
-    schema_url: str | None = Field(None, alias="$schema")
+    schema_url: URL | None = Field(None, alias="$schema")
     description: str = ""
-    output: str = Field(description="the run's folder")
+    output: URL = Field(description="the run's folder")
     engine: Literal["deepspeed", "local"] = Field("deepspeed", description="local: plain PyTorch without sharding")
     data: DataConfig
     process: ProcessConfig

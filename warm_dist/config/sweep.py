@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
+from warm_dist.config.urls import URL, NoSecrets
 from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
@@ -81,16 +82,16 @@ class SurfaceConfig(Section):
 class SweepConfig(Section):
     """Everything that describes a sweep."""
 
-    schema_url: str | None = Field(None, alias="$schema")
+    schema_url: URL | None = Field(None, alias="$schema")
     description: str = ""
-    base: str = Field(description="a run's config to vary; path relative to this file")
+    base: URL = Field(description="a run's config to vary; path relative to this file")
     set: dict[Key, JsonValue] = Field(
         default_factory=dict, description="changes to base for all trials, by dotted path"
     )
-    output: Annotated[str, Field(pattern=r"^(s3://[^/:]+(/.*)?|[^:]+)$")] = Field(
+    output: Annotated[str, Field(pattern=r"^(s3://[^/:]+(/.*)?|[^:]+)$"), NoSecrets] = Field(
         description="where trials and results go: a local or shared folder, or s3://bucket/prefix"
     )
-    endpoint_url: str | None = Field(None, description="S3 endpoint of output; null: AWS")
+    endpoint_url: URL | None = Field(None, description="S3 endpoint of output; null: AWS")
     node_dir: str = Field(
         "~/.cache/warm-dist/sweeps",
         description="local folder on each machine for caches, and for the trials' runs if output is s3://",
@@ -102,7 +103,7 @@ class SweepConfig(Section):
     scheduler: AshaConfig | None = Field(None, description="null: every trial trains to its end")
     trial: TrialConfig = TrialConfig()
     max_concurrent: Positive | None = Field(None, description="trials at a time; null: as many as the resources allow")
-    ray_address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, or else a local Ray")
+    ray_address: URL | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, or else a local Ray")
     surface: SurfaceConfig | None = Field(None, description="null: no surface")
     registered_model: str | None = Field(None, description="register the best trial's model in MLflow under this name")
 

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from warm_dist.config.load import dump, flatten
 from warm_dist.config.run import Config
+from warm_dist.config.urls import check_url
 from warm_dist.errors import ConfigError, redact
 
 Object = dict[str, Any]
@@ -60,13 +61,15 @@ def check_secrets(tree: Object) -> None:
 
 
 def check_store(key: str, url: str) -> None:
-    """Raises ConfigError unless the URL is on S3."""
+    """Raises ConfigError unless the URL is on S3 and without credentials."""
+    check_url(url)
     if not re.match(r"s3://[^/]", url):
         raise ConfigError(f"{key} {url!r}: pods cannot see your folders; use s3://bucket/…")
 
 
 def check_reachable(key: str, url: str | None) -> None:
-    """Raises ConfigError for a server's URL that pods cannot reach: without http(s), or on loopback."""
+    """Raises ConfigError for a server's URL that holds credentials or that pods cannot reach: no http(s), loopback."""
+    check_url(url or "")
     if url and not re.match(r"https?://", url):
         raise ConfigError(f"{key} {url}: needs http:// or https://")
     if url and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):

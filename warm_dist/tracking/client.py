@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist.config.load import flatten
+from warm_dist.config.urls import check_url
 from warm_dist.deadlines import answers_within
 from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
 
@@ -39,10 +40,10 @@ def reaching(url: str) -> Iterator[None]:
     """Turn every failure of the server or its artifact store into UnreachableError.
 
     The client raises its own errors, those of requests and boto3, OSError, and parse errors for foreign answers.
-    Raises ConfigError if `url` is not a server's.
+    Raises ConfigError if `url` is not a server's or holds credentials.
     """
-    if not re.match("https?://", url):
-        raise ConfigError(f"{redact(url)}: MLflow needs the URL of a server, http://… or https://…")
+    if not re.match("https?://", check_url(url)):
+        raise ConfigError(f"{url}: MLflow needs the URL of a server, http://… or https://…")
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
     try:
         with answers_within(_whole_answer_s()):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
-from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError
+from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError, redact
 from warm_dist.files import locked
 from warm_dist.runs.folder import EXIT, LOCK, METRICS, attempt_of, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
@@ -161,7 +161,7 @@ def _tracking(run: Path) -> TrackingConfig:
     if config is None:
         raise ConfigError(f"{run}: has no readable config.json; RUN is the folder that the config calls output")
     try:
-        return TrackingConfig.model_validate(config.get("tracking", {}))
+        return TrackingConfig.model_validate(redact(config.get("tracking", {})))  # an old one may hold credentials
     except ValueError as error:
         raise ConfigError(f"{run / 'config.json'}: its tracking section is not valid: {error}") from None
 

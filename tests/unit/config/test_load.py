@@ -20,6 +20,27 @@ def refusal(*overrides: str, path: str | Path = QUICKSTART) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "secret", ["https://u:hun/ter2@host/x", "https://hunter2@host/x", "https://host/x?sig=hunter2"]
+)
+@pytest.mark.parametrize(
+    "key", [key for key in known_keys(Config) if key.endswith(("url", "manifest", "output", "guide", "$schema"))]
+)
+def test_no_key_takes_a_url_with_credentials(key, secret):
+    """Fault: a password stands in clear in config.json, and in COMPLETE on S3."""
+    told = refusal(f"{key}={secret}")
+    assert f"{key!r}: holds a user, password, token or query" in told
+    assert "MLFLOW_TRACKING_USERNAME" in told
+    assert "AWS_SECRET_ACCESS_KEY" in told
+    assert "hun" not in told
+
+
+def test_the_keys_that_hold_urls_are_those():
+    keys = [key for key in known_keys(Config) if key.endswith(("url", "manifest"))]
+    assert keys == ["data.manifest", "data.endpoint_url", "checkpoint.url", "checkpoint.endpoint_url", "eval.extractor_url",
+                    "tracking.mlflow_url"]  # fmt: skip
+
+
 def test_misspelt_keys_are_named_with_the_nearest_one():
     assert "unknown key 'trian'; did you mean 'train'?" in refusal("trian=1")
     assert "unknown key 'train.batchsize'; did you mean 'train.batch_size'?" in refusal("train.batchsize=32")

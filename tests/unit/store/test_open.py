@@ -22,6 +22,17 @@ def test_urls(tmp_path: Path) -> None:
         open_store("gs://bucket/prefix")
 
 
+@pytest.mark.parametrize(
+    ("url", "endpoint"), [("s3://k:s@b/x", None), ("s3://b/x", "http://k:s@h"), ("s3://b/x?token=s", None)]
+)
+def test_credentials_in_a_url_are_refused_unseen(url: str, endpoint: str | None) -> None:
+    """Fault: `--endpoint-url http://key:secret@host`, or a command's URL, is told in each of its errors."""
+    with pytest.raises(ConfigError, match="credentials come from the environment: AWS_ACCESS_KEY_ID") as refused:
+        open_store(url, endpoint)
+    assert "k:s" not in str(refused.value)
+    assert "token=s" not in str(refused.value)
+
+
 @pytest.mark.parametrize("bucket", ["your-bucket", "<bucket>", "my-your-name"])
 def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(S3Store, "_connect", lambda *_: pytest.fail("a client was made"))

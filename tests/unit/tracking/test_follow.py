@@ -14,9 +14,20 @@ import pytest
 
 from tests.support.mirrored_run import STEPS, end, log, make_run
 from warm_dist import supervisor
-from warm_dist.errors import OutputError, UnreachableError
+from warm_dist.errors import ConfigError, OutputError, UnreachableError
 from warm_dist.tracking import follow
+from warm_dist.tracking.client import reaching
 from warm_dist.tracking.mirror import Mirror
+
+
+def test_an_old_run_s_credentials_are_not_used(run: Path) -> None:
+    """Fault: a run of before, whose config holds a password, cannot be mirrored; or it is taken from there."""
+    assert follow._tracking(run).mlflow_url == "http://127.0.0.1:1/"
+
+
+def test_mlflow_s_url_takes_no_credentials() -> None:
+    with pytest.raises(ConfigError, match=r"http://h: holds .* MLFLOW_TRACKING_USERNAME"), reaching("http://u:p@h"):
+        pass
 
 
 def test_how_a_run_has_ended(run: Path) -> None:

@@ -1,0 +1,33 @@
+"""URLs and paths in configs and on command lines: none holds credentials, which a run's files and messages would tell."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from warm_dist.errors import ConfigError, redact
+
+CREDENTIALS = (
+    "credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role for S3; "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for MLflow"
+)
+
+
+def _without_secrets(url: str) -> str:
+    if redact(url) != url:
+        raise ValueError(f"holds a user, password, token or query, which a run's files would tell; {CREDENTIALS}")
+    return url
+
+
+NoSecrets = AfterValidator(_without_secrets)
+URL = Annotated[str, NoSecrets]
+"""A URL or path without credentials."""
+
+
+def check_url(url: str) -> str:
+    """Return a URL or path from a command line. Raises ConfigError if it holds credentials."""
+    try:
+        return _without_secrets(url)
+    except ValueError as error:
+        raise ConfigError(f"{redact(url)}: {error}") from None
