@@ -24,6 +24,9 @@ BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
 # placeholders in configs/ and BASE → what to do about them
 EXAMPLES = {"s3://your-bucket": "set yours with --set", "registry.example.com": "set yours with --image"}
 
+# Booleans and numbers of YAML 1.1 and 1.2 that PyYAML would leave plain, as kubectl's parser reads them: y, 1e-3, 0o7
+_AMBIGUOUS = re.compile(r"[-+]?\.?\d.*|[-+]?\.(inf|nan)|y|n|yes|no|on|off|true|false|null", re.IGNORECASE)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,13 +108,14 @@ def _yaml(objects: list[dict[str, Any]]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Writes multi-line text as blocks, without anchors."""
+        """Writes multi-line text as blocks, quotes what some parser takes for another type, without anchors."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+        style = "|" if "\n" in value else "'" if _AMBIGUOUS.fullmatch(value) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
     return yaml.dump_all(objects, Dumper=Dumper, sort_keys=False, width=1000)

@@ -114,6 +114,5 @@ MAKERS = {"Deployment": _replicas, "StatefulSet": _replicas, "Job": _job, "JobSe
 
 
 def substitute(text: str, values: dict[str, str]) -> str:
-    """$(NAME) → its value, as a kubelet does; an unknown name stays as it stands, and $$(NAME) is $(NAME)."""
-    pattern = r"\$?\$\(([^()]*)\)"
-    return re.sub(pattern, lambda it: it[0][1:] if it[0][1] == "$" else values.get(it[1], it[0]), text)
+    """$(NAME) → its value, as a kubelet does (third_party/forked/golang/expansion); an unknown name stays, $$ is $."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda it: "$" if it[0] == "$$" else values.get(it[1], it[0]), text)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from warm_dist.config.load import dump, flatten
 from warm_dist.config.run import Config
 from warm_dist.config.urls import check_url
-from warm_dist.errors import ConfigError, redact
+from warm_dist.errors import ConfigError, printable, redact
 
 Object = dict[str, Any]
 """A Kubernetes object as loaded from YAML."""
@@ -31,6 +31,16 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name {name!r}: needs {rule}; choose another with --name")
     if name in _RESERVED:
         raise ConfigError(f"name {name!r} belongs to an object that all jobs share; choose another with --name")
+
+
+def literal(word: str) -> str:
+    """An argument as a container gets it: the kubelet reads $(NAME) as a variable, a secret's too, and $$ as $.
+
+    Raises ConfigError for what no manifest can hold.
+    """
+    if printable(word) != word or "\n" in word:
+        raise ConfigError(f"argument {word!r}: holds characters that a manifest cannot hold; choose another")
+    return word.replace("$", "$$")
 
 
 def check_image(image: str | None) -> None:

@@ -228,7 +228,7 @@ def packing(
     checks.check_reachable("--endpoint-url", endpoint_url)
     job = _named(template, name)
     parts, whole = (replicated["template"]["spec"] for replicated in job["spec"]["replicatedJobs"])
-    words = [*arguments, "--workers", str(size.processes)]
+    words = [checks.literal(word) for word in (*arguments, "--workers", str(size.processes))]
     for spec in (parts, whole):
         pod = spec["template"]["spec"]
         pod["containers"][0] |= {"args": words, "resources": size.resources}
