@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from warm_dist.errors import printable
 from warm_dist.files import replace_file
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def save_table(
     rows: (name, (K, C, H, W) uint8), K = len(columns), C = 1 or 3. groups: equal groups of rows, with a gap between.
     Raises OutputError if it cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.15 * len(columns) + 0.9, 1.15 * len(rows) + 0.3 * groups + 0.8), dpi=100)
+    figure = new_figure(figsize=(1.15 * len(columns) + 0.9, 1.15 * len(rows) + 0.3 * groups + 0.8), dpi=100)
     figure.suptitle(title, fontsize=11)
     per_group = len(rows) // groups
     outer = figure.add_gridspec(groups, 1, hspace=0.12, left=0.9 / figure.get_figwidth(), right=0.99, bottom=0.01,
@@ -70,8 +69,32 @@ def save_table(
     save_figure(figure, path)
 
 
+def new_figure(**options: Any) -> Figure:
+    """A matplotlib figure whose texts are never markup: a `$` in a name of people is a `$`. options: of Figure."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # read whenever a text is made, also by a tick that is drawn
+    return Figure(**options)
+
+
 def save_figure(figure: Figure | None, path: Path) -> bool:
     """Write a matplotlib figure as PNG, the same bytes for the same figure; False without one. Raises OutputError."""
     if figure is not None:
+        _make_plain(figure)
         replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
     return figure is not None
+
+
+def _make_plain(figure: Figure) -> None:
+    """Replace what no font can draw, and the markup in which matplotlib writes the numbers of logarithmic axes."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        for kind in (axis.major, axis.minor):
+            if isinstance(kind.formatter, LogFormatterMathtext):
+                kind.formatter = LogFormatter()
+                kind.formatter.set_axis(axis)

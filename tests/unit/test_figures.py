@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from warm_dist.errors import OutputError
-from warm_dist.figures import save_grid
+from warm_dist.errors import OutputError, printable
+from warm_dist.figures import new_figure, save_figure, save_grid, save_table
 from warm_dist.tracking.curve import loss_curve
 
 
@@ -39,6 +40,22 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         save_grid(np.zeros((1, 3, 8, 8), np.uint8), tmp_path / "file" / "grid.png", columns=1)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", [r"$\frac{x$", r"$x$ \$", "a\udcffb", "a\x1b[2J\nb", "猫🐈"])
+def test_names_of_people_are_no_markup(tmp_path: Path, name: str) -> None:
+    """Fault: a folder called `$\\frac{x$` ends evaluate.py, another is shown as a formula."""
+    save_table([(name, np.zeros((1, 1, 8, 8), np.uint8))], [name], name, tmp_path / "table.png")
+    figure = new_figure()
+    axes = figure.add_subplot(title=name)
+    axes.loglog([1e-3, 1e3], [1e-3, 1e3], label=name)
+    axes.set_xticks([0.1, 10], [printable(name)] * 2)
+    axes.legend()
+    save_figure(figure, tmp_path / "axes.png")
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert not [text for text in texts if text.get_parse_math()]
+    assert {"1e−01", "1", "100"} < {label.get_text() for label in axes.get_yticklabels()}
 
 
 def test_curves_show_both_heads_and_the_distance(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from warm_dist.config.bnr import ConstantBNR, TableBNR
 from warm_dist.diffusion import analysis
 from warm_dist.diffusion.analysis import SIGMAS, Array
 from warm_dist.diffusion.spectrum import fallback_spectrum
-from warm_dist.figures import save_figure
+from warm_dist.figures import new_figure, save_figure
 
 _SNR_SIGMAS = (0.05, 0.5, 5.0)
 _STYLES = (":", "--", "-")
@@ -26,9 +26,8 @@ def spectrum_figure(
 
     spectrum: (H, W), S_k. bnrs: constant ratios to compare. path, bnr: the suggestions. Raises OutputError.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
+    figure = new_figure(figsize=(16, 9), dpi=100, layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     for panel in panels:
         panel.grid(alpha=0.25, which="major")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm_dist.figures import save_figure
+from warm_dist.figures import new_figure, save_figure
 
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each decade
 Line = dict[str, Any]
@@ -53,10 +53,8 @@ def _rank(bnr: str) -> tuple[float, str]:
 
 def draw(parts: Sequence[Panel], path: Path) -> None:
     """Write a PNG with one row per panel: heat map, distance against NFE, against BNR. Raises OutputError."""
-    from matplotlib.figure import Figure
-
     heights = [1.6 + max(2.2, 0.42 * len(panel.bnr)) for panel in parts]
-    figure = Figure(figsize=(16, sum(heights)), dpi=110, layout="constrained")
+    figure = new_figure(figsize=(16, sum(heights)), dpi=110, layout="constrained")
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, panel in zip(rows, parts, strict=True):
         row.suptitle(panel.title, fontsize=11)

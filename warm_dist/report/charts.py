@@ -27,6 +27,7 @@ _RC: Any = {
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "axes.formatter.use_mathtext": False,
+    "text.parse_math": False,
     "lines.linewidth": 1.4,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }

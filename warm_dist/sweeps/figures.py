@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warm_dist.figures import COLOURS, save_figure
+from warm_dist.figures import COLOURS, new_figure, save_figure
 from warm_dist.runs.metrics import finite
 from warm_dist.sweeps import ranking
 from warm_dist.sweeps.figure_axes import GAP, extent, log_places, ticks, wide
@@ -47,9 +47,8 @@ def curves(outcomes: Sequence[Outcome], path: Path) -> bool:
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """An empty figure and its axes. width, height: inches."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = new_figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

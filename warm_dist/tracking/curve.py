@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from warm_dist.figures import save_figure
+from warm_dist.figures import new_figure, save_figure
 
 _HEADS = {
     "loss": ("both heads", "black"),
@@ -20,9 +20,8 @@ def loss_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     lines: records of metrics.jsonl, as `read_metrics` returns them. Raises OutputError.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    figure = new_figure(figsize=(9, 5), dpi=110, layout="constrained")
     left = figure.add_subplot()
     left.set(xlabel="nimg (images trained on)", ylabel="training loss, network units", yscale="log")
     left.grid(alpha=0.25, which="both")
