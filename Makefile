@@ -75,4 +75,4 @@ peers:
 
 # Removes the environment and caches; runs/ (data, checkpoints, MLflow) stays.
 clean:
-	rm -rf .venv .venv.peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv.peers .venv.audit .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -54,7 +54,7 @@ def main() -> int:
         export_weights(parts, path)
         warning = "  POOR: choose a length nearer to the tracked ones, or keep more snapshots" if far > POOR else ""
         source = f"length {length:g} at nimg {nimg} from {len(snapshots)} snapshots"
-        print(f"{path}: {source}, profile met to {far:.2%}{warning}")
+        errors.tell(f"{path}: {source}, profile met to {far:.2%}{warning}")
     return errors.EXIT_OK
 
 

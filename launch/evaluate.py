@@ -90,7 +90,7 @@ def main() -> int:
         on_main(world, lambda lines=lines: write_cells(lines, args.out))  # type: ignore[misc]
     shutdown()
     if world.is_main:  # after the other ranks have ended, because a server may be slow
-        print(cells_text(lines))
+        errors.tell(cells_text(lines))
         for network, part in zip(networks, found, strict=True):
             _log(network, part, args)
     return errors.EXIT_OK

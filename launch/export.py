@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from launch.arguments import check_run
@@ -43,9 +42,9 @@ def main() -> int:
             export_weights([(open_saved(store, name), args.kind, 1.0)], out)
         except CheckpointError as error:
             problem = f"no intact checkpoint ({error})"
-            print(f"checkpoint skipped: {error}", file=sys.stderr)
+            errors.print_line(f"checkpoint skipped: {error}")
         else:
-            print(f"{out}: {args.kind} weights at nimg {nimg_of(name)}")
+            errors.tell(f"{out}: {args.kind} weights at nimg {nimg_of(name)}")
             return errors.EXIT_OK
     raise CheckpointError(f"{args.run}: {problem}")
 

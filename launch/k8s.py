@@ -51,10 +51,10 @@ def main() -> int:
     checks.check_image(args.image)
     job = _render(args) if args.command == "render" else _pack(args)
     sys.stdout.write(_yaml(job.objects))
-    print(job.summary, file=sys.stderr)
+    errors.print_line(job.summary)
     for example, advice in EXAMPLES.items():
         if example in str(job.objects):
-            print(f"note: {example} is a placeholder; {advice}", file=sys.stderr)
+            errors.print_line(f"note: {example} is a placeholder; {advice}")
     return errors.EXIT_OK
 
 

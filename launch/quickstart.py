@@ -94,7 +94,7 @@ class Quickstart:
                 with self._timed("report"):
                     write_report([self.output], [], self.output / "report.html")
         if code == errors.EXIT_OK:
-            print(self._report(time.monotonic() - begun), flush=True)
+            errors.tell(self._report(time.monotonic() - begun))
         return code
 
     @contextmanager
@@ -106,13 +106,13 @@ class Quickstart:
     def _train(self, servers: Services) -> int:
         """Run the README's training command on our servers; returns the run's own exit code, which launchers hide."""
         if self._finished():
-            print(f"quickstart: {self.output} is finished; delete it to train again", flush=True)
+            errors.tell(f"quickstart: {self.output} is finished; delete it to train again")
             return errors.EXIT_OK
         command = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(self.num_ranks)]
         command += ["--master_port", str(supervisor.free_port())]
         command += [str(LAUNCH / "train.py"), "--config", str(self.config_path)]
         command += [part for setting in [*self.overrides, *servers.settings] for part in ("--set", setting)]
-        print(f"quickstart: {' '.join(command)}", flush=True)
+        errors.tell(f"quickstart: {' '.join(command)}")
         exit_file = self.output / EXIT
         before = _modified(exit_file)
         threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
@@ -129,7 +129,7 @@ class Quickstart:
         code = end.code if end else code or errors.EXIT_UNEXPECTED
         if code:
             reason = end.reason if end else "the run left no exit.json"
-            print(f"quickstart: training ended with code {code}: {reason}", file=sys.stderr, flush=True)
+            errors.print_line(f"quickstart: training ended with code {code}: {reason}")
         return int(code)
 
     def _finished(self) -> bool:

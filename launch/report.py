@@ -20,7 +20,7 @@ def main() -> int:
 
     write_report(args.runs, args.evaluation, args.out)
     size = f"{len(args.runs)} run{'s' * (len(args.runs) > 1)}, {args.out.stat().st_size / 1e6:.1f} MB"
-    print(f"{args.out}: {size}; open it in a browser")
+    errors.tell(f"{args.out}: {size}; open it in a browser")
     return errors.EXIT_OK
 
 

@@ -55,7 +55,7 @@ def main() -> int:
         raise ConfigError(f"--label {args.label}: this network has {config.data.num_classes} classes")
     note = training_note(config, sampler)
     if note:
-        print(note)
+        errors.tell(note)
     indices = range(args.n)
     labels = draw_labels(model, sampler, args.seed, indices)
     if args.label is not None:
@@ -74,7 +74,7 @@ def main() -> int:
             np.save(args.out, images)
         else:
             save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
-    print(f"{args.out}: {args.n} images, NFE {spent}, seed {args.seed}, {describe_sampling(config, sampler)}")
+    errors.tell(f"{args.out}: {args.n} images, NFE {spent}, seed {args.seed}, {describe_sampling(config, sampler)}")
     return errors.EXIT_OK
 
 

@@ -42,10 +42,10 @@ def main() -> int:
     picture, numbers = args.out / "spectrum.png", args.out / "spectrum.json"
     spectrum_figure(info.power_spectrum, info.sigma_data, args.bnr, path, bnr, picture)
     write_json(numbers, tree)
-    print(_report(tree, path.model_dump()))
-    print(f"{picture}  {numbers}")
+    errors.tell(_report(tree, path.model_dump()))
+    errors.tell(f"{picture}  {numbers}")
     if args.mlflow_url:
-        print(f"MLflow run {_log(args, tree, [picture, numbers])}")
+        errors.tell(f"MLflow run {_log(args, tree, [picture, numbers])}")
     return errors.EXIT_OK
 
 

@@ -46,7 +46,7 @@ def drive(args: argparse.Namespace) -> int:
     sweep, base = load_sweep(args.config, args.set)
     every = trials(sweep, base)
     if args.dry_run:
-        print(describe(sweep, every))
+        errors.tell(describe(sweep, every))
         return errors.EXIT_OK
     paths = make_paths(sweep, "", None)
     remote = open_store(paths.output, paths.endpoint_url) if paths.remote else None

@@ -41,7 +41,7 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
     command = [sys.executable, str(LAUNCH / "sweep.py"), "--config", str(config)]
     command += [part for setting in [*settings, *overrides] for part in ("--set", setting)]
     command += ["--resume"] if (output / RECORD).exists() else []
-    print(f"sweep: {' '.join(command)}", flush=True)
+    errors.tell(f"sweep: {' '.join(command)}")
     process = supervisor.start(command)
     try:
         code = process.wait()
@@ -51,7 +51,7 @@ def _sweep(servers: Services, config: Path, output: Path, overrides: list[str]) 
     finally:
         supervisor.stop(process)
     if code == errors.EXIT_OK:
-        print(f"MLflow   {ui_command(output.parent)}; figures   {output / 'results'}", flush=True)
+        errors.tell(f"MLflow   {ui_command(output.parent)}; figures   {output / 'results'}")
     return code
 
 

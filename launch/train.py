@@ -26,7 +26,7 @@ def main() -> int:
     if args.dry_run:
         from warm_dist.training.dry_run import dry_run
 
-        print(dry_run(config, size))
+        errors.tell(dry_run(config, size))
         return errors.EXIT_OK
     check_world_size(config, size)
     from data_pipelines.reading.loader import open_loader

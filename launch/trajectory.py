@@ -54,14 +54,14 @@ def main() -> int:
     for sampler in samplers:
         note = training_note(model.config, sampler)
         if note:
-            print(note)
+            errors.tell(note)
         bnr = model.config.process.bnr if sampler.bnr is None else sampler.bnr
         name = f"BNR {describe(bnr)}" if isinstance(bnr, float | int) else describe(bnr)
         stem = name.split("(")[0].replace("BNR ", "bnr_")
         forward, down = args.out / f"forward_{stem}.png", args.out / f"sampling_{stem}.png"
         draw_forward(model, sampler, real, args, f"Forward process, {name}", forward)
         draw_sampling(model, sampler, args, f"Sampling, {name}, {sampler.method}", down)
-        print(f"{forward}  {down}")
+        errors.tell(f"{forward}  {down}")
     return errors.EXIT_OK
 
 

@@ -22,7 +22,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with services(args.root, args.port) as running:
-            print(f"MLflow: {running.mlflow_url} (Ctrl-C to stop)", flush=True)
+            errors.tell(f"MLflow: {running.mlflow_url} (Ctrl-C to stop)")
             while running.mlflow.poll() is None:
                 time.sleep(0.5)
     except KeyboardInterrupt:

@@ -157,6 +157,11 @@ def print_line(text: str) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def tell(text: str) -> None:
+    """Print text on stdout, without its secrets and with names of people escaped. Raises OSError."""
+    print(printable(redact(text)), flush=True)
+
+
 def print_once(text: str) -> None:
     """As `print_line`, but each text only once in a process."""
     if text not in _printed:

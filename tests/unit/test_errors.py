@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import pickle
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.support.paths import ROOT
 from warm_dist import errors
 from warm_dist.errors import redact
 
@@ -108,9 +110,21 @@ def test_what_is_no_secret_stays(text):
     assert redact(text) == text
 
 
-def test_names_of_people_do_not_steer_a_terminal(capsys):
-    errors.print_line("a\x1b[2J\u202eb\udc80\r\u2028c\x9b\t\nd é\u3000猫🐈")
-    assert capsys.readouterr().err == "a\\x1b[2J\\u202eb\\udc80\\r\\u2028c\\x9b\\t\nd é\u3000猫🐈\n"
+@pytest.mark.parametrize("say", [errors.print_line, errors.tell])
+def test_names_of_people_do_not_steer_a_terminal(say, capsys):
+    say("a\x1b[2J\u202eb\udc80\r\u2028c\x9b\t\nd é\u3000猫🐈")
+    assert "".join(capsys.readouterr()) == "a\\x1b[2J\\u202eb\\udc80\\r\\u2028c\\x9b\\t\nd é\u3000猫🐈\n"
+
+
+def test_everything_printed_goes_through_these_two():
+    """Fault: a command prints a folder's name as it is, with the sequences in it that clear the reader's terminal."""
+    ours = [*(ROOT / "warm_dist").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    raw = {"warm_dist/errors.py", "warm_dist/supervisor.py", "warm_dist/config/__main__.py"}  # the two; no names
+    for path in ours:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        told = [call.args for call in prints if not all(isinstance(word, ast.Constant) for word in call.args)]
+        assert not told or str(path.relative_to(ROOT)) in raw, f"{path}: prints {told}; use tell or print_line"
 
 
 def test_secrets_are_taken_out_of_trees() -> None:

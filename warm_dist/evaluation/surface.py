@@ -19,7 +19,7 @@ from warm_dist.data import Reader
 from warm_dist.distributed.collectives import on_main
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.errors import DataError, NumericsError
+from warm_dist.errors import DataError, NumericsError, tell
 from warm_dist.evaluation import surface_figure
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.evaluation.sampler_choice import check_data, sampler_for, training_note, with_data
@@ -86,7 +86,7 @@ class NetworkCells:
     def say(self, text: str) -> None:
         """Print a line, on rank 0 only."""
         if self.world.is_main:
-            print(text, flush=True)
+            tell(text)
 
     def measure(
         self, stop: StopSignal, results: dict[str, Any], open_reader: Callable[[Config, int, int], Reader]

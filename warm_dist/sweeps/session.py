@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from warm_dist.config.sweep import SweepConfig, parameters
-from warm_dist.errors import AccessError, OutputError, Stopped
+from warm_dist.errors import AccessError, OutputError, Stopped, tell
 from warm_dist.store.open import open_store
 from warm_dist.sweeps.trial_process import SweepPaths, make_paths
 from warm_dist.sweeps.trials import Trial
@@ -83,4 +83,4 @@ class Session:
 def say(text: str) -> None:
     """Print a line of progress."""
     with contextlib.suppress(OSError):  # the reader of our output is gone; the sweep goes on
-        print(text, flush=True)
+        tell(text)

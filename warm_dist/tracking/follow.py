@@ -14,7 +14,7 @@ from pathlib import Path
 
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
-from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError, redact
+from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError, redact, tell
 from warm_dist.files import locked
 from warm_dist.runs.folder import EXIT, LOCK, METRICS, attempt_of, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
@@ -183,4 +183,4 @@ def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    tell(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")

@@ -56,7 +56,7 @@ class Attempt:
         """Print a line, on rank 0 only."""
         if self.world.is_main:
             with contextlib.suppress(OSError):  # a closed stdout must not end the run
-                print(text, flush=True)
+                errors.tell(text)
 
     def run(self) -> None:
         """Train to the end of the run."""
