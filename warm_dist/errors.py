@@ -152,14 +152,18 @@ def print_error(error: WarmDistError) -> None:
 
 def print_line(text: str) -> None:
     """Print text on stderr, printable and without its secrets; where nobody can read it, the program goes on."""
-    lines = map(printable, redact(text).split("\n"))  # some messages are lists
     with suppress(OSError, ValueError):
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print(_shown(text), file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:
     """Print text on stdout, without its secrets and with names of people escaped. Raises OSError."""
-    print(printable(redact(text)), flush=True)
+    print(_shown(text), flush=True)
+
+
+def _shown(text: str) -> str:
+    """Without secrets, each line printable: the line breaks are ours, since messages show names by `printable` or repr."""
+    return "\n".join(map(printable, redact(text).split("\n")))
 
 
 def print_once(text: str) -> None:

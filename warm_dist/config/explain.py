@@ -10,8 +10,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from warm_dist.errors import redact
-
 SYNONYMS = {"learning_rate": "train.lr", "epochs": "train.total_nimg", "num_epochs": "train.total_nimg", "steps": "train.total_nimg",
             "max_steps": "train.total_nimg", "batch": "train.batch_size", "batchsize": "train.batch_size", "bs": "train.batch_size",
             "grad_clip": "train.clip", "ema": "train.ema_half_life_nimg", "fp16": "parallel.precision", "bf16": "parallel.precision",
@@ -49,12 +47,14 @@ _KINDS = (
 )
 
 
-def explain(error: ValidationError, keys: Sequence[str], origin: Callable[[str], str]) -> str:
+def explain(
+    error: ValidationError, keys: Sequence[str], origin: Callable[[str], str], clean: Callable[[Any], Any]
+) -> str:
     """One line for each mistake.
 
-    keys: all known ones, by dotted path. origin: says where the value at a path was given.
+    keys: all known ones, by dotted path. origin: says where the value at a path was given. clean: takes secrets out of one.
     """
-    items = [(_path(item), dict(item)) for item in error.errors()]
+    items = [(_path(item), {**item, "input": clean(item["input"])}) for item in error.errors()]
     paths = [path for path, _ in items]
     # a list whose entries are wrong is also "too short" to pydantic, and a union's other branches did not fit either
     items = [
@@ -125,8 +125,8 @@ def suggestion(path: str, keys: Sequence[str]) -> str | None:
 def shown(value: Any) -> str:
     """A value as in JSON, of bounded length."""
     try:
-        text = json.dumps(redact(value), ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
-        text = repr(redact(value))
+        text = repr(value)
     text = re.sub(r"(\d{30})\d+", r"\1…", text)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from warm_dist.config.explain import explain
-from warm_dist.errors import ConfigError
+from warm_dist.errors import ConfigError, redact
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_DIGITS = 100
@@ -82,7 +82,7 @@ def validate_as(model: type[Model], tree: dict[str, Any], name: str, given: Sequ
         # through JSON: lists become tuples, all other types stay strict
         return model.model_validate_json(json.dumps(tree, allow_nan=False))
     except ValidationError as error:
-        raise ConfigError(explain(error, known_keys(model), origin)) from None
+        raise ConfigError(explain(error, known_keys(model), origin, redact)) from None
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"{name}: {error}") from None
 

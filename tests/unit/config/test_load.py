@@ -29,7 +29,7 @@ def refusal(*overrides: str, path: str | Path = QUICKSTART) -> str:
 def test_no_key_takes_a_url_with_credentials(key, secret):
     """Fault: a password stands in clear in config.json, and in COMPLETE on S3."""
     told = refusal(f"{key}={secret}")
-    assert f"{key!r}: holds a user, password, token or query" in told
+    assert f"--set {key}: holds a user, password, token or query" in told
     assert "MLFLOW_TRACKING_USERNAME" in told
     assert "AWS_SECRET_ACCESS_KEY" in told
     assert "hun" not in told

@@ -72,8 +72,8 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
     ("changes", "told"),
     [
         ({"output": "s3://u:p/w@bucket/x"}, "'output': .*"),
-        ({"endpoint_url": "http://u:p@h"}, "'endpoint_url': holds a user.*got 'http://h'"),
-        ({"ray_address": "ray://u:p@h:10001"}, "'ray_address': holds a user.*got 'ray://h:10001'"),
+        ({"endpoint_url": "http://u:p@h"}, "'endpoint_url': holds a user.*got \"http://h\""),
+        ({"ray_address": "ray://u:p@h:10001"}, "'ray_address': holds a user.*got \"ray://h:10001\""),
         ({"spce": {}}, "unknown key 'spce'; did you mean 'space'"),
         ({"space": {"train.lrr": {"grid": [1]}}}, "trial lrr=1: unknown key 'train.lrr'; did you mean 'train.lr'"),
         ({"space": {"train.lr": {"grid": [0.1, -1]}}}, "trial lr=-1: 'train.lr': needs more than 0, got -1"),
