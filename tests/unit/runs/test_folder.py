@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from warm_dist.config.run import load_config
 from warm_dist.errors import DataError, OutputError, Stopped
 from warm_dist.runs import folder
-from warm_dist.runs.folder import Claim, describe_run, read_config, read_end, write_end
+from warm_dist.runs.folder import Claim, describe_run, read_config, read_end, read_results, write_end, write_results
 
 QUICKSTART = load_config(ROOT / "configs" / "quickstart.json")
 
@@ -84,3 +84,17 @@ def test_a_config_that_differs_from_the_run_s_is_passed_over(tmp_path, monkeypat
     path.write_text(path.read_text().replace('"lr": 0.00', '"lr": 0.01'))
     assert read_config(tmp_path) is None
     assert capsys.readouterr().err == f"{path}: differs from what the run wrote; passed over\n"
+
+
+def test_a_cell_that_differs_from_what_was_written_is_left_out(tmp_path, capsys):
+    """Fault: a flipped bit of results.json is a network's distance in the report."""
+    assert read_results(tmp_path) is None
+    write_results(tmp_path, {"a": {"frechet": 70.5, "per_block": []}, "b": {"frechet": 1.0}})
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace("70.5", "10.5"))
+    assert read_results(tmp_path) == {"b": {"frechet": 1.0}}
+    assert "the cell a differs from what was written" in capsys.readouterr().err
+    path.write_text('{"a": {"frechet": 2.0}, "b": 7}')
+    assert read_results(tmp_path) == {"a": {"frechet": 2.0}}, "of an older version"
+    path.write_text("[1]")
+    assert read_results(tmp_path) is None
