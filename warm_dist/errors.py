@@ -29,10 +29,18 @@ class WarmDistError(Exception):
 
     exit_code = EXIT_UNEXPECTED
     resumable = False
+    kind = "WarmDistError"
+    """What people read before the message: the class that has the exit code."""
 
-    def __init_subclass__(cls, exit_code: int | None = None, resumable: bool = False) -> None:
-        if exit_code is not None:  # else both are inherited
-            cls.exit_code, cls.resumable = exit_code, resumable
+    def __init_subclass__(cls, exit_code: int | None = None, resumable: bool | None = None) -> None:
+        if exit_code is not None:  # else it is inherited, and the kind with it
+            cls.exit_code, cls.resumable, cls.kind = exit_code, False, cls.__name__
+        cls.resumable = cls.resumable if resumable is None else resumable
+
+
+def kind_of(error: BaseException) -> str:
+    """What people read before an error's message."""
+    return error.kind if isinstance(error, WarmDistError) else type(error).__name__
 
 
 class ConfigError(WarmDistError, exit_code=2):
@@ -146,7 +154,7 @@ def count(number: int, noun: str) -> str:
 
 def print_error(error: WarmDistError) -> None:
     """Print the error on stderr, printable and without its secrets. A PeerError's message already names its type."""
-    prefix = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
+    prefix = "" if isinstance(error, PeerError) else f"{error.kind}: "
     print_line(f"{prefix}{error}")
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
-from warm_dist.errors import CheckpointError, ConfigError, DataError, WarmDistError
+from warm_dist.errors import ConfigError, DataError, WarmDistError
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,11 @@ from warm_dist.errors import CheckpointError, ConfigError, DataError, WarmDistEr
     [
         (["launch/bench.py", "features", "--num-images", "3"], ConfigError, "--num-images must be at least 4"),
         (["launch/ema.py", "nowhere", "--length", "0.3"], ConfigError, "a relative width"),
-        (["launch/export.py", "nowhere"], CheckpointError, "no complete checkpoint"),
-        (["launch/node.py", "--config", "nowhere"], ConfigError, "cannot be read"),
+        (["launch/export.py", "nowhere"], ConfigError, "is no folder"),
+        (["launch/node.py", "--config", "nowhere"], ConfigError, "does not exist"),
         (["launch/report.py", "nowhere"], ConfigError, "not a run"),
         (["launch/spectrum.py", "nowhere/manifest.parquet"], DataError, "nowhere"),
-        (["-m", "data_pipelines.index", "nowhere"], DataError, "no images"),
+        (["-m", "data_pipelines.index", "nowhere"], DataError, "has no .tar shards"),
         (["-m", "data_pipelines.info", "nowhere/manifest.parquet"], DataError, "nowhere"),
         (["-m", "data_pipelines.verify", "nowhere/manifest.parquet"], DataError, "nowhere"),
     ],

@@ -20,7 +20,7 @@ from typing import Any
 from warm_dist import supervisor
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World, beat_key, connect, master_address
-from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError
+from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError, kind_of
 
 PHASES = ("start", "restore", "ema", "flags", "metrics", "save", "evaluate", "data", "forward", "backward", "update")
 """Phases of a rank at one nimg, in order (the update ends a step and raises nimg): an earlier phase is behind."""
@@ -100,7 +100,7 @@ class Heartbeat:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Send a last beat with the reason, so that no rank waits for this one or calls it silent."""
         self._end = {
-            "reason": "finished" if error is None else f"{type(error).__name__}: {error}",
+            "reason": "finished" if error is None else f"{kind_of(error)}: {error}",
             "code": error.exit_code if isinstance(error, WarmDistError) else EXIT_UNEXPECTED if error else 0,
             "resumable": isinstance(error, WarmDistError) and error.resumable,
             "blames_a_peer": self._blames_a_peer or isinstance(error, PeerError),

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config
-from warm_dist.errors import OutputError, WarmDistError, print_once, redact, writing
+from warm_dist.errors import OutputError, WarmDistError, kind_of, print_once, redact, writing
 from warm_dist.files import claimed, create_file, read_json, write_json
 from warm_dist.records import Record, digest, read_record, seal, write_record
 
@@ -59,7 +59,7 @@ class Mirrored(Record):
 
     run_id: str
     offset: Annotated[int, Field(ge=0)]
-    sending: Annotated[int, Field(ge=0)] | None
+    sending: Annotated[int, Field(ge=0)] | None = None
 
 
 class Claim:
@@ -170,7 +170,7 @@ def write_end(run: Path, attempt: int, nimg: int, error: BaseException | None) -
     code = 0 if error is None else error.exit_code if isinstance(error, WarmDistError) else 1
     tree = {
         "code": code,
-        "reason": "finished" if error is None else redact(f"{type(error).__name__}: {error}")[:_REASON_CHARACTERS],
+        "reason": "finished" if error is None else redact(f"{kind_of(error)}: {error}")[:_REASON_CHARACTERS],
         "nimg": nimg,
         "resumable": isinstance(error, WarmDistError) and error.resumable,
         "attempt": attempt,
