@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
-from tests.support.commands import call
+from tests.support.paths import ROOT
 from tests.support.processes import wait_for
-from tests.support.training import BATCH, ENDLESS, finish, fork, outcome, reached
-from warm_dist.errors import OutputError
+from tests.support.training import BATCH, ENDLESS, environment, finish, fork, outcome, reached
+from tests.support.zygote import zygote
 from warm_dist.files import claimed
 from warm_dist.store.s3 import S3Store
 from warm_dist.store.seaweedfs import S3Server
@@ -52,9 +50,9 @@ def test_a_folder_that_is_taken_from_under_a_run(config_file: Path, tmp_path: Pa
     assert outcome(run)["code"] == 0
 
 
-def test_two_evaluations_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_evaluations_on_one_folder(tmp_path: Path) -> None:
     """Fault: four of eight results are lost, and both commands end with 0."""
-    from launch import evaluate
-
-    with claimed(tmp_path / "out", "evaluation"), pytest.raises(OutputError, match="another evaluation is using it"):
-        call(evaluate.main, "nothing", "--out", tmp_path / "out")
+    with claimed(tmp_path / "out", "evaluation"):
+        words = [str(ROOT / "launch" / "evaluate.py"), "nothing", "--out", str(tmp_path / "out")]
+        code, _, err = finish(zygote().start(*words, env=environment()))
+    assert (code, "another evaluation is using it" in err) == (8, True), err

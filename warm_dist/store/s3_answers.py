@@ -71,7 +71,7 @@ def _failure(place: Place, response: Mapping[str, Any], operation: str) -> Excep
     if code == "RequestTimeTooSkewed":
         return AccessError(f"{place.name}: {place.where} refuses the request's time: {_CLOCK}")
     # boto3 puts the status where a body has no code, and makes a 500 of a 200 whose body it cannot parse
-    if not code or (code in ("404", str(status)) and code not in ("401", "403") and not operation.startswith("Head")):
+    if not code or (code in ("404", "500") and code == str(status) and not operation.startswith("Head")):
         return place.odd(f"{status} without S3's error in its body")
     # a HEAD's response does not say what is missing, and a PUT to a missing bucket can be "forbidden"
     if code == "NoSuchBucket" or (code in ("404", "AccessDenied") and not place.bucket_exists()):
