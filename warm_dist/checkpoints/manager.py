@@ -192,9 +192,11 @@ class CheckpointManager:
 
     def _last_saved(self) -> int:
         """The nimg of the last checkpoint that metrics.jsonl tells of where it should still be, 0 without one."""
-        there = [r for r in read_metrics(self.run / METRICS) if r["kind"] == "upload" and r.get("failed") == 0]
-        here = [r for r in read_metrics(self.run / METRICS) if r["kind"] == "checkpoint"] if self.shared else []
-        return max((record["nimg"] for record in here * (self.remote is None) + there), default=0)
+        records = read_metrics(self.run / METRICS)
+        saved = {r["nimg"] for r in records if r["kind"] == "upload" and r.get("failed") == 0}
+        if self.shared and self.remote is None:
+            saved |= {r["nimg"] for r in records if r["kind"] == "checkpoint"}
+        return max(saved, default=0)
 
     def _send_left_behind(self, restored: Saved) -> None:
         """Upload what an earlier attempt could not, and discard its unfinished uploads."""

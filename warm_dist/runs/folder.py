@@ -96,7 +96,7 @@ class Claim:
             write_end(self.run, attempt, nimg, error)
 
     def release(self) -> None:
-        """Remove what was kept for exit.json, and give the lock back."""
+        """Remove what was kept for exit.json, and release the lock."""
         with suppress(OSError, OutputError):
             self.check()
             _reserved(self.run).unlink(missing_ok=True)
