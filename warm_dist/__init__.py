@@ -1,3 +1,42 @@
-"""Distributed training of blur-noise mixture diffusion models (Warm Diffusion, arXiv 2511.16904)."""
+"""Distributed training of blur-noise mixture diffusion models (Warm Diffusion, arXiv 2511.16904).
+
+It is the first that a command reads, and sees to it that Ctrl-C ends the command from here on.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
 
 __version__ = "0.1.0"
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+_COMMANDS = tuple(
+    f"{os.path.dirname(os.path.dirname(__file__))}/{package}/" for package in ("launch", "data_pipelines")
+)
+
+
+def guard_start() -> None:
+    """Have Ctrl-C end a command of ours at once while it reads its modules; other programs are left alone.
+
+    Some libraries catch the KeyboardInterrupt that meets them there, and Python prints a traceback of the others.
+    """
+    program = sys.argv[0] if sys.argv else ""  # "-m" while `python -m` looks for the module
+    if program == "-m" or os.path.realpath(program).startswith(_COMMANDS):
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The end, at once, until `errors.run` has begun and during imports; else as signal.default_int_handler."""
+    begun = False
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(INTERRUPTED)
+        begun |= frame.f_code.co_name == "run" and frame.f_globals.get("__name__") == "warm_dist.errors"
+        frame = frame.f_back
+    if not begun:
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+guard_start()

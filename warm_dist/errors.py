@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import select
@@ -14,8 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from warm_dist import INTERRUPTED
+
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _printed: set[str] = set()
 _mute = False
 # `user:password@`, in which a password may hold any of /?#@ up to the next URL, or else `token@`; HOST:PORT/a@b is neither
@@ -187,12 +191,29 @@ def leave_the_word(to_another_rank: bool) -> None:
     _mute = to_another_rank
 
 
+def adapt() -> None:
+    """Adapt this process, and those that it starts, to the terminal and the network they are in.
+
+    What the terminal's encoding lacks is escaped, and servers on this machine are reached without a proxy.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
+    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
+    for name in ("no_proxy", "NO_PROXY"):  # either alone is read by some libraries
+        hosts = os.environ.get(name) or os.environ.get(name.swapcase(), "")
+        missing = [host for host in _LOOPBACK if hosts != "*" and host not in hosts.split(",")]
+        os.environ[name] = ",".join([*filter(None, [hosts]), *missing])
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
     Of a machine's ranks the first one prints the line, until `leave_the_word`. Where nobody reads stdout any more
     (`| head`), it ends in silence as by SIGPIPE.
     """
+    adapt()
     leave_the_word(os.environ.get("LOCAL_RANK", "0") != "0")
     try:
         try:
@@ -208,7 +229,7 @@ def run(main: Callable[[], int | None]) -> None:
         # at once: a native library's half-started thread can abort the interpreter's teardown with another code
         os._exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -35,11 +35,19 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: i
     remaining = iter(tasks)
     # spawn, because a fork would copy locks that other threads hold
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
+
+    def submit(task: Task) -> Future[Result]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that this starts inherits it:
+        try:  # Ctrl-C reaches the whole group, and the owner handles it
+            return pool.submit(work, task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     try:
-        pending: set[Future[Result]] = {pool.submit(work, task) for task in islice(remaining, 2 * count)}
+        pending: set[Future[Result]] = {submit(task) for task in islice(remaining, 2 * count)}
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            pending |= {pool.submit(work, task) for task in islice(remaining, len(done))}
+            pending |= {submit(task) for task in islice(remaining, len(done))}
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
@@ -59,4 +67,3 @@ def _begin(owner: int) -> None:
     supervisor.end_with_parent(signal.SIGKILL)
     if os.getppid() != owner:  # the owner ended before the kernel was asked
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner handles it

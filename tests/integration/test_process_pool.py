@@ -53,3 +53,13 @@ def test_a_worker_that_starts_as_its_owner_dies_does_not_stay() -> None:
     code = "from data_pipelines.shards import process_pool; process_pool._begin(1 << 30); print('still here')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def hears_ctrl_c(_: int) -> bool:
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_is_the_owner_s_to_handle() -> None:
+    """Fault: a worker that is still importing prints a traceback at Ctrl-C. A mask is inherited, and nothing else sets it."""
+    assert set(in_processes(hears_ctrl_c, range(8), 2)) == {False}
+    assert hears_ctrl_c(0)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import os
 import pickle
+import signal
 import sys
+from urllib.request import proxy_bypass
 
 import pytest
 
+import warm_dist
 from tests.support.paths import ROOT
 from warm_dist import errors
 from warm_dist.errors import redact
@@ -144,3 +148,84 @@ def test_reasons_have_no_addresses_and_are_never_empty() -> None:
     assert errors.reason(ValueError("cannot identify\n <_io.BytesIO object at 0x7f21aa>")) == "cannot identify the data"
     assert errors.reason(MemoryError()) == "MemoryError"
     assert [errors.count(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    """What a command changes of its process is put back."""
+    for name in ("no_proxy", "NO_PROXY", "PYTHONIOENCODING"):
+        monkeypatch.setenv(name, "")  # so that it is noted, and put back at the end
+        monkeypatch.delenv(name)
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_what_a_terminal_cannot_show_is_escaped_and_ends_nothing(monkeypatch, as_before):
+    """Fault: `Fréchet` ends a run whose output goes to an ASCII terminal, here or in a process that it starts."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: print("Fréchet 日"))
+    assert (caught.value.code, out.getvalue()) == (0, b"Fr\\xe9chet \\u65e5\n")
+    assert os.environ["PYTHONIOENCODING"] == ":backslashreplace"
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1:strict")
+    errors.adapt()
+    assert os.environ["PYTHONIOENCODING"] == "latin-1:backslashreplace"
+
+
+def test_servers_of_this_machine_are_reached_without_a_proxy(monkeypatch, as_before):
+    """Fault: a company's proxy is asked for 127.0.0.1, which is itself."""
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet.example,localhost")
+    errors.adapt()
+    errors.adapt()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet.example,localhost,127.0.0.1,::1"
+    assert [bool(proxy_bypass(host)) for host in ("127.0.0.1:80", "localhost", "s3.example")] == [True, True, False]
+    monkeypatch.setenv("no_proxy", "*")  # a list with it would mean something else
+    errors.adapt()
+    assert os.environ["no_proxy"] == "*"
+
+
+SWALLOWS = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:
+    pass
+"""
+
+
+def test_ctrl_c_ends_a_command_while_it_imports(monkeypatch, tmp_path, as_before):
+    """Fault: a library that is being imported swallows it, and the command goes on; or Python prints a traceback."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    codes: list[int] = []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit(code)  # where _exit would not return
+
+    monkeypatch.setattr(os, "_exit", leave)
+    warm_dist.guard_start()
+
+    def main():
+        importlib.import_module("swallows")
+        assert codes == [130]
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    assert (caught.value.code, codes) == (130, [130])
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [130, 130]  # before `run`, between two imports
+
+
+def test_only_our_commands_end_so(monkeypatch, as_before):
+    before = signal.getsignal(signal.SIGINT)
+    for program, guarded in (("/usr/bin/pytest", False), ("", False), (str(ROOT / "launch" / "train.py"), True)):
+        monkeypatch.setattr(sys, "argv", [program])
+        warm_dist.guard_start()
+        assert (signal.getsignal(signal.SIGINT) is not before) == guarded, program
