@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines.shards.manifest import Manifest, read_manifest
 from data_pipelines.shards.packing_record import load_listing
+from warm_dist.config.paths import place_argument
 from warm_dist.errors import printable, run
 from warm_dist.store.base import split_url
 from warm_dist.store.open import open_store
@@ -59,7 +60,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.info", description=__doc__)
-    parser.add_argument("manifest_url", help="s3://bucket/prefix/manifest.parquet or a path")
+    parser.add_argument("manifest_url", type=place_argument, help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--json", action="store_true", help="one JSON object, with all class names")
     args = parser.parse_args()

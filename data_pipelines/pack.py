@@ -36,6 +36,7 @@ from data_pipelines.sources.base import BadImage, Item, Sample, Source
 from data_pipelines.sources.listing import SPLITS, Choice
 from data_pipelines.sources.open import open_source
 from data_pipelines.sources.transform import MAX_BYTES, RESIZE
+from warm_dist.config.paths import place_argument
 from warm_dist.errors import ConfigError, DataError, OutputError, count, printable, run, writing
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -276,8 +277,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None: this process's own."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m data_pipelines.pack", description=__doc__, formatter_class=raw)
-    parser.add_argument("source", help="see above")
-    parser.add_argument("out_url", help="s3://bucket/prefix or a folder")
+    parser.add_argument("source", type=place_argument, help="see above")
+    parser.add_argument("out_url", type=place_argument, help="s3://bucket/prefix or a folder")
     parser.add_argument("--resolution", type=int, required=True, help="height = width, pixels")
     parser.add_argument("--resize", choices=RESIZE, default="box", help="adm: ImageNet's center-crop (default: box)")
     parser.add_argument("--shuffle", action="store_true", help="pack in a fixed random order, if sorted by class")

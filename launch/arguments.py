@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from warm_dist.config.explain import shown
+from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError
 
 MOST = 2**31 - 1
@@ -16,7 +17,7 @@ LAUNCH = Path(__file__).resolve().parent
 def parse_training(description: str | None) -> argparse.Namespace:
     """Parse the arguments of launch/train.py, which launch/node.py shares."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--config", type=path_argument, required=True, help="a file of configs/")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print config, batch size, parameters and memory; stop")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
@@ -61,7 +62,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 def quickstart_parser(description: str | None, config: str, what: str) -> argparse.ArgumentParser:
     """The arguments that both quickstarts share. config: default file of configs/; what: "run" or "sweep"."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help=f"folder of S3, MLflow and the {what}")
-    parser.add_argument("--config", type=Path, default=LAUNCH.parent / "configs" / config)
+    parser.add_argument("--root", type=path_argument, default=Path("runs"), help=f"folder of S3, MLflow and the {what}")
+    parser.add_argument("--config", type=path_argument, default=LAUNCH.parent / "configs" / config)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key; repeatable")
     return parser

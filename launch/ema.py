@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.arguments import check_run
 from warm_dist import errors
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import CheckpointError, ConfigError
 
 POOR = 0.05  # relative mismatch beyond which the profile is poorly approximated
@@ -14,11 +15,11 @@ POOR = 0.05  # relative mismatch beyond which the profile is poorly approximated
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
+    parser.add_argument("run", type=place_argument, help="the run's folder, or the s3:// URL of its checkpoint.url")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--length", type=float, nargs="+", required=True, help="relative widths sigma_rel, e.g. 0.08")
     parser.add_argument("--nimg", type=int, help="as if training had ended there; default: at the last snapshot")
-    parser.add_argument("--out", type=Path, help="a folder; default: RUN/weights")
+    parser.add_argument("--out", type=path_argument, help="a folder; default: RUN/weights")
     args = parser.parse_args()
     if not all(0 < length <= 0.25 for length in args.length):
         raise ConfigError(f"--length {args.length}: a relative width must be above 0 and at most 0.25")

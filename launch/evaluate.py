@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors, supervisor
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.files import claimed
 from warm_dist.runs.folder import MIRROR, Mirrored
@@ -34,7 +35,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, nargs="+", default=[], metavar="A,B", help=text)
 
     where = "finished runs' folders, checkpoints (RUN/checkpoints/NIMG), or files of launch/export.py"
-    parser.add_argument("weights", type=Path, nargs="+", help=where)
+    parser.add_argument("weights", type=path_argument, nargs="+", help=where)
     many("--bnr", "default: the config's path")
     many("--method", "default: the config's")
     many("--nfe", "network evaluations per image; one less where a method cannot use all (heun needs odd numbers)")
@@ -42,9 +43,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, help="per block; default: the config's eval.num_images, else 2048")
     parser.add_argument("--blocks", type=int, default=3, help="of seeds, for mean and spread (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: the config's eval.batch_size")
-    parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
+    parser.add_argument("--manifest", type=place_argument, help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
+    parser.add_argument("--out", type=path_argument, default=Path("evaluation"), help="output folder")
     parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; '' for none")
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, as_bnr), _numbers("--nfe", args.nfe, int)

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from launch.arguments import check_run
 from warm_dist import errors
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import CheckpointError, ConfigError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="the run's folder, or the s3:// URL of its checkpoint.url")
+    parser.add_argument("run", type=place_argument, help="the run's folder, or the s3:// URL of its checkpoint.url")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     parser.add_argument("--kind", default="ema", help="ema (default), master (the last weights) or ema_0.05 …")
     parser.add_argument("--nimg", type=int, help="which checkpoint; default: the newest intact one")
-    parser.add_argument("--out", type=Path, help="default: RUN/weights/KIND.safetensors")
+    parser.add_argument("--out", type=path_argument, help="default: RUN/weights/KIND.safetensors")
     args = parser.parse_args()
     if args.out is None and "://" in args.run:
         raise ConfigError("--out is needed: the run is not a local folder")

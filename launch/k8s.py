@@ -15,6 +15,7 @@ from typing import Any
 from data_pipelines import pack
 from warm_dist import errors
 from warm_dist.config.load import read_tree
+from warm_dist.config.paths import path_argument
 from warm_dist.config.run import load_config
 from warm_dist.errors import ConfigError
 from warm_dist.kubernetes import checks, jobs
@@ -32,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     render = commands.add_parser("render", help="a training or a sweep")
-    render.add_argument("--config", required=True, help="a file of configs/: a run's, or a sweep's")
+    render.add_argument("--config", type=path_argument, required=True, help="a file of configs/: a run's, or a sweep's")
     text = "override a key, as for launch/train.py and launch/sweep.py; repeatable"
     render.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
     text = "data_pipelines.pack in several parts, then merged; its arguments follow --"

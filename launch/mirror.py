@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from warm_dist import errors, supervisor
+from warm_dist.config.paths import path_argument
 from warm_dist.tracking.follow import mirror_run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/quickstart")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="a run's folder, e.g. runs/quickstart")
     parser.add_argument("--follow", action="store_true", help="keep sending until the run's exit.json appears")
     parser.add_argument("--url", help="default: the run's tracking.mlflow_url")
     parser.add_argument("--register", metavar="NAME", help="register the finished run's model under this name")

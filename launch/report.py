@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 
 from warm_dist import errors
+from warm_dist.config.paths import path_argument
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, also of runs under way")
+    parser.add_argument(
+        "runs", metavar="RUN", type=path_argument, nargs="+", help="folders of runs, also of runs under way"
+    )
     text = "output folders of launch/evaluate.py"
-    parser.add_argument("--evaluation", type=Path, nargs="+", action="extend", default=[], help=text)
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: report.html")
+    parser.add_argument("--evaluation", type=path_argument, nargs="+", action="extend", default=[], help=text)
+    parser.add_argument("--out", type=path_argument, default=Path("report.html"), help="default: report.html")
     args = parser.parse_args()
 
     from warm_dist.report.page import write_report

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
+from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError
 
 # network evaluations from which compiling pays on a GPU: an H100 makes 3,161 a second of configs/cifar10.json in plain
@@ -16,7 +17,9 @@ COMPILE_FROM = 300_000
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="a finished run's folder, or an exported file")
+    parser.add_argument(
+        "--weights", type=path_argument, required=True, help="a finished run's folder, or an exported file"
+    )
     parser.add_argument("--n", type=int, default=64, help="number of images")
     parser.add_argument("--nfe", type=int, help="network evaluations per image; default: the config's sampler")
     parser.add_argument("--bnr", type=as_bnr, help="blur-to-noise ratio; default: the one of training")
@@ -25,7 +28,9 @@ def main() -> int:
     text = "heun, first_order, multistep, churn, ancestral or cold; default: the config's"
     parser.add_argument("--method", help=text)
     add_set(parser)
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a grid as .png, or the images as .npy")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("samples.png"), help="a grid as .png, or the images as .npy"
+    )
     parser.add_argument("--batch-size", type=int, help="default: as many as fit into the GPU, 64 on a CPU")
     args = parser.parse_args()
     check_least({"--n": (args.n, 1), "--batch-size": (args.batch_size, 1), "--seed": (args.seed, 0)})

@@ -17,6 +17,7 @@ from warm_dist import supervisor
 from warm_dist.config.run import Config
 from warm_dist.errors import DataError, PeerError, PortError, UnreachableError
 from warm_dist.files import claimed
+from warm_dist.store.base import split_url
 from warm_dist.store.seaweedfs import S3Server
 
 HOST = "127.0.0.1"
@@ -58,7 +59,7 @@ def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
 
 def pack_openmoji(config: Config, servers: Services) -> None:
     """Pack OpenMoji for the config's manifest, unless that exists. Raises PeerError if packing fails."""
-    folder = config.data.manifest.rpartition("/")[0]
+    folder = split_url(config.data.manifest)[0]
     endpoint = servers.s3.endpoint_url
     try:
         read_manifest(config.data.manifest, endpoint)

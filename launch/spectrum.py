@@ -13,16 +13,17 @@ from typing import Any
 
 from launch.arguments import as_bnr
 from warm_dist import errors
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", metavar="MANIFEST", help="URL or path of a manifest.parquet")
+    parser.add_argument("manifest", type=place_argument, metavar="MANIFEST", help="URL or path of a manifest.parquet")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
     ratios = [0.1, 0.25, 0.5, 1.0, 2.0]
     parser.add_argument("--bnr", type=as_bnr, nargs="+", default=ratios, help="ratios to compare, at most 8")
-    parser.add_argument("--out", type=Path, default=Path("spectrum"), help="output folder")
+    parser.add_argument("--out", type=path_argument, default=Path("spectrum"), help="output folder")
     parser.add_argument("--mlflow-url", help="also log both to this MLflow server")
     parser.add_argument("--experiment", default="warm-dist")
     args = parser.parse_args()

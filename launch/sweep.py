@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from warm_dist import errors, supervisor
+from warm_dist.config.paths import path_argument
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
 from warm_dist.files import claimed
@@ -23,7 +24,7 @@ from warm_dist.sweeps.trials import trials
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a file configs/sweep_*.json")
+    parser.add_argument("--config", type=path_argument, required=True, help="a file configs/sweep_*.json")
     text = "override a key of the sweep (output, trial.max_failures, …) or of its trials (data.endpoint_url, …); repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help=text)
     parser.add_argument("--resume", action="store_true", help="continue the sweep in output")

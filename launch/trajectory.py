@@ -12,12 +12,15 @@ from pathlib import Path
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", metavar="RUN", type=Path, help="a finished run's folder, or an exported file")
+    parser.add_argument(
+        "weights", metavar="RUN", type=path_argument, help="a finished run's folder, or an exported file"
+    )
     parser.add_argument("--bnr", type=as_bnr, nargs="+", default=[None], help="constant paths; default: the run's own")
     parser.add_argument("--method", help="default: the config's")
     parser.add_argument("--nfe", type=int, help="default: the config's")
@@ -26,9 +29,9 @@ def main() -> int:
     parser.add_argument("--columns", type=int, default=10, help="number of levels, evenly spaced over the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="class of every sample; default: drawn at random")
-    parser.add_argument("--manifest", help="the real images; default: the config's data.manifest")
+    parser.add_argument("--manifest", type=place_argument, help="the real images; default: the config's data.manifest")
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
-    parser.add_argument("--out", type=Path, default=Path("trajectory"), help="output folder")
+    parser.add_argument("--out", type=path_argument, default=Path("trajectory"), help="output folder")
     args = parser.parse_args()
     check_least({"--n": (args.n, 1), "--columns": (args.columns, 2), "--seed": (args.seed, 0)})
 

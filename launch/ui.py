@@ -9,12 +9,13 @@ from pathlib import Path
 
 from launch.services import services
 from warm_dist import errors
+from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError, UnreachableError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="the quickstart's --root")
+    parser.add_argument("--root", type=path_argument, default=Path("runs"), help="the quickstart's --root")
     parser.add_argument("--port", type=int, default=5000, help="MLflow's port (make ui UI_PORT=N)")
     args = parser.parse_args()
     if not (args.root / "mlflow.db").exists():

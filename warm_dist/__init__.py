@@ -9,8 +9,6 @@ import sys
 from types import FrameType
 
 __version__ = "0.1.0"
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
 _COMMANDS = tuple(
     f"{os.path.dirname(os.path.dirname(__file__))}/{package}/" for package in ("launch", "data_pipelines")
 )
@@ -31,11 +29,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     begun = False
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(INTERRUPTED)
+            os._exit(130)
         begun |= frame.f_code.co_name == "run" and frame.f_globals.get("__name__") == "warm_dist.errors"
         frame = frame.f_back
     if not begun:
-        os._exit(INTERRUPTED)
+        os._exit(130)
     raise KeyboardInterrupt
 
 

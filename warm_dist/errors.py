@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from warm_dist import INTERRUPTED
-
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -229,7 +227,7 @@ def run(main: Callable[[], int | None]) -> None:
         # at once: a native library's half-started thread can abort the interpreter's teardown with another code
         os._exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(130)
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -56,7 +56,7 @@ def open_loader(config: Config, rank: int, world: int) -> Loader:
         manifest = replace(manifest, label=np.full_like(manifest.label, -1))
     store = open_store(split_url(data.manifest)[0], data.endpoint_url)
     if data.cache_dir is not None:
-        store = CachedStore(store, Path(data.cache_dir).expanduser(), data.cache_bytes)
+        store = CachedStore(store, Path(data.cache_dir), data.cache_bytes)
     return Loader(
         manifest,
         store,

@@ -35,6 +35,7 @@ from launch.benchmarks.contenders import (
 )
 from launch.benchmarks.result import ROOT, Spread
 from warm_dist import errors
+from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError, UnmeasuredError, WarmDistError
 
 if TYPE_CHECKING:
@@ -286,7 +287,9 @@ def gpu(args: argparse.Namespace) -> int:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `gpu`."""
-    command.add_argument("--config", default=str(ROOT / "configs" / "cifar10.json"), help="a file of configs/")
+    command.add_argument(
+        "--config", type=place_argument, default=str(ROOT / "configs" / "cifar10.json"), help="a file of configs/"
+    )
     command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key")
     command.add_argument("--images", type=int, default=256, help="of a step and of a batch (default: %(default)s)")
     text = "in the order of their turns; default: all of them"
@@ -301,6 +304,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=5, help="everything once a round (default: %(default)s)")
     command.add_argument("--budget", type=float, default=540, help="seconds for all of it (default: %(default)s)")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    command.add_argument("--peers-python", type=Path, default=ROOT / ".venv.peers" / "bin" / "python")
+    command.add_argument("--peers-python", type=path_argument, default=ROOT / ".venv.peers" / "bin" / "python")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=gpu)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.benchmarks.result import ROOT, Spread, verdict
 from warm_dist import errors, supervisor
+from warm_dist.config.paths import place_argument
 from warm_dist.errors import ConfigError, WarmDistError
 
 if TYPE_CHECKING:
@@ -221,7 +222,9 @@ def step(args: argparse.Namespace) -> int:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `step`."""
-    command.add_argument("--config", default=str(ROOT / "configs" / "quickstart.json"), help="a file of configs/")
+    command.add_argument(
+        "--config", type=place_argument, default=str(ROOT / "configs" / "quickstart.json"), help="a file of configs/"
+    )
     command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override a key")
     command.add_argument("--images", type=int, default=16, help="per rank and step (default: %(default)s)")
     command.add_argument("--log-steps", type=int, default=50, help="steps a line of metrics (default: %(default)s)")

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
+from warm_dist.config.paths import LocalPath, Place
 from warm_dist.config.urls import URL, NoSecrets
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
@@ -21,7 +22,7 @@ from warm_dist.errors import ConfigError
 class DataConfig(Section):
     """Which data set to train on, and how its images are read and shuffled."""
 
-    manifest: URL = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
+    manifest: Place = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
     endpoint_url: URL | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
     resolution: Size = Field(description="height = width, pixels; must equal the manifest's")
     channels: Size = Field(3, description="colour channels of an image; must equal the manifest's")
@@ -33,7 +34,7 @@ class DataConfig(Section):
     window: Positive = Field(1024, description="images shuffled among each other inside a lane")
     reader_threads: Positive = Field(2, description="threads of each rank that fetch and decode")
     buffer_bytes: Positive = Field(268_435_456, description="read buffer of a rank; at least three batches are held")
-    cache_dir: str | None = Field(None, description="local folder, shared by the node's ranks, that caches reads")
+    cache_dir: LocalPath | None = Field(None, description="local folder, shared by the node's ranks, that caches reads")
     cache_bytes: Positive = Field(50_000_000_000, description="most bytes kept in cache_dir")
 
 
@@ -126,18 +127,20 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3: master weights, Adam and EMA in the host's memory")
     compile: bool | None = Field(None, description="torch.compile the residual blocks; null: on CUDA")
-    compile_cache: str | None = Field(None, description="local folder of compiled kernels; null: torch's own")
+    compile_cache: LocalPath | None = Field(None, description="local folder of compiled kernels; null: torch's own")
     peak_flops: PositiveFloat | None = Field(None, description="a device's peak FLOP/s, for MFU; null: known GPUs")
     timeout_s: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
         120, description="how long a rank waits for the others, seconds"
     )
-    preemption_file: str | None = Field(None, description="once it exists on any node: save and stop, as after SIGTERM")
+    preemption_file: LocalPath | None = Field(
+        None, description="once it exists on any node: save and stop, as after SIGTERM"
+    )
 
 
 class CheckpointConfig(Section):
     """Where checkpoints go besides the run's folder, and which of them stay."""
 
-    url: URL | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
+    url: Place | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
     endpoint_url: URL | None = Field(None, description="S3 endpoint of url; null: AWS")
     keep_last: Positive = Field(2, description="newest checkpoints to keep")
     keep_every_nimg: Positive | None = Field(None, description="also keep the checkpoints at multiples of this nimg")
@@ -174,7 +177,9 @@ class SamplerConfig(Section):
     s_noise: PositiveFloat = 1.003
     classes: Literal["data", "even"] = Field("data", description="drawn by their shares of the data, or evenly")
     guidance: NonNegative = Field(1.0, description="1: none; w: x̂ = guide + w (x̂ - guide)")
-    guide: URL | None = Field(None, description="weights file of a weaker network; null: this network without class")
+    guide: LocalPath | None = Field(
+        None, description="weights file of a weaker network; null: this network without class"
+    )
     precision: Literal["fp32", "bf16"] | None = Field(None, description="of the network; null: parallel.precision")
 
     def model_post_init(self, context: Any) -> None:
@@ -202,7 +207,7 @@ class EvalConfig(Section):
     extractor_bf16: bool = Field(False, description="the extractor in bfloat16: faster, and not called FID")
     reference_images: Annotated[int, Field(ge=2)] | None = Field(None, description="real images compared; null: all")
     kid_images: Count = Field(5000, description="generated and real images for KID, precision and recall; 0: none")
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         None, description="local folder for real images' statistics; null: beside the manifest"
     )
     batch_size: Positive | None = Field(
@@ -245,7 +250,7 @@ class Config(Section):
 
     schema_url: URL | None = Field(None, alias="$schema")
     description: str = ""
-    output: URL = Field(description="the run's folder")
+    output: LocalPath = Field(description="the run's folder")
     engine: Literal["deepspeed", "local"] = Field("deepspeed", description="local: plain PyTorch without sharding")
     data: DataConfig
     process: ProcessConfig

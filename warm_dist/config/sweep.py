@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
-from warm_dist.config.urls import URL, NoSecrets
+from warm_dist.config.paths import LocalPath, Place
+from warm_dist.config.urls import URL
 from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
@@ -84,16 +85,15 @@ class SweepConfig(Section):
 
     schema_url: URL | None = Field(None, alias="$schema")
     description: str = ""
-    base: URL = Field(description="a run's config to vary; path relative to this file")
+    base: LocalPath = Field(description="a run's config to vary; path relative to this file")
     set: dict[Key, JsonValue] = Field(
         default_factory=dict, description="changes to base for all trials, by dotted path"
     )
-    output: Annotated[str, Field(pattern=r"^(s3://[^/:]+(/.*)?|[^:]+)$"), NoSecrets] = Field(
-        description="where trials and results go: a local or shared folder, or s3://bucket/prefix"
-    )
+    output: Place = Field(description="where trials and results go: a local or shared folder, or s3://bucket/prefix")
     endpoint_url: URL | None = Field(None, description="S3 endpoint of output; null: AWS")
-    node_dir: str = Field(
+    node_dir: LocalPath = Field(
         "~/.cache/warm-dist/sweeps",
+        validate_default=True,
         description="local folder on each machine for caches, and for the trials' runs if output is s3://",
     )
     space: dict[Key, Axis] = Field(default_factory=dict, description="keys to search, by dotted path")

@@ -20,9 +20,15 @@ def _without_secrets(url: str) -> str:
     return url
 
 
+def _not_empty(url: str) -> str:
+    if not url.strip():
+        raise ValueError("needs a URL, not an empty text; null: none")
+    return url
+
+
 NoSecrets = AfterValidator(_without_secrets)
-URL = Annotated[str, NoSecrets]
-"""A URL or path without credentials."""
+URL = Annotated[str, AfterValidator(_not_empty), NoSecrets]
+"""A URL without credentials."""
 
 
 def check_url(url: str) -> str:

@@ -35,6 +35,7 @@ from warm_dist.figures import save_grid
 from warm_dist.networks.compiled import compile_blocks, compiles
 from warm_dist.networks.unet import build_network
 from warm_dist.runs.folder import SAMPLES
+from warm_dist.store.base import split_url
 from warm_dist.store.open import open_store
 
 Read = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
@@ -70,8 +71,8 @@ class Evaluator:
             resolution=info.resolution,
             endpoint_url=endpoint,
         )
-        folder = config.data.manifest.rpartition("/")[0] or "."
-        self.cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+        folder = split_url(config.data.manifest)[0]
+        self.cache = Path(settings.cache_dir) if settings.cache_dir else None
         places = [(folder, endpoint), *([(str(self.cache), None)] if self.cache else []), (str(run), None)]
         self.stores = [open_store(*place) for place in places]
         self.network = build_network(config).to(world.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -90,7 +89,7 @@ def compile_blocks(network: nn.Module, cache: str | None, say: Say) -> None:
     together: torch writes its files under other names and renames them (`write_atomic` in its codecache.py).
     """
     if cache is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache).expanduser())
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     import torch._dynamo
     import torch._functorch.config
 

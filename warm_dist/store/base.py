@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from warm_dist.config.paths import place
 from warm_dist.errors import DataError, writing
 
 PIECE_BYTES = 32 << 20  # per read of a download
@@ -22,6 +24,8 @@ class Stat(NamedTuple):
 
 def split_url(url: str) -> tuple[str, str]:
     """Split off the last name: `s3://bucket/a/manifest.parquet` → (`s3://bucket/a`, `manifest.parquet`)."""
+    with suppress(ValueError):  # for `open_store` to tell
+        url = place(url)
     folder, separator, name = url.rpartition("/")
     return (folder or "/", name) if separator else (".", name)
 

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from warm_dist.config.paths import local_path
 from warm_dist.errors import ConfigError, DataError, UnreachableError, writing
 from warm_dist.files import file_sha256
 from warm_dist.store.open import open_store
@@ -33,25 +34,30 @@ def fetch(
     Raises DataError for another hash (nothing is kept), UnreachableError if the server does not deliver, ConfigError
     if there is no such file, OutputError if the cache cannot be written, and what a store raises.
     """
-    url = urllib.parse.urlsplit(source)
-    if url.scheme not in ("http", "https", "s3"):
-        if not Path(source).is_file():
+    web = source.startswith(("http://", "https://"))
+    if not web and not source.startswith("s3://"):
+        try:
+            path = Path(local_path(source))
+        except ValueError as error:
+            raise ConfigError(f"{key} {source!r}: {error}") from None
+        if not path.is_file():
             raise ConfigError(f"{key} {source}: no such file")
-        _check(Path(source), sha256, source, key)
-        return Path(source)
+        _check(path, sha256, source, key)
+        return path
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warm-dist"
-    path = cache / sha256 / (Path(urllib.parse.unquote(url.path)).name or "download")
+    name = urllib.parse.unquote(urllib.parse.urlsplit(source).path) if web else source
+    path = cache / sha256 / (Path(name).name or "download")
     if path.is_file() and file_sha256(path) == sha256:
         return path
     with writing(path, "; set XDG_CACHE_HOME to another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may fetch it too
             partial = Path(folder) / path.name
-            if url.scheme == "s3":
-                _from_store(source, partial, endpoint_url, key)
-            else:
+            if web:
                 with partial.open("wb") as file:
                     file.writelines(_from_web(source, key))
+            else:
+                _from_store(source, partial, endpoint_url, key)
             _check(partial, sha256, source, key)
             os.replace(partial, path)
     return path

@@ -21,7 +21,7 @@ class FolderStore(Store):
     """Objects are files below `root`."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser()
+        self.root = root
         self.url = str(self.root)
 
     def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from warm_dist.config.paths import place
 from warm_dist.config.urls import check_url
 from warm_dist.errors import ConfigError
 from warm_dist.store.base import Store
@@ -15,18 +15,19 @@ def open_store(url: str, endpoint_url: str | None = None) -> Store:
     """Open `s3://bucket/prefix`, `file:///folder` or a folder's path, without access to network or disk.
 
     endpoint_url: S3 endpoint; None: AWS. Credentials come from boto3's own chain.
-    Raises ConfigError for a placeholder bucket, an unknown scheme or credentials in a URL.
+    Raises ConfigError for a placeholder bucket or what is no such place.
     """
     for text in (url, endpoint_url):
         check_url(text or "")
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return FolderStore(Path(url))
-    if scheme == "file":
-        return FolderStore(Path(urlsplit(url).path))
-    if scheme != "s3":
-        raise ConfigError(f"{url}: unknown scheme {scheme!r}; use s3://bucket/prefix or a local path")
+    if endpoint_url == "":
+        raise ConfigError(f"{url}: its endpoint URL is an empty text; leave it out for AWS's own")
+    try:
+        path = place(url)
+    except ValueError as error:
+        raise ConfigError(f"{url!r}: {error}") from None
+    if not path.startswith("s3://"):
+        return FolderStore(Path(path))
     from warm_dist.store.s3 import S3Store
 
-    bucket, _, prefix = rest.partition("/")
+    bucket, _, prefix = path.removeprefix("s3://").partition("/")
     return S3Store(bucket, prefix, endpoint_url)

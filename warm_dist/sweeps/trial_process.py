@@ -67,8 +67,8 @@ class SweepPaths:
 def make_paths(sweep: SweepConfig, sweep_id: str, parent_run_id: str | None) -> SweepPaths:
     """The paths of a sweep started in this working folder; a relative output becomes absolute."""
     remote = "://" in sweep.output
-    output = sweep.output.rstrip("/") if remote else str(Path(sweep.output).expanduser().resolve())
-    node_dir = str(Path(sweep.node_dir).expanduser().resolve())
+    output = sweep.output.rstrip("/") if remote else str(Path(sweep.output).resolve())
+    node_dir = str(Path(sweep.node_dir).resolve())
     return SweepPaths(sweep_id, output, sweep.endpoint_url, node_dir, os.getcwd(), parent_run_id)
 
 

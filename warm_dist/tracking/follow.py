@@ -57,7 +57,7 @@ def mirror_run(
     given, OutputError, UnreachableError.
     """
     tracking = _tracking(run)
-    url = url or tracking.mlflow_url
+    url = tracking.mlflow_url if url is None else url
     if not url:
         raise ConfigError(f"{run}: its tracking.mlflow_url is null; name a server with --url")
     mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
