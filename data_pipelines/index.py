@@ -7,7 +7,6 @@ shards stay.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,6 +14,7 @@ from data_pipelines.shards.indexed import Indexed, index_stored, merge
 from data_pipelines.shards.manifest import NAME, read_manifest, write_manifest
 from data_pipelines.shards.process_pool import in_processes
 from warm_dist.config.paths import place_argument
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import DataError, count, printable, run
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=__doc__)
     parser.add_argument("shards_url", type=place_argument, help="s3://bucket/prefix or a folder with .tar files")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
     args = parser.parse_args()
     from tqdm import tqdm
 

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from data_pipelines.sources.listing import SPLITS, Choice
 from data_pipelines.sources.open import open_source
 from data_pipelines.sources.transform import MAX_BYTES, RESIZE
 from warm_dist.config.paths import place_argument
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, DataError, OutputError, count, printable, run, writing
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
@@ -286,7 +286,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
     parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
     parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
     parser.add_argument(
         "--classes", help="folders, none, dataset.json (EDM's), cls (WebDataset's) or a column of Parquet"
     )

@@ -6,7 +6,6 @@ Exits with code 3 and a list if anything is damaged.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from data_pipelines.shards.manifest import Manifest, Shard, read_manifest
 from data_pipelines.shards.payload import decode
 from data_pipelines.shards.process_pool import in_processes, shared_store
 from warm_dist.config.paths import place_argument
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import DataError, count, printable, reason, run
 from warm_dist.files import file_sha256
 from warm_dist.store.base import split_url
@@ -78,7 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.verify", description=__doc__)
     parser.add_argument("manifest_url", type=place_argument, help="s3://bucket/prefix/manifest.parquet or a path")
     parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
     args = parser.parse_args()
     from tqdm import tqdm
 

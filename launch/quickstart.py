@@ -21,6 +21,7 @@ from launch.services import Services, pack_openmoji, services, stop_child, ui_co
 from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.run import Config, load_config
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.files import read_json
 from warm_dist.runs.folder import CONFIG, EXIT, METRICS, read_config, read_end
@@ -115,7 +116,7 @@ class Quickstart:
         errors.tell(f"quickstart: {' '.join(command)}")
         exit_file = self.output / EXIT
         before = _modified(exit_file)
-        threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+        threads = max(1, usable_cpus() // self.num_ranks)
         ours = {"OMP_NUM_THREADS": str(threads)} | ({} if self.gpus else {"DS_ACCELERATOR": "cpu"})
         process = supervisor.start([*PATIENT, *command], {**os.environ, **ours})
         try:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launch.benchmarks.pictures import SIZE, crop, photographs
 from launch.benchmarks.result import JOB_S, ROOT, Spread
 from warm_dist import errors, supervisor
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, DataError, WarmDistError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class DataBench:
             "shard_size": self.shard_size,
             "batch": BATCH,
             "rounds": len(next(iter(self.results.values()))),
-            "cores": os.cpu_count(),
+            "cores": usable_cpus(),
             "payload_bytes": self.payload_bytes,
             "checksums": self.checksums,
             "versions": {

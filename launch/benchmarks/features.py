@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launch.benchmarks.pictures import crop, photographs
 from launch.benchmarks.result import Spread, verdict
 from warm_dist import errors
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class FeaturesBench:
         return {
             "images": len(self.images),
             "rounds": len(theirs),
-            "cores": os.cpu_count(),
+            "cores": usable_cpus(),
             "load": self.load,
             "cpu_ms": {name: asdict(Spread.of(values)) for name, values in self.cpu_ms.items()},
             "ratios": {

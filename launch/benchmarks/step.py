@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from launch.benchmarks.result import ROOT, Spread, verdict
 from warm_dist import errors, supervisor
 from warm_dist.config.paths import place_argument
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, WarmDistError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class StepBench:
         return {
             "images": self.args.images,
             "rounds": self.args.rounds,
-            "cores": os.cpu_count(),
+            "cores": usable_cpus(),
             "load": self.load,
             "log_steps": self.args.log_steps,
             "runs": rows,
@@ -150,13 +151,13 @@ class StepBench:
         found = verdict(
             [many["images_per_s"] / (size * one["images_per_s"]) for many, one in pairs], SPEEDUP_TARGET, below=False
         )
-        if size > (os.cpu_count() or 1):
+        if size > usable_cpus():
             found |= {"target": None, "met": None}
         parallel = load_config(self.args.config, self.args.set).parallel
         expected, cpu = [], []
         for many, one in pairs:
             sent = sent_bytes(int(one["parameters"]), size, parallel.zero_stage, parallel.precision)
-            step_s = one["wall_s"] * max(1.0, size / (os.cpu_count() or 1)) + sent / many["bandwidth"]
+            step_s = one["wall_s"] * max(1.0, size / usable_cpus()) + sent / many["bandwidth"]
             expected.append(one["wall_s"] / step_s)
             cpu.append(one["process_s"] / many["process_s"])
         return found | {"expected": asdict(Spread.of(expected)), "processor": asdict(Spread.of(cpu))}

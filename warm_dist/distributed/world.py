@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the_word, print_line
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -200,10 +201,10 @@ def use_device(device: torch.device) -> None:
 
 
 def prepare_host() -> None:
-    """Divide the cores among the node's ranks, unless OMP_NUM_THREADS is set, and `keep_freed_memory` without a GPU."""
+    """Divide the CPUs that are ours among the node's ranks, unless OMP_NUM_THREADS is set, and `keep_freed_memory` without a GPU."""
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(max(1, usable_cpus() // local))
     if not torch.cuda.is_available():
         keep_freed_memory()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from warm_dist.config.sweep import SweepConfig
 from warm_dist.config.values import exact
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, UnreachableError
 
 _ENVIRONMENT = {  # read when ray is imported
@@ -47,7 +48,12 @@ def connected(sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[Any]:
         os.environ.update(_JOINED)
     else:
         os.environ.update(_LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
-        options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        options = {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": usable_cpus(),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
     import ray
 
     _check_port(address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from launch import bench
 from launch.benchmarks.step import StepBench
 from launch.benchmarks.step import table as step_table
 from tests.support.commands import call
+from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError
 
 
@@ -44,6 +44,6 @@ def test_verdicts_of_a_step(side_s: float, speed: float, side: bool, speedup: bo
     assert report["speedup"]["2 ranks"]["median"] == pytest.approx(speed / 40)
     text = step_table(report)
     assert re.search(rf"^together .* target 2: {'met' if side else 'missed'}$", text, re.M)
-    assert report["speedup"]["2 ranks"]["target"] == (0.9 if (os.cpu_count() or 1) > 1 else None)
-    if (os.cpu_count() or 1) > 1:
+    assert report["speedup"]["2 ranks"]["target"] == (0.9 if usable_cpus() > 1 else None)
+    if usable_cpus() > 1:
         assert re.search(rf"^2 ranks .* target 0.9: {'met' if speedup else 'missed'}$", text, re.M)
