@@ -77,7 +77,8 @@ def main() -> int:
 
     stop = StopSignal().install()
     prepare_host()
-    world, locks = join(PATIENCE_S), list[IO[str]]()
+    with stop.at_once("waiting for its peers"):
+        world, locks = join(PATIENCE_S), list[IO[str]]()
     results = on_main(world, lambda: _open(args.out, locks))
     same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")
     fields: dict[str, Any] = {key: getattr(args, key) for key in same}
@@ -93,7 +94,8 @@ def main() -> int:
     if world.is_main:  # after the other ranks have ended, because a server may be slow
         errors.tell(cells_text(lines))
         for network, part in zip(networks, found, strict=True):
-            _log(network, part, args)
+            with stop.at_once("sending results to MLflow"):
+                _log(network, part, args)
     return errors.EXIT_OK
 
 

@@ -38,7 +38,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.num_ranks < 1:
         raise ConfigError(f"--num-ranks {args.num_ranks}: must be at least 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    supervisor.on_request(signal.default_int_handler)
     output = args.root / Path(load_config(args.config, args.set).output).name
     overrides = [f"output={output}", *precision(args.config), *args.set]
     quickstart = Quickstart(args.root, args.config, overrides, args.num_ranks)

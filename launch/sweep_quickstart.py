@@ -25,7 +25,7 @@ def main() -> int:
     args = quickstart_parser(__doc__, "sweep_quickstart.json", "sweep").parse_args()
     sweep, base = load_sweep(args.config, args.set)
     output = args.root / Path(sweep.output).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    supervisor.on_request(signal.default_int_handler)
     try:
         with services(args.root) as servers:
             os.environ.update(servers.s3.env)  # boto3's own chain, here and in the children

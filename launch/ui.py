@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from launch.services import services
-from warm_dist import errors
+from warm_dist import errors, supervisor
 from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError, UnreachableError
 
@@ -20,7 +20,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.root / "mlflow.db").exists():
         raise ConfigError(f"{args.root}: no MLflow data yet; run make quickstart first, or give its --root")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    supervisor.on_request(signal.default_int_handler)
     try:
         with services(args.root, args.port) as running:
             errors.tell(f"MLflow: {running.mlflow_url} (Ctrl-C to stop)")

@@ -15,14 +15,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 
 OWNER = "WARM_DIST_OWNER"  # "pid:start time in clock ticks since boot"
 WATCH_S = 0.2  # interval of looking for the owner
 GRACE_S = 5.0  # between SIGTERM and SIGKILL once the owner is gone
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+# a request to stop: of launchers, a terminal that closes, SLURM's --signal, and a limit of CPU time
+REQUESTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+_SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGQUIT, *REQUESTS}
 
 
 def start(
@@ -37,7 +40,7 @@ def start(
     env: the whole environment. log: a file to which stdout and stderr are appended. cwd: working folder. umask: of the
     files that it creates. None, -1: ours.
     Returns the supervisor's process: its exit code is the command's (128 + n after signal n, 127 if it cannot be run),
-    and SIGTERM or SIGINT sent to it reach the command's whole group. End it with `stop`.
+    and SIGINT or one of REQUESTS sent to it reaches the command's whole group. End it with `stop`.
     """
     environment = {**(os.environ if env is None else env), OWNER: identity(os.getpid())}
     with log.open("ab") if log else contextlib.nullcontext() as out:
@@ -65,20 +68,26 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> int:
 
 
 def run(command: list[str]) -> int:
-    """Run `command` under a supervisor until it ends; Ctrl-C and SIGTERM reach it as SIGINT. Returns its exit code.
+    """Run `command` under a supervisor until it ends; Ctrl-C and REQUESTS reach it as SIGINT. Returns its exit code.
 
     Nothing that it started outlives it or this process.
     """
-    forwarded = {signal.SIGINT, signal.SIGTERM}
+    forwarded = {signal.SIGINT, *REQUESTS}
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until the process exists
     process = start(command)
-    for signum in forwarded:
-        signal.signal(signum, lambda *_: process.send_signal(signal.SIGINT))
+    on_request(lambda *_: process.send_signal(signal.SIGINT), signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     try:
         return process.wait()
     finally:
         stop(process)
+
+
+def on_request(handler: Callable[[int, FrameType | None], object], *others: int) -> None:
+    """Handle REQUESTS and these other signals (main thread only). A SIGHUP that is ignored, as by nohup, stays ignored."""
+    for signum in (*REQUESTS, *others):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def end_with_parent(signum: int) -> None:

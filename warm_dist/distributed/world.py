@@ -8,10 +8,12 @@ import json
 import os
 import socket
 import struct
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +25,13 @@ from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ELSEWHERE = "127.0.0.2"  # on Linux the machine's own too; nobody listens on it alone
+_SLICE_S = 2.0  # of a wait inside torch, where no signal is handled
 JOIN_S = 180  # nodes start at different speeds: the timeout of a collective would be too short
 NCCL_GRACE = timedelta(seconds=30)  # gloo must time out first: it raises, NCCL's watchdog aborts the process
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
     try:
         store = _store(rank, size, timedelta(seconds=join_s))
         store.set(beat_key(rank), json.dumps({"host": socket.gethostname()}))
-        store.wait([beat_key(peer) for peer in range(size)])
+        peers = store
+        _in_slices(lambda left: peers.wait([beat_key(peer) for peer in range(size)], left), timedelta(seconds=join_s))
         main_timeout = timeout + NCCL_GRACE if cuda else timeout
         # DeepSpeed's own groups have no timeout argument: set torch's default, which is 30 minutes
         vars(distributed_c10d).update(default_pg_timeout=main_timeout, default_pg_nccl_timeout=main_timeout)
@@ -129,7 +135,9 @@ def connect(timeout: timedelta, listener: int | None = None, size: int | None = 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:
     """Open the rendezvous store; rank 0 binds it to MASTER_ADDR only (torch itself would listen on every address)."""
     if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves it
-        return connect(timeout)
+        store = _in_slices(connect, timeout)
+        store.set_timeout(timeout)
+        return store
     host, port = _address()
     try:
         listener = listen(host, port)
@@ -160,6 +168,19 @@ def _tell_open_store() -> None:
             f"torchrun listens on every address of this machine, without a password: close port {port} and that of "
             "--rdzv-endpoint to others, or start by `python -m warm_dist.distributed.torchrun` instead of `torchrun`"
         )
+
+
+def _in_slices(wait: Callable[[timedelta], T], timeout: timedelta) -> T:
+    """`wait(timeout)` in parts, between which signals are handled. Raises what it raises at the end of the last part."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return wait(timedelta(seconds=max(0.01, min(left, _SLICE_S))))
+        except (dist.DistError, RuntimeError, TimeoutError):
+            if left <= _SLICE_S:
+                raise
+        time.sleep(0.1)  # after an error at once
 
 
 def _who_stayed_away(store: Store | None, size: int) -> str:

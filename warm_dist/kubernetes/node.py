@@ -13,7 +13,7 @@ from pathlib import Path
 from warm_dist.config.run import Config
 from warm_dist.errors import print_line
 from warm_dist.runs.folder import read_end
-from warm_dist.supervisor import become_subreaper
+from warm_dist.supervisor import REQUESTS, become_subreaper, on_request
 
 # Time for the MLflow mirror to finish before the container ends; after a finished run it also sends the model.
 STOPPED_S, FINISHED_S = 45.0, 600.0
@@ -36,15 +36,17 @@ def run_node(config: Config, arguments: list[str]) -> int:
 
 
 def _torchrun(arguments: list[str]) -> int:
-    """Run torchrun and pass it SIGTERM and SIGINT; returns its exit code, negative after a signal."""
-    passed = {signal.SIGTERM, signal.SIGINT}
+    """Run torchrun and pass it requests to stop and SIGINT; returns its exit code, negative after a signal."""
+    passed = {signal.SIGINT, *REQUESTS}
     signal.pthread_sigmask(signal.SIG_BLOCK, passed)  # until the process exists
     process = subprocess.Popen(
         [sys.executable, "-m", "warm_dist.distributed.torchrun", "-m", "launch.train", *arguments],
         preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, passed),
     )
-    for signum in passed:
-        signal.signal(signum, lambda number, _: process.send_signal(number))
+    # torchrun would die of the others
+    on_request(
+        lambda number, _: process.send_signal(number if number == signal.SIGINT else signal.SIGTERM), signal.SIGINT
+    )
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
     return process.wait()
 
@@ -54,10 +56,9 @@ def _unless_there(path: str | None) -> str | None:
 
 
 def _wait_for_orphans(longest_s: float, stop_file: str | None) -> None:
-    """Wait until all orphans have ended, for `longest_s` at most, or until SIGTERM, SIGINT or the stop file arrives."""
+    """Wait until all orphans have ended, for `longest_s` at most, or until a request to stop or the stop file arrives."""
     asked: list[int] = []
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, _: asked.append(number))
+    on_request(lambda number, _: asked.append(number), signal.SIGINT)
     deadline = time.monotonic() + longest_s
     with suppress(ChildProcessError):
         while time.monotonic() < deadline and not asked:

@@ -67,10 +67,11 @@ def mirror_run(
     if owner:
 
         def heed(number: int, frame: object) -> None:
-            if not supervisor.alive(owner):  # deepspeed's launcher signals all descendants of a run that still saves
-                raise Stopped(f"SIGTERM; python launch/mirror.py {run} sends the rest")
+            if not supervisor.alive(owner):  # deepspeed's launcher and SLURM signal all descendants of a run
+                raise Stopped(f"{signal.Signals(number).name}; python launch/mirror.py {run} sends the rest")
 
-        signal.signal(signal.SIGTERM, heed)
+        for request in supervisor.REQUESTS:
+            signal.signal(request, heed)
     with _only_mirror(run, owner):
         if follow:
             _follow(mirror, owner)

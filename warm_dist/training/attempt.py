@@ -15,7 +15,7 @@ from warm_dist.config.run import Config
 from warm_dist.data import Reader
 from warm_dist.distributed.collectives import PeerLost, is_peer_loss, on_main
 from warm_dist.distributed.heartbeat import Heartbeat
-from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.stop import StoppedAtOnce, StopSignal
 from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
@@ -45,7 +45,8 @@ class Attempt:
         parallel = config.parallel
         self.stop = StopSignal().install()
         prepare_host()
-        self.world = join(parallel.timeout_s)
+        with self.stop.at_once("waiting for its peers"):
+            self.world = join(parallel.timeout_s)
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
         self.claim: Claim | None = None
@@ -67,6 +68,8 @@ class Attempt:
             with self.heartbeat:
                 try:
                     self._train()
+                except StoppedAtOnce:
+                    raise
                 except errors.Stopped:  # on every rank, after the save
                     reason = self.stop.reason(self.world)
                     raise errors.Stopped(
@@ -123,8 +126,9 @@ class Attempt:
     def _train(self) -> None:
         config, world = self.config, self.world
         with contextlib.ExitStack() as stack:
-            on_main(world, lambda: self._take_url(stack), "checkpoint.url")
-            reader = stack.enter_context(contextlib.closing(self.open_reader(config, world.rank, world.size)))
+            with self.stop.at_once("opening the data"):
+                on_main(world, lambda: self._take_url(stack), "checkpoint.url")
+                reader = stack.enter_context(contextlib.closing(self.open_reader(config, world.rank, world.size)))
             for line in reader.describe():
                 self.say(line)
             checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self._check)
@@ -132,10 +136,12 @@ class Attempt:
             trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
             try:
-                trainer.restore()
+                with self.stop.at_once("looking for a checkpoint"):
+                    trainer.restore()
                 self.nimg = trainer.nimg
                 self._fit(trainer, reader)
-                patience_s = float(config.parallel.timeout_s)
+                if self.stop.name is None:
+                    patience_s = float(config.parallel.timeout_s)
             finally:
                 self.nimg = trainer.nimg
                 late = self._close(trainer, checkpoints, patience_s)
@@ -182,7 +188,11 @@ class Attempt:
         """Wait for uploads; returns those that failed or have not finished."""
         if self._mirror is not None and self._mirror.poll() is not None:
             self.say(f"the MLflow mirror has ended, see mirror.log; python launch/mirror.py {self.path} catches up")
-        late = checkpoints.close(patience_s)
+        waiting = (
+            self.stop.at_once("sending the last checkpoint") if self.stop.name is None else contextlib.nullcontext()
+        )
+        with waiting:
+            late = checkpoints.close(patience_s)
         trainer.report_uploads()
         url = self.config.checkpoint.url
         for upload in late:
