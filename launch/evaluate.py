@@ -11,8 +11,9 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors, supervisor
@@ -69,6 +70,12 @@ def _numbers(flag: str, texts: list[str], kind: Callable[[str], float]) -> list[
 def main() -> int:
     supervisor.end_with_launcher()
     args = parse()
+    with ExitStack() as locks:
+        return evaluate(args, locks)
+
+
+def evaluate(args: argparse.Namespace, locks: ExitStack) -> int:
+    """Measure all cells and return the exit code. locks: gets that of the output folder."""
     from data_pipelines.reading.loader import open_loader
     from warm_dist.distributed.collectives import on_main
     from warm_dist.distributed.stop import StopSignal
@@ -78,7 +85,7 @@ def main() -> int:
     stop = StopSignal().install()
     prepare_host()
     with stop.at_once("waiting for its peers"):
-        world, locks = join(PATIENCE_S), list[IO[str]]()
+        world = join(PATIENCE_S)
     results = on_main(world, lambda: _open(args.out, locks))
     same = ("out", "blocks", "num_images", "batch_size", "manifest", "endpoint_url")
     fields: dict[str, Any] = {key: getattr(args, key) for key in same}
@@ -99,11 +106,11 @@ def main() -> int:
     return errors.EXIT_OK
 
 
-def _open(out: Path, locks: list[IO[str]]) -> dict[str, Any]:
+def _open(out: Path, locks: ExitStack) -> dict[str, Any]:
     """The cells there are in `out`, which this process holds from now on, so that no other one overwrites them."""
     from warm_dist.evaluation.surface import open_results
 
-    locks.append(claimed(out, "evaluation"))
+    locks.enter_context(claimed(out, "evaluation"))
     return open_results(out)
 
 

@@ -6,18 +6,23 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
+import socket
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from warm_dist.errors import OutputError, writing
+from warm_dist import supervisor
+from warm_dist.errors import OutputError, print_once, writing
 
 _LOCK_POLL_S = 0.05
+_LONGEST_S = 60.0  # to wait for another machine's lock file, which may be that of a process long gone
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.EINVAL)
 
 
 def make_folder(path: Path) -> None:
@@ -130,7 +135,9 @@ def read_json(path: Path) -> Any:
 def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
     """Open a file for reading and writing, created if missing, and lock it: `with locked(path): ...`.
 
-    The lock is released when the file is closed or the process ends, however it ends.
+    The lock is released when the file is closed or the process ends, however it ends. On a file system that cannot lock
+    (Lustre without flock, some FUSE and SMB) a second file, .held.NAME beside it, names the holder until the file is closed; it is
+    removed when that process of this machine has ended, and where another machine left it, the error names it.
     wait_s: how long to wait for another holder, seconds (math.inf: forever). Raises BlockingIOError if another process
     still holds the lock then, other OSErrors as `open` does.
     """
@@ -144,10 +151,60 @@ def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
             if time.monotonic() >= deadline:
                 file.close()
                 raise
-        except OSError:
+        except OSError as error:
             file.close()
-            raise
+            if error.errno not in _NO_LOCKS:
+                raise
+            return _held(path, str(error.strerror), deadline)
         time.sleep(_LOCK_POLL_S)
+
+
+class _Held(io.TextIOWrapper):
+    """An open file whose lock is another file, removed when it is closed."""
+
+    holder: Path
+
+    def close(self) -> None:
+        if not self.closed:
+            self.holder.unlink(missing_ok=True)
+        super().close()
+
+
+def _held(path: Path, why: str, deadline: float) -> IO[str]:
+    """As `locked`, by creating .held.NAME with the name of this machine and process."""
+    print_once(f"{path.parent}: this file system cannot lock ({why}); files .held.* there name who holds what")
+    holder, here = path.with_name(f".held.{path.name}"), socket.gethostname()
+    deadline = min(deadline, time.monotonic() + _LONGEST_S)
+    while True:
+        try:
+            descriptor = os.open(holder, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # released, or taken over by another process
+                text = holder.read_text(encoding="utf-8", errors="replace")
+                host, _, who = text.rpartition(" ")
+                if host == here and not supervisor.alive(who):
+                    _bury(holder, text)
+                    continue
+                if time.monotonic() >= deadline:
+                    owner = f"process {who.split(':')[0]} on {host or 'a machine unknown'}"
+                    raise BlockingIOError(errno.EAGAIN, f"{owner} holds it; if that is gone, remove {holder}") from None
+            time.sleep(_LOCK_POLL_S)
+            continue
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(f"{here} {supervisor.identity(os.getpid())}")
+        held = _Held(path.open("r+b"), encoding="utf-8")
+        held.holder = holder
+        return held
+
+
+def _bury(holder: Path, text: str) -> None:
+    """Remove a dead process's holder file, unless another process has taken it over since it was read."""
+    grave = holder.with_name(f".{holder.name}.{os.getpid()}")
+    holder.rename(grave)
+    if grave.read_text(encoding="utf-8") == text:
+        grave.unlink()
+    else:
+        grave.rename(holder)
 
 
 def claimed(folder: Path, who: str, lock: str = ".lock") -> IO[str]:
@@ -159,9 +216,10 @@ def claimed(folder: Path, who: str, lock: str = ".lock") -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             return locked(folder / lock)
-        except BlockingIOError:
+        except BlockingIOError as error:
+            holder = f" ({error.strerror})" if "holds it" in str(error.strerror) else ""
             raise OutputError(
-                f"{folder}: another {who} is using it; stop that first, or choose another folder"
+                f"{folder}: another {who} is using it{holder}; stop that first, or choose another folder"
             ) from None
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import platform
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ from warm_dist.store.lease import Lease
 _GATE = ".packing.lock"  # held while the others are looked at
 _MEMBER = ".packing.{recipe}.{kind}.{id}"  # a file for each process that packs, locked until it ends
 _POLL_S = 0.2
-_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
@@ -35,14 +32,8 @@ def owned(store: Store, recipe: str, alone: bool = False) -> Iterator[None]:
         if isinstance(store, FolderStore):
             with writing(store.root, "; choose another folder"):
                 store.root.mkdir(parents=True, exist_ok=True)
-                try:
-                    while not _join(stack, store.root, recipe, alone):
-                        time.sleep(_POLL_S)
-                except OSError as error:
-                    if error.errno not in _NO_LOCKS:
-                        raise
-                    text = f"this file system cannot lock ({error.strerror}); let nothing else pack there meanwhile"
-                    print(f"{printable(store.url)}: {text}", file=sys.stderr)
+                while not _join(stack, store.root, recipe, alone):
+                    time.sleep(_POLL_S)
         else:
             stack.enter_context(Lease(store, ".packing.json", "packing", group=recipe))
         yield

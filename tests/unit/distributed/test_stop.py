@@ -47,10 +47,14 @@ def test_a_wait_without_anything_to_save_ends_at_once():
     stop = StopSignal().install()
     begun = time.monotonic()
     text = r"SIGTERM on host \S+ while waiting; run the same command again"
-    waiting, swallowing = stop.at_once("waiting"), contextlib.suppress(Exception)
-    with pytest.raises(StoppedAtOnce, match=text) as caught, waiting, swallowing:
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(60)
+
+    def wait() -> None:
+        with stop.at_once("waiting"), contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(StoppedAtOnce, match=text) as caught:
+        wait()
     assert time.monotonic() - begun < 5
     assert (caught.value.exit_code, caught.value.resumable, isinstance(caught.value, Stopped)) == (75, True, True)
     signal.raise_signal(signal.SIGTERM)  # afterwards it is only noted

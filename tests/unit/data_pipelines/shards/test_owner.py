@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from pathlib import Path
 
@@ -80,7 +81,11 @@ def test_a_file_system_without_locks_is_told(
     def refuse(*words: object, **more: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(owner, "locked", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with owned(FolderStore(tmp_path), "one"):
-        pass
+        with owned(FolderStore(tmp_path), "one"):
+            pass
+        with pytest.raises(OutputError, match="another packing"), owned(FolderStore(tmp_path), "two"):
+            pass
+    assert not list(tmp_path.glob(".held*"))
     assert "this file system cannot lock (Operation not supported)" in capsys.readouterr().err
