@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_OTHERS = 1000, 100  # MLflow's limits for one log_batch
 MAX_REASON = 300
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter; a tag may have 8000
+_REFUSED = re.compile("credential|Token|AccessKey|AccessDenied|Signature|Forbidden|403", re.IGNORECASE)
 Point = tuple[str, int]
 """A metric's key, "train/loss", and its step."""
 
@@ -53,7 +55,26 @@ def reaching(url: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         reason = re.sub(r"\?\S+", "", redact(reason))[:MAX_REASON]  # may quote an address without its host
+        if _forget_credentials() and _REFUSED.search(reason):
+            reason += f"; check AWS_ACCESS_KEY_ID, AWS_PROFILE or {_credentials_file()}, which the next try reads again"
         raise UnreachableError(f"MLflow at {redact(url)}: {reason}") from None
+
+
+def _forget_credentials() -> bool:
+    """Have MLflow's S3 client read its credentials again, as after a rotation; False if it has none.
+
+    It keeps its client, and boto3 the first credentials of its default session.
+    """
+    module, boto3 = sys.modules.get("mlflow.store.artifact.s3_artifact_repo"), sys.modules.get("boto3")
+    if module is None or boto3 is None:
+        return False
+    module._cached_get_s3_client.cache_clear()
+    vars(boto3)["DEFAULT_SESSION"] = None
+    return True
+
+
+def _credentials_file() -> str:
+    return os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
 
 
 @contextlib.contextmanager
