@@ -9,6 +9,7 @@ from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
 from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError
+from warm_dist.files import replace_file
 
 # network evaluations from which compiling pays on a GPU: an H100 makes 3,161 a second of configs/cifar10.json in plain
 # bfloat16, and compiling takes one to two minutes
@@ -73,12 +74,15 @@ def main() -> int:
     options = {"seed": args.seed, "device": device, "batch_size": batch_size, "sampler": sampler, "guide": guide}
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         images = generate(model, indices, labels, **options, fill=compiled, progress=bar.update)
-    with errors.writing(args.out):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.out.suffix == ".npy":
-            np.save(args.out, images)
-        else:
-            save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
+    if args.out.suffix == ".npy":
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # to a path np.save would append .npy
+                np.save(file, images)
+
+        replace_file(args.out, fill)
+    else:
+        save_grid(images, args.out, columns=max(1, round(args.n**0.5)))
     errors.tell(f"{args.out}: {args.n} images, NFE {spent}, seed {args.seed}, {describe_sampling(config, sampler)}")
     return errors.EXIT_OK
 

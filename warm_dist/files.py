@@ -93,7 +93,12 @@ def create_file(path: Path, data: bytes, temporary: Path) -> None:
             raise
         except OSError:  # exFAT, SMB and many FUSE file systems have no hard links
             with path.open("xb") as file:
-                file.write(data)
+                try:
+                    file.write(data)
+                    file.flush()
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    raise
             sync(path)
         sync(path.parent)
     finally:

@@ -8,12 +8,14 @@ import math
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from warm_dist import files, supervisor
-from warm_dist.errors import OutputError
-from warm_dist.files import claimed, create_file, locked
+from warm_dist.errors import DiskFullError, OutputError
+from warm_dist.files import claimed, create_file, locked, replace_file, write_json
+from warm_dist.store.folder import FolderStore
 
 NO_LOCKS = ("ENOSYS", "ENOTSUP", "ENOLCK", "EPERM")
 
@@ -87,3 +89,59 @@ def test_a_file_is_created_without_hard_links(monkeypatch, tmp_path, number):
     with pytest.raises(FileExistsError):
         create_file(tmp_path / "exit.json", b"2", tmp_path / ".exit")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("exit.json", b"1")]
+
+
+class Half:
+    """A disk that is full in the middle of a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Every file that is opened for writing by its path."""
+    real = Path.open
+
+    def half(path, mode="r", *rest, **more):
+        file = real(path, mode, *rest, **more)
+        return file if "r" in mode else Half(file)
+
+    monkeypatch.setattr(Path, "open", half)
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(full, monkeypatch, tmp_path):
+    """Fault: half-written names pile up on a disk that is full already."""
+    source = FolderStore(tmp_path / "source")
+    (tmp_path / "source").mkdir()
+    with os.fdopen(os.open(tmp_path / "source" / "a", os.O_WRONLY | os.O_CREAT), "wb") as file:
+        file.write(bytes(100))
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    for write in (
+        lambda: replace_file(out / "a", lambda temporary: temporary.write_bytes(bytes(100))),
+        lambda: write_json(out / "b", {"key": "value"}),
+        lambda: FolderStore(out).write("c", bytes(100)),
+        lambda: source.download("a", out / "e"),
+    ):
+        with pytest.raises(DiskFullError, match="No space left"):
+            write()
+        assert list(out.iterdir()) == []
+    with pytest.raises(OSError, match="No space left"):
+        create_file(out / "exit.json", b"text", out / ".exit")
+    assert list(out.iterdir()) == []

@@ -155,8 +155,11 @@ class Heartbeat:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}")  # only this rank writes it
-        temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+        finally:  # on a full disk
+            temporary.unlink(missing_ok=True)
 
     def _reason_to_stop(self) -> str | None:
         if self.preemption_file is not None and os.path.exists(self.preemption_file):

@@ -82,8 +82,12 @@ class Store(ABC):
         """Copy an object of any size to a local file, piece by piece, all from one version."""
         size, etag = self.stat(path)
         with writing(local_file), local_file.open("wb") as out:
-            for start in range(0, size, PIECE_BYTES):
-                out.write(self.read(path, start, min(PIECE_BYTES, size - start), etag))
+            try:
+                for start in range(0, size, PIECE_BYTES):
+                    out.write(self.read(path, start, min(PIECE_BYTES, size - start), etag))
+            except BaseException:
+                local_file.unlink(missing_ok=True)
+                raise
 
 
 def too_short(name: str, start: int, length: int, end: int) -> DataError:
