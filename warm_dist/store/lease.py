@@ -7,6 +7,7 @@ wins. Clocks are never compared: who finds another's record watches whether it c
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 import threading
@@ -61,21 +62,22 @@ class Lease:
         self._thread = threading.Thread(target=self._refresh_always, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        watched, since, told = "", time.monotonic(), False
-        while not self._taken(found := self._find(), time.monotonic() - since > LEASE_S):
-            assert found is not None
-            if found.etag != watched:
-                if watched:
-                    raise OutputError(
-                        f"{self._name}: in use by {self._describe(found)}; stop that first, or choose another place"
-                    )
-                watched, since = found.etag, time.monotonic()
-            if not told:
-                told = True
-                print_line(
-                    f"{self._name}: belongs to {self._describe(found)}; waiting {LEASE_S:.0f} s whether that is alive"
-                )
-            time.sleep(REFRESH_S / 10)
+        watched, since = "", 0.0
+        while True:
+            found = self._find()
+            free = found is None or self._is_free(found.owner)
+            silent = found is not None and found.etag == watched and time.monotonic() - since > LEASE_S
+            if (free or silent) and self._write(found.etag if found else None):
+                break
+            if found is not None and not free:
+                if not watched:
+                    watched, since = found.etag, time.monotonic()
+                    text = f"{self._name}: belongs to {self._describe(found)}"
+                    print_line(f"{text}; waiting {LEASE_S:.0f} s whether that is alive")
+                elif found.etag != watched:
+                    text = f"{self._name}: in use by {self._describe(found)}"
+                    raise OutputError(f"{text}; stop that first, or choose another place")
+            time.sleep(random.uniform(0, REFRESH_S / 5))  # several may try at once
         self._thread.start()
         return self
 
@@ -96,14 +98,8 @@ class Lease:
     def _name(self) -> str:
         return self.store.url
 
-    def _taken(self, found: _Found | None, silent: bool) -> bool:
-        """Take the place if it is free, or its owner gone; whether it is ours now."""
-        if found is not None:
-            owner = found.owner
-            ours = owner is not None and (owner.released or owner.id == self.id or _is_dead(owner))
-            if not (ours or silent):
-                return False
-        return self._write(found.etag if found else None)
+    def _is_free(self, owner: Owner | None) -> bool:
+        return owner is not None and (owner.released or owner.id == self.id or _is_dead(owner))
 
     def _find(self) -> _Found | None:
         try:

@@ -49,7 +49,7 @@ def test_one_that_is_gone_is_followed(tmp_path: Path, capsys: pytest.CaptureFixt
     store = FolderStore(tmp_path)
     elsewhere()
     gone = Lease(store, "owner.json", "run a")
-    assert gone._taken(None, silent=False)  # and never refreshed, as after kill -9 on another machine
+    assert gone._write(None)  # and never refreshed, as after kill -9 on another machine
     with Lease(store, "owner.json", "run b") as second:
         second.check()
         gone._refresh()
@@ -65,7 +65,7 @@ def test_one_that_died_on_this_machine_is_followed_at_once(tmp_path: Path, monke
     store = FolderStore(tmp_path)
     dead = Lease(store, "owner.json", "run a")
     monkeypatch.setattr(module.supervisor, "identity", lambda pid: "4194399:1")
-    assert dead._taken(None, silent=False)
+    assert dead._write(None)
     monkeypatch.undo()
     with Lease(store, "owner.json", "run b") as second:
         second.check()
@@ -81,6 +81,33 @@ def test_a_group_shares_and_another_group_does_not(tmp_path: Path) -> None:
         b.check()
         with pytest.raises(OutputError, match="in use by packing"), Lease(store, "o", "packing", group="two"):
             pass
+
+
+@pytest.mark.parametrize(("group", "owners"), [("one", 8), ("", 1)])
+def test_who_comes_at_once(tmp_path: Path, elsewhere: Any, group: str, owners: int) -> None:
+    """Fault: two parts of one packing begin together, and the one that is a moment later ends with a traceback."""
+    elsewhere()
+    start, ended, ends = threading.Barrier(8), threading.Barrier(8), list[str]()
+
+    def enter(number: int) -> None:
+        start.wait()
+        try:
+            with Lease(FolderStore(tmp_path), "o", f"packing {number}", group=group) as lease:
+                lease.check()
+                ends.append("entered")
+                ended.wait(10)
+        except OutputError as error:
+            ends.append(str(error))
+            ended.wait(10)
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ends) == 8
+    assert ends.count("entered") == owners
+    assert all("in use by packing" in end for end in ends if end != "entered")
 
 
 def test_of_two_at_once_one_wins(tmp_path: Path) -> None:
