@@ -13,9 +13,9 @@ from functools import partial
 from data_pipelines.shards.indexed import Indexed, index_stored, merge
 from data_pipelines.shards.manifest import NAME, read_manifest, write_manifest
 from data_pipelines.shards.process_pool import in_processes
-from warm_dist.config.paths import place_argument
 from warm_dist.cpus import usable_cpus
 from warm_dist.errors import DataError, count, printable, run
+from warm_dist.paths import place_argument
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 

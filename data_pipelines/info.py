@@ -11,8 +11,8 @@ import numpy as np
 
 from data_pipelines.shards.manifest import Manifest, read_manifest
 from data_pipelines.shards.packing_record import load_listing
-from warm_dist.config.paths import place_argument
 from warm_dist.errors import printable, run
+from warm_dist.paths import place_argument
 from warm_dist.store.base import split_url
 from warm_dist.store.open import open_store
 

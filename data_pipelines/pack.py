@@ -35,9 +35,9 @@ from data_pipelines.sources.base import BadImage, Item, Sample, Source
 from data_pipelines.sources.listing import SPLITS, Choice
 from data_pipelines.sources.open import open_source
 from data_pipelines.sources.transform import MAX_BYTES, RESIZE
-from warm_dist.config.paths import place_argument
 from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, DataError, OutputError, count, printable, run, writing
+from warm_dist.paths import place_argument
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 

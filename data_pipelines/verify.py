@@ -17,10 +17,10 @@ import numpy as np
 from data_pipelines.shards.manifest import Manifest, Shard, read_manifest
 from data_pipelines.shards.payload import decode
 from data_pipelines.shards.process_pool import in_processes, shared_store
-from warm_dist.config.paths import place_argument
 from warm_dist.cpus import usable_cpus
 from warm_dist.errors import DataError, count, printable, reason, run
 from warm_dist.files import file_sha256
+from warm_dist.paths import place_argument
 from warm_dist.store.base import split_url
 
 

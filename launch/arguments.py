@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from warm_dist.config.explain import shown
-from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError
+from warm_dist.paths import path_argument
 
 MOST = 2**31 - 1
 """Of what a flag counts."""

@@ -8,7 +8,7 @@ from launch.benchmarks.data import data
 from launch.benchmarks.result import ROOT
 from launch.benchmarks.scaling import scaling
 from warm_dist import errors
-from warm_dist.config.paths import path_argument, place_argument
+from warm_dist.paths import path_argument, place_argument
 
 
 def main() -> int:

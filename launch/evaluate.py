@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors, supervisor
-from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError, UnreachableError
 from warm_dist.files import claimed
+from warm_dist.paths import path_argument, place_argument
 from warm_dist.runs.folder import MIRROR, Mirrored
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from launch.arguments import check_run
 from warm_dist import errors
-from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import CheckpointError, ConfigError
+from warm_dist.paths import path_argument, place_argument
 
 
 def main() -> int:

@@ -15,11 +15,11 @@ from typing import Any
 from data_pipelines import pack
 from warm_dist import errors
 from warm_dist.config.load import read_tree
-from warm_dist.config.paths import path_argument
 from warm_dist.config.run import load_config
 from warm_dist.errors import ConfigError
 from warm_dist.kubernetes import checks, jobs
 from warm_dist.kubernetes.jobs import JobSize, RenderedJob
+from warm_dist.paths import path_argument
 
 BASE = Path(__file__).resolve().parent.parent / "k8s" / "base"
 # placeholders in configs/ and BASE → what to do about them

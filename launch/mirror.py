@@ -10,7 +10,7 @@ import argparse
 import os
 
 from warm_dist import errors, supervisor
-from warm_dist.config.paths import path_argument
+from warm_dist.paths import path_argument
 from warm_dist.tracking.follow import mirror_run
 
 

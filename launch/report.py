@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from warm_dist import errors
-from warm_dist.config.paths import path_argument
+from warm_dist.paths import path_argument
 
 
 def main() -> int:

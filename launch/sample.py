@@ -7,9 +7,9 @@ from pathlib import Path
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
-from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError
 from warm_dist.files import replace_file
+from warm_dist.paths import path_argument
 
 # network evaluations from which compiling pays on a GPU: an H100 makes 3,161 a second of configs/cifar10.json in plain
 # bfloat16, and compiling takes one to two minutes

@@ -13,8 +13,8 @@ from typing import Any
 
 from launch.arguments import as_bnr
 from warm_dist import errors
-from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError
+from warm_dist.paths import path_argument, place_argument
 
 
 def main() -> int:

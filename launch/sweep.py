@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from warm_dist import errors, supervisor
-from warm_dist.config.paths import path_argument
 from warm_dist.config.sweep import load_sweep
 from warm_dist.errors import Stopped
 from warm_dist.files import claimed
+from warm_dist.paths import path_argument
 from warm_dist.store.lease import Lease
 from warm_dist.store.open import open_store
 from warm_dist.sweeps.session import Session, describe

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors
-from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError
+from warm_dist.paths import path_argument, place_argument
 
 
 def main() -> int:

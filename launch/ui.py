@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launch.services import services
 from warm_dist import errors, supervisor
-from warm_dist.config.paths import path_argument
 from warm_dist.errors import ConfigError, UnreachableError
+from warm_dist.paths import path_argument
 
 
 def main() -> int:

@@ -35,8 +35,8 @@ from launch.benchmarks.contenders import (
 )
 from launch.benchmarks.result import ROOT, Spread
 from warm_dist import errors
-from warm_dist.config.paths import path_argument, place_argument
 from warm_dist.errors import ConfigError, UnmeasuredError, WarmDistError
+from warm_dist.paths import path_argument, place_argument
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch.benchmarks.result import ROOT, Spread, verdict
 from warm_dist import errors, supervisor
-from warm_dist.config.paths import place_argument
 from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, WarmDistError
+from warm_dist.paths import place_argument
 
 if TYPE_CHECKING:
     from warm_dist.config.run import Config

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-ROWS = ("errors rng supervisor data deadlines cpus", "files", "config distributed figures records", "store runs diffusion networks",
+ROWS = ("errors rng supervisor data deadlines cpus paths", "files", "config distributed figures records", "store runs diffusion networks",
         "checkpoints report", "evaluation", "tracking", "training sweeps", "kubernetes")  # fmt: skip
 ROW = {name: row for row, names in enumerate(ROWS, 1) for name in names.split()}
 PACKING = {"config", "store", *(name for name, row in ROW.items() if row <= 2)}  # what data_pipelines may import

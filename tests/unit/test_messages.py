@@ -203,7 +203,7 @@ DATA: list[tuple[str, int, str]] = [
     (
         "data.manifest=ftp://a/manifest.parquet",
         2,
-        "ftp://a: unknown scheme 'ftp'; use s3://bucket/prefix or a local path",
+        '--set data.manifest: needs s3://bucket/prefix or a path on this machine, got "ftp://a/manifest.parquet"',
     ),
     ("data.resolution=16", 2, "data.resolution is 16, d8/manifest.parquet has 8; set data.resolution to 8"),
     ("data.channels=3", 2, "data.channels is 3, d8/manifest.parquet has 1; set data.channels to 1"),
@@ -239,7 +239,7 @@ SWEEPS: list[tuple[str, int, str]] = [
     ),
     ('{"space": {"train": {"grid": [1]}}}', 2, "'train' is a section: name one of its keys, such as 'train.seed'"),
     ('{"base": "none.json"}', 2, "none.json: does not exist; name a config file, such as configs/quickstart.json"),
-    ('{"output": "s3:/x"}', 2, "s.json: 'output': needs a folder, or s3://bucket/prefix, got \"s3:/x\""),
+    ('{"output": "s3:/x"}', 2, "s.json: 'output': needs s3://bucket/prefix or a path on this machine, got \"s3:/x\""),
     ('{"seeds": [1, 1]}', 2, "s.json: seeds has a duplicate"),
     (
         '{"scheduler": {"kind": "pbt"}}',

@@ -37,7 +37,6 @@ _PATTERNS = {
     "^https?://": "needs the URL of a server, http://… or https://…",
     "^[0-9a-f]{64}$": "needs a sha256, 64 hex digits",
     "^[0-9a-f]{32}$": "needs an id of 32 hex digits",
-    r"^(s3://[^/:]+(/.*)?|[^:]+)$": "needs a folder, or s3://bucket/prefix",
 }
 _KINDS = (
     (("int_",), "needs a whole number"),

@@ -13,8 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.paths import LocalPath, Place
-from warm_dist.config.urls import URL, NoSecrets
+from warm_dist.config.urls import URL, LocalPath, NoSecrets, Place
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 

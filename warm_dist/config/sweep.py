@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
-from warm_dist.config.paths import LocalPath, Place
-from warm_dist.config.urls import URL
+from warm_dist.config.urls import URL, LocalPath, Place
 from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from warm_dist.errors import ConfigError, redact
+from warm_dist.paths import local_path, place
 
 CREDENTIALS = (
     "credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role for S3; "
@@ -29,6 +30,8 @@ def _not_empty(url: str) -> str:
 NoSecrets = AfterValidator(_without_secrets)
 URL = Annotated[str, AfterValidator(_not_empty), NoSecrets]
 """A URL without credentials."""
+LocalPath = Annotated[str, NoSecrets, AfterValidator(local_path)]
+Place = Annotated[str, NoSecrets, AfterValidator(place)]
 
 
 def check_url(url: str) -> str:

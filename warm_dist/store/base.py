@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from warm_dist.config.paths import place
 from warm_dist.errors import DataError, writing
+from warm_dist.paths import place
 
 PIECE_BYTES = 32 << 20  # per read of a download
 PARTIAL = ".partial"  # suffix of a file until it is complete

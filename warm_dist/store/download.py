@@ -11,9 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from warm_dist.config.paths import local_path
 from warm_dist.errors import ConfigError, DataError, UnreachableError, writing
 from warm_dist.files import file_sha256
+from warm_dist.paths import local_path
 from warm_dist.store.open import open_store
 
 _BLOCK_BYTES = 1 << 20

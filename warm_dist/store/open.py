@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from warm_dist.config.paths import place
 from warm_dist.config.urls import check_url
 from warm_dist.errors import ConfigError
+from warm_dist.paths import place
 from warm_dist.store.base import Store
 from warm_dist.store.folder import FolderStore
 

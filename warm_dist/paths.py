@@ -5,12 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import unquote
-
-from pydantic import AfterValidator
-
-from warm_dist.config.urls import NoSecrets
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of one slash too: all that pathlib leaves
 
@@ -48,10 +43,6 @@ def _home(path: str) -> str:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
         raise ValueError(f"names the home folder {path.split('/')[0]}, which this machine does not have") from None
-
-
-LocalPath = Annotated[str, NoSecrets, AfterValidator(local_path)]
-Place = Annotated[str, NoSecrets, AfterValidator(place)]
 
 
 def path_argument(text: str) -> Path:
