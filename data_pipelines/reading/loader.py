@@ -245,16 +245,22 @@ class Loader:
             while len(piece):
                 fits = ends[piece] - starts[piece[0]] <= self._get_bytes
                 count = max(1, int(fits.sum()))
-                futures.append(self._pool.submit(self._get, unique[piece[:count]], images[piece[0] : piece[0] + count]))
+                out = [images[piece[0] : piece[0] + count]]
+                futures.append(self._pool.submit(self._get, unique[piece[:count]], out))
                 piece = piece[count:]
         return _Block(positions, rows, inverse, images, futures)
 
-    def _get(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Fetch, check and decode rows of one shard, ascending, into `out` (n, C, H, W)."""
+    def _get(self, rows: NDArray[np.int64], out: list[NDArray[np.uint8]]) -> None:
+        """Fetch, check and decode rows of one shard, ascending, into the array that `out` holds, (n, C, H, W).
+
+        It is taken out of the list, since the pool may keep a call's arguments for a moment after its result.
+        """
         manifest = self.manifest
         first, last = int(manifest.offset[rows[0]]), int(manifest.offset[rows[-1]] + manifest.length[rows[-1]])
         with self._held.during(self.store.held_bytes(last - first)):
-            self._read(rows, first, last - first, out)  # its bytes are freed with its frame, before the count drops
+            self._read(
+                rows, first, last - first, out.pop()
+            )  # its bytes are freed with its frame, before the count drops
 
     def _read(self, rows: NDArray[np.int64], first: int, length: int, out: NDArray[np.uint8]) -> None:
         manifest, shard = self.manifest, int(self.manifest.shard[rows[0]])

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -178,6 +178,24 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
         assert traced < reader.peak_bytes + 300_000  # nothing is left out of the account
     gc.collect()
     assert reader._held.now == 0
+
+
+def test_a_thread_that_is_slow_to_drop_its_last_call_holds_no_block(
+    big: tuple[Manifest, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a pool's thread keeps the arguments of a call after its result, and with them a block that is done with."""
+    with closing(loader(big[0], FolderStore(big[1]), buffer_bytes=2 << 20, threads=2)) as reader:
+        submit, kept = reader._pool.submit, list[object]()
+
+        def keep(*call: Any) -> Any:
+            kept.append(call)
+            return submit(*call)
+
+        monkeypatch.setattr(reader._pool, "submit", keep)
+        for batch in islice(reader.batches(0), 12):
+            del batch
+        assert len(kept) > 12
+        assert reader.peak_bytes <= reader.most_bytes
 
 
 @pytest.mark.parametrize("world", [1, 4])
