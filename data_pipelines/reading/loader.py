@@ -258,9 +258,8 @@ class Loader:
         manifest = self.manifest
         first, last = int(manifest.offset[rows[0]]), int(manifest.offset[rows[-1]] + manifest.length[rows[-1]])
         with self._held.during(self.store.held_bytes(last - first)):
-            self._read(
-                rows, first, last - first, out.pop()
-            )  # its bytes are freed with its frame, before the count drops
+            # the bytes are freed with its frame, before the count drops
+            self._read(rows, first, last - first, out.pop())
 
     def _read(self, rows: NDArray[np.int64], first: int, length: int, out: NDArray[np.uint8]) -> None:
         manifest, shard = self.manifest, int(self.manifest.shard[rows[0]])
