@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -205,6 +205,16 @@ def adapt() -> None:
         os.environ[name] = ",".join([*filter(None, [hosts]), *missing])
 
 
+def end(error: WarmDistError) -> NoReturn:
+    """Print the error, unless another rank does, and end this process with its code, from whatever thread."""
+    if not _mute:
+        print_error(error)
+    with suppress(OSError):
+        sys.stdout.flush()
+    # at once: a native library's half-started thread can abort the interpreter's teardown with another code
+    os._exit(error.exit_code)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its code, or with one line on stderr and the code of the WarmDistError it raised.
 
@@ -220,12 +230,7 @@ def run(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()  # fails here, and not in the interpreter's teardown
             raise
     except WarmDistError as error:
-        if not _mute:
-            print_error(error)
-        with suppress(OSError):
-            sys.stdout.flush()
-        # at once: a native library's half-started thread can abort the interpreter's teardown with another code
-        os._exit(error.exit_code)
+        end(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

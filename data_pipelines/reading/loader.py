@@ -210,8 +210,8 @@ class Loader:
         return block.images[block.inverse]
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads, without waiting for an answer that one of them waits for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _blocks(self, start: int) -> Iterator[_Block]:
         """Blocks of growing size, up to one window of each lane: nearly every chunk is then fetched once, as a whole."""

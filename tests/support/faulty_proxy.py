@@ -34,7 +34,7 @@ def share(seed: int, probability: float, faults: tuple[str, ...]) -> Plan:
 class FaultyProxy:
     """`with FaultyProxy(s3.endpoint_url) as proxy:`; set `plan` at any time. It concerns GETs of .tar objects.
 
-    counts: faults done, by name. requests: GETs of .tar objects seen. stall_s: silence in mid-body, after which the
+    silent: once set, nothing is answered any more. counts: faults done, by name. requests: GETs of .tar objects seen. stall_s: silence in mid-body, after which the
     connection closes. throttle: bytes a second.
     """
 
@@ -44,7 +44,7 @@ class FaultyProxy:
         self.plan: Plan = lambda path, asked, before: None
         self.counts: Counter[str] = Counter()
         self.requests = 0
-        self.closing = threading.Event()
+        self.closing, self.silent = threading.Event(), threading.Event()
         self._seen: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -79,6 +79,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         proxy, path = self.proxy, self.path.partition("?")[0]
+        if proxy.silent.is_set():
+            proxy.closing.wait()
+            self.close_connection = True
+            return
         concerned = self.command == "GET" and path.endswith(".tar")
         fault = proxy.fault(path, self.headers["Range"] or "") if concerned else None
         if fault == "slow_down":

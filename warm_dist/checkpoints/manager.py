@@ -59,7 +59,7 @@ _VISIBLE_S = 10.0  # how long a shared file system may take to show a new file
 
 
 class CheckpointManager:
-    """The checkpoints and snapshots of one run. All methods but `saved`, `ended` and `close` are collectives.
+    """The checkpoints and snapshots of one run. All methods but `saved`, `ended`, `pending` and `close` are collectives.
 
     check: raises OutputError if the folder is no longer this run's; called before each save.
     Raises ConfigError if ranks do not share the run's folder and no checkpoint.url is set.
@@ -323,6 +323,10 @@ class CheckpointManager:
         """Uploads of this rank that ended since the last call."""
         out, self._ended = self._ended + (self.uploads.ended() if self.uploads else []), []
         return out
+
+    def pending(self) -> list[str]:
+        """Names of what is not in the store yet, in the order of nimg."""
+        return sorted(self.uploads.pending()) if self.uploads else []
 
     def close(self, timeout_s: float) -> list[Upload]:
         """Wait for this rank's uploads, at most `timeout_s`; returns those that failed or have not finished."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from warm_dist import supervisor
-from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.stop import PATIENCE_S, StopSignal
 from warm_dist.distributed.world import World, beat_key, connect, master_address
 from warm_dist.errors import EXIT_UNEXPECTED, PeerError, WarmDistError, kind_of
 
@@ -215,6 +215,23 @@ class Heartbeat:
             end = self.beats[rank].told.get("end")
             if end and end["code"] and not end["blames_a_peer"]:
                 return PeerError(end["reason"], end["code"], end["resumable"])
+        return None
+
+    def hindrance(self) -> str | None:
+        """For whom a stop waits in vain: a rank that gives no sign of life, or one whose batch does not come."""
+        self._curious = True
+        self._wake.set()
+        self.silent_s = max(PATIENCE_S, 2 * self.interval_s)
+        # while it writes a checkpoint, a rank may be too busy to beat
+        silent_s = 5 * self.silent_s if self._now[0] == "save" else self.silent_s
+        for rank in filter(lambda rank: not self._ended(rank), self._others()):
+            beat = self.beats[rank]
+            if beat.age_s > silent_s:
+                return (
+                    f"waiting for rank {rank} (host {beat.host}), silent for {beat.age_s:.0f} s, last at {beat.where}"
+                )
+            if beat.told.get("place") == "data" and beat.held_s > PATIENCE_S:
+                return f"rank {rank} (host {beat.host}) waits for {beat.held_s:.0f} s for its batch"
         return None
 
     def speaks(self) -> bool:

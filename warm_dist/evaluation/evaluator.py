@@ -21,7 +21,7 @@ from warm_dist.config.run import Config, EvalConfig, SamplerConfig, sampling_pre
 from warm_dist.data import DataInfo
 from warm_dist.diffusion.samplers import nfe
 from warm_dist.distributed.collectives import any_rank, collect, gather, on_main
-from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.stop import PATIENCE_S, StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import ConfigError, Stopped
 from warm_dist.evaluation import frechet, reference
@@ -224,18 +224,23 @@ class Evaluator:
         patience_s = self.config.parallel.timeout_s / 2  # the other ranks wait for rank 0 meanwhile
         with contextlib.ExitStack() as stack:
             if self.world.is_main and self._reference is None:
-                self._reference = reference.load(self.stores, spec)
-                if self._reference is None and self.cache:
-                    stack.enter_context(reference.turn(self.cache, spec, patience_s))
+                with stop.at_once("looking for real images' statistics", PATIENCE_S):
                     self._reference = reference.load(self.stores, spec)
+                    if self._reference is None and self.cache:
+                        stack.enter_context(reference.turn(self.cache, spec, patience_s))
+                        self._reference = reference.load(self.stores, spec)
             if any_rank(self.world, self.world.is_main and self._reference is None):
                 after, size = self._after("real features", self.num_real, stop), self.batch_size
-                found = reference.measure(
-                    self.world, self.extractor, spec, self.info.num_images, self.read, size, after
-                )
+
+                def read(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+                    with stop.at_once("reading real images", PATIENCE_S):
+                        return self.read(rows)
+
+                found = reference.measure(self.world, self.extractor, spec, self.info.num_images, read, size, after)
                 if self.world.is_main:
                     self._reference = found
-                    where = reference.keep(self.stores, spec, found)
+                    with stop.at_once("keeping real images' statistics", PATIENCE_S):
+                        where = reference.keep(self.stores, spec, found)
                     self.say(f"real images' statistics: {where or 'not kept, no store accepts them'}")
         return self._reference
 

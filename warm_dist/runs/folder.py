@@ -95,6 +95,14 @@ class Claim:
             self.check()
             write_end(self.run, attempt, nimg, error)
 
+    @classmethod
+    def end_unclaimed(cls, run: Path, error: BaseException) -> None:
+        """As `end`, for a process that ended before it could take the folder; nothing if another one trains in it."""
+        with suppress(OutputError):
+            claim = cls.take(run)
+            claim.end(claim.attempt, 0, error)
+            claim.release()
+
     def release(self) -> None:
         """Remove what was kept for exit.json, and release the lock."""
         with suppress(OSError, OutputError):

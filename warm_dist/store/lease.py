@@ -22,6 +22,7 @@ from warm_dist.records import DamagedError, Record, seal, unseal
 from warm_dist.store.base import Store
 
 REFRESH_S = 5.0
+RELEASE_S = 2.0  # for a server that hangs when the place is given back; without it, others wait LEASE_S
 LEASE_S = 20.0  # without a refresh for so long, the owner counts as gone
 
 
@@ -84,10 +85,7 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         """Give the place back; owners of a group only stop refreshing, since others may be left."""
         self._ending.set()
-        self._thread.join(2 * REFRESH_S)
-        if not self.group and self._lost is None and not self._thread.is_alive():
-            with suppress(WarmDistError):
-                self._write(self._etag, released=True)
+        self._thread.join(RELEASE_S)
 
     def check(self) -> None:
         """Raise OutputError if another owner has taken the place meanwhile."""
@@ -136,6 +134,9 @@ class Lease:
                 print_line(f"{self._name}: the lease is not refreshed ({error})")
             if self._lost is not None:
                 return
+        if not self.group:
+            with suppress(WarmDistError):
+                self._write(self._etag, released=True)
 
     def _refresh(self) -> None:
         if self._write(self._etag):

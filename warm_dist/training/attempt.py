@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from warm_dist import errors
 from warm_dist.checkpoints.manager import CheckpointManager
@@ -25,7 +26,7 @@ from warm_dist.store.lease import Lease
 from warm_dist.store.open import open_store
 from warm_dist.tracking.follow import start_mirror
 from warm_dist.tracking.prometheus import Exporter
-from warm_dist.training.trainer import Trainer
+from warm_dist.training.trainer import Evaluate, Trainer
 
 STOP_UPLOAD_S = 15.0  # how long a stopping run waits for its last upload: launchers kill after 30 s
 
@@ -45,11 +46,17 @@ class Attempt:
         parallel = config.parallel
         self.stop = StopSignal().install()
         prepare_host()
-        with self.stop.at_once("waiting for its peers"):
-            self.world = join(parallel.timeout_s)
+        self.stop.abandon = self._never_joined
+        try:
+            with self.stop.at_once("waiting for its peers"):
+                self.world = join(parallel.timeout_s)
+        except StoppedAtOnce as error:
+            self._never_joined(error)
+        self.stop.abandon = self._abandon
         self.heartbeat = Heartbeat(self.world, self.path, parallel.timeout_s, self.stop, parallel.preemption_file)
         self.number, self.nimg = 0, 0
         self.claim: Claim | None = None
+        self._trainer: Trainer | None = None
         self._lease: Lease | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
 
@@ -68,8 +75,8 @@ class Attempt:
             with self.heartbeat:
                 try:
                     self._train()
-                except StoppedAtOnce:
-                    raise
+                except StoppedAtOnce as error:
+                    raise self._kept(error) from None
                 except errors.Stopped:  # on every rank, after the save
                     reason = self.stop.reason(self.world)
                     raise errors.Stopped(
@@ -83,12 +90,42 @@ class Attempt:
             failure = error
             raise
         finally:
-            if self.claim is not None:
-                if failure is not None or self.world.is_main:
-                    self.claim.end(self.number, self.nimg, failure)
-                self.claim.release()
+            self._end(failure)
             if failure is None:
                 shutdown()
+
+    def _end(self, failure: BaseException | None) -> None:
+        if self.claim is not None:
+            if failure is not None or self.world.is_main:
+                self.claim.end(self.number, self.nimg, failure)
+            self.claim.release()
+
+    def _never_joined(self, error: StoppedAtOnce) -> NoReturn:
+        Claim.end_unclaimed(self.path, error)
+        errors.end(error)
+
+    def _kept(self, error: StoppedAtOnce) -> StoppedAtOnce:
+        """The error with what is saved, printed here if rank 0, which prints everything else, cannot."""
+        trainer, kept = self._trainer, "there is nothing new to save"
+        if trainer is not None:
+            self.nimg, saved = trainer.nimg, trainer.saved_nimg
+            kept = f"saved at nimg {saved}" if saved else "nothing is saved yet"
+            if saved < self.nimg:
+                kept = f"nimg {self.nimg} is not saved, " + (
+                    f"nimg {saved} is" if saved else "nor is anything before it"
+                )
+            if late := trainer.checkpoints and trainer.checkpoints.pending():
+                kept += f", {', '.join(late)} not yet at {self.config.checkpoint.url}"
+        full = StoppedAtOnce(error.what, kept)
+        if self.world.rank and self.heartbeat.speaks():
+            errors.print_error(full)
+        return full
+
+    def _abandon(self, error: StoppedAtOnce) -> None:
+        """End the process in place of the main thread, which waits inside torch."""
+        full = self._kept(error)
+        self._end(full)
+        errors.end(full)
 
     def _take(self) -> int:
         self.claim = Claim.take(self.path)
@@ -131,24 +168,36 @@ class Attempt:
                 reader = stack.enter_context(contextlib.closing(self.open_reader(config, world.rank, world.size)))
             for line in reader.describe():
                 self.say(line)
-            checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self._check)
-            self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
-            trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
+            with self.stop.at_once("looking for a checkpoint"):
+                checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self._check)
+                self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
+                trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
             try:
                 with self.stop.at_once("looking for a checkpoint"):
                     trainer.restore()
-                self.nimg = trainer.nimg
-                self._fit(trainer, reader)
+                self.nimg, self._trainer = trainer.nimg, trainer
+                with self.stop.at_once("preparing the evaluation"):
+                    begun = self._begin(trainer, reader)
+                self.stop.hindrance = self.heartbeat.hindrance
+                trainer.fit(reader.batches(trainer.nimg), *begun)
                 if self.stop.name is None:
                     patience_s = float(config.parallel.timeout_s)
+            except StoppedAtOnce:
+                patience_s = 1.0  # a server or peer does not answer
+                raise
             finally:
+                self.stop.hindrance = lambda: None
                 self.nimg = trainer.nimg
                 late = self._close(trainer, checkpoints, patience_s)
             self.say(f"reader: peak memory {reader.peak_bytes / 1e6:.1f} MB")
-            self._finish(checkpoints, late)
+            with self._unless_stopping("exporting the weights"):
+                self._finish(checkpoints, late)
 
-    def _fit(self, trainer: Trainer, reader: Reader) -> None:
+    def _begin(
+        self, trainer: Trainer, reader: Reader
+    ) -> tuple[MetricsLog | None, StopSignal, Evaluate | None, set[int]]:
+        """Describe the run and start its log and mirror; returns what `Trainer.fit` takes after the batches."""
         config, world = self.config, self.world
         log = None
         if world.is_main:
@@ -164,8 +213,11 @@ class Attempt:
             self._start_mirror()
         evaluator = Evaluator(config, world, reader.info, reader.read, self.path, self.say) if config.eval else None
         done = {record["nimg"] for record in read_metrics(self.path / METRICS) if record["kind"] == "eval"}
-        done = on_main(world, lambda: done)
-        trainer.fit(reader.batches(trainer.nimg), log, self.stop, evaluator, done)
+        return log, self.stop, evaluator, on_main(world, lambda: done)
+
+    def _unless_stopping(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """A stop ends what is inside, unless it came before: then its time is limited."""
+        return self.stop.at_once(doing) if self.stop.name is None else contextlib.nullcontext()
 
     def _open_log(self, trainer: Trainer) -> MetricsLog:
         exporter, tracking = None, self.config.tracking
@@ -188,10 +240,7 @@ class Attempt:
         """Wait for uploads; returns those that failed or have not finished."""
         if self._mirror is not None and self._mirror.poll() is not None:
             self.say(f"the MLflow mirror has ended, see mirror.log; python launch/mirror.py {self.path} catches up")
-        waiting = (
-            self.stop.at_once("sending the last checkpoint") if self.stop.name is None else contextlib.nullcontext()
-        )
-        with waiting:
+        with self._unless_stopping("sending the last checkpoint"):
             late = checkpoints.close(patience_s)
         trainer.report_uploads()
         url = self.config.checkpoint.url

@@ -16,6 +16,7 @@ from warm_dist.data import Batch, DataInfo, centre
 from warm_dist.diffusion.heads import Condition
 from warm_dist.diffusion.process import Level, training_level
 from warm_dist.distributed.world import use_device
+from warm_dist.errors import Stopped
 from warm_dist.training import augment
 
 
@@ -81,8 +82,9 @@ class Prefetch(Generic[T]):
     def __enter__(self) -> Prefetch[T]:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        stopped = kind is not None and issubclass(kind, Stopped)  # what is being made may never come
+        self._pool.shutdown(wait=not stopped, cancel_futures=True)
 
     def __len__(self) -> int:
         """Number of calls started and not yet taken."""

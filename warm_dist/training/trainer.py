@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from warm_dist.diffusion.per_frequency import loss_function
 from warm_dist.diffusion.process import Level
 from warm_dist.distributed.collectives import gather
 from warm_dist.distributed.heartbeat import Heartbeat
-from warm_dist.distributed.stop import StopSignal
+from warm_dist.distributed.stop import PATIENCE_S, StoppedAtOnce, StopSignal
 from warm_dist.distributed.world import World
 from warm_dist.errors import CheckpointError, DataError, Stopped
 from warm_dist.networks.unet import build_network
@@ -119,7 +120,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint at nimg; the guard must have settled. A collective."""
-        self.saved_nimg = self.nimg
         if self.checkpoints is None:
             return
         self._at("save")
@@ -128,6 +128,7 @@ class Trainer:
             self.log.sync()  # before older checkpoints go
         meta = self._meta() | {"window": gather(self.world, self.metrics.sums.tolist())}
         size = self.checkpoints.save(CHECKPOINTS, self.nimg, state_tensors(self.engine, self.emas), meta)
+        self.saved_nimg = self.nimg
         if self.config.checkpoint.url is None:
             self._safe_since = time.monotonic()
         if self.log is not None:
@@ -204,19 +205,22 @@ class Trainer:
         """Train to total_nimg. A collective.
 
         batches: this rank's, from self.nimg on. log: on rank 0. evaluated: the nimg already evaluated.
-        Raises Stopped, after a save, if any rank was asked to stop; NumericsError, DataError, and what its parts raise.
+        Raises Stopped, after a save, if any rank was asked to stop, and StoppedAtOnce if a batch does not come then, with a
+        save only if there is one rank; NumericsError, DataError, and what its parts raise.
         """
         self.log = log
         total = self.config.train.total_nimg
         device = self.world.device
-        with Prefetch(lambda: prepare(next(batches), self.config, self.info, device), device) as ahead:
+        make = lambda: prepare(next(batches), self.config, self.info, device)  # noqa: E731
+        with self._saving_alone(), Prefetch(make, device) as ahead:
             self._evaluate_if_due(stop, evaluate, evaluated)
             for _ in range(min(2, (total - self.nimg) // self.config.train.batch_size)):
                 ahead.start()
             self.metrics.begin(self.nimg)
             while self.nimg < total:
                 self._at("data")
-                data = ahead.take()
+                with stop.at_once(f"waiting for its batch at nimg {self.nimg}", PATIENCE_S):
+                    data = ahead.take()
                 if self.nimg + (len(ahead) + 2) * self.config.train.batch_size <= total:
                     ahead.start()
                 trace = self.step(data)
@@ -224,6 +228,18 @@ class Trainer:
                 stopping = self._milestones(stop, evaluate, evaluated, stopping)
                 if stopping and self.nimg < total:
                     raise Stopped(f"{stop.name or 'a peer'} at nimg {self.nimg}; run the same command again to resume")
+
+    @contextmanager
+    def _saving_alone(self) -> Iterator[None]:
+        """Save after a stop that this rank heeds alone, unless others are needed for that."""
+        try:
+            yield
+        except StoppedAtOnce:
+            if self.world.size == 1 and self.nimg > self.saved_nimg:
+                self.guard.settle()
+                self.metrics.pause()
+                self.save()
+            raise
 
     def _milestones(self, stop: StopSignal, evaluate: Evaluate | None, evaluated: set[int], stopping: bool) -> bool:
         train = self.config.train
@@ -295,6 +311,8 @@ class Trainer:
         self._at("evaluate")
         try:
             values = evaluate(self.emas["ema"].full(self.world, self.shapes), self.nimg, stop)
+        except StoppedAtOnce:
+            raise
         except Stopped:
             if self.nimg > self.saved_nimg:
                 self.guard.settle()

@@ -68,6 +68,23 @@ def test_without_the_store_rank_0_is_not_waited_for_to_speak(tmp_path):
     assert not beat.speaks(), "rank 1 does"
 
 
+def test_a_stop_does_not_wait_for_a_rank_that_hangs_or_has_no_batch(tmp_path):
+    """Fault: the stop of one rank waits out the collective's timeout, since its peer is stopped or waits for a server."""
+    beat = Heartbeat(World(1, 3, torch.device("cpu"), None), tmp_path, 60.0, StopSignal())
+    now = time.monotonic()
+    well = Beat(told={"host": "a", "place": "forward", "held_s": 90.0}, heard=now)
+    beat.beats = [well, well, well]
+    assert beat.hindrance() is None, "a long step is no hindrance"
+    beat.beats[2] = Beat(told={"host": "b", "place": "forward"}, heard=now - 4.2)
+    assert "waiting for rank 2 (host b), silent for 4 s" in str(beat.hindrance())
+    beat.at("save", 8)
+    assert beat.hindrance() is None, "whoever writes a checkpoint beats late"
+    beat.beats[2] = Beat(told={"host": "b", "place": "data", "held_s": 3.5}, heard=now)
+    assert "rank 2 (host b) waits for 4 s for its batch" in str(beat.hindrance())
+    beat.beats[2] = Beat(told={"place": "data", "held_s": 3.5, "end": END}, heard=now)
+    assert beat.hindrance() is None
+
+
 def test_an_unwritable_folder_does_not_end_a_run(tmp_path):
     (tmp_path / "heartbeat").write_text("in the way")
     marker = tmp_path / "preempted"

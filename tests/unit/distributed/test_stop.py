@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from tests.support.patience import until
 from warm_dist import supervisor
+from warm_dist.distributed import stop as module
 from warm_dist.distributed.stop import StoppedAtOnce, StopSignal
 from warm_dist.errors import Stopped
 
@@ -73,3 +75,38 @@ def test_without_a_stop_nothing_happens():
 
 def test_a_supervisor_passes_on_all_of_them():
     assert set(SIGNALS) <= supervisor._SIGNALS
+
+
+def test_a_wait_for_a_batch_has_patience(monkeypatch):
+    """Fault: a batch that comes a moment after the stop is not trained on, or one that never comes is waited for."""
+    monkeypatch.setattr(module, "_POLL_S", 0.02)
+    stop = StopSignal().install()
+    signal.raise_signal(signal.SIGTERM)
+    with stop.at_once("waiting for a batch", 30.0):
+        time.sleep(0.1)
+    begun = time.monotonic()
+    with pytest.raises(StoppedAtOnce, match="while waiting for a batch"), stop.at_once("waiting for a batch", 0.2):
+        time.sleep(60)
+    assert 0.2 <= time.monotonic() - begun < 5
+
+
+def test_another_thread_ends_what_the_main_one_cannot(monkeypatch):
+    """The kernel tells it of the signal, for Python's handlers run in the main thread, which is inside torch."""
+    for name, seconds in (("_POLL_S", 0.02), ("_UNWIND_S", 0.1), ("PATIENCE_S", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+    ended: list[str] = []
+    stop = StopSignal().install()
+    stop.abandon = lambda error: ended.append(error.what)
+    monkeypatch.setattr(signal, "pthread_kill", lambda *thread: None)  # as if it were not heard
+    supervisor.on_request(lambda *heard: None)
+    with stop.at_once("waiting for its peers"):
+        signal.raise_signal(signal.SIGUSR1)
+        until(lambda: bool(ended))
+    assert stop.name == "SIGUSR1"
+    assert "SIGUSR1 on host" in ended[0]
+    assert "while waiting for its peers" in ended[0]
+    stop.hindrance = lambda: "waiting for rank 1"
+    ended.clear()
+    until(lambda: bool(ended))
+    stop.hindrance = lambda: None
+    assert ended[0].endswith("while waiting for rank 1")

@@ -98,3 +98,17 @@ def test_a_cell_that_differs_from_what_was_written_is_left_out(tmp_path, capsys)
     assert read_results(tmp_path) == {"a": {"frechet": 2.0}}, "of an older version"
     path.write_text("[1]")
     assert read_results(tmp_path) is None
+
+
+def test_who_never_joined_tells_its_end_unless_the_folder_is_another_s(tmp_path):
+    """Fault: no exit.json, or that of an earlier attempt, after a stop while peers were waited for."""
+    write_end(tmp_path, 1, 80, None)
+    Claim.end_unclaimed(tmp_path, Stopped("SIGTERM"))
+    end = read_end(tmp_path)
+    assert end is not None
+    assert (end.code, end.reason, end.resumable) == (75, "Stopped: SIGTERM", True)
+    assert not list(tmp_path.glob(".exit.*"))
+    other = Claim.take(tmp_path)
+    Claim.end_unclaimed(tmp_path, Stopped("SIGTERM"))
+    assert read_end(tmp_path) is None
+    other.release()

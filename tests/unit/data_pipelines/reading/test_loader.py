@@ -23,6 +23,7 @@ from data_pipelines.reading.loader import open_loader
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.sources.base import Sample, Source
 from data_pipelines.sources.open import open_source
+from tests.support.patience import until
 from tests.support.reading import config, equal, joined, loader, take
 from warm_dist.data import Batch
 from warm_dist.errors import ConfigError, DataError, UnreachableError, WorldSizeError
@@ -300,7 +301,7 @@ def test_a_store_that_goes_away_ends_the_iteration_and_no_thread_stays(local: tu
     with closing(reader), pytest.raises(UnreachableError, match="gone"):
         for _ in reader.batches(0):
             pass
-    assert set(threading.enumerate()) <= before
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_open_loader_checks_the_configuration_against_the_manifest(digits: Packed, reference: list[Batch]) -> None:
