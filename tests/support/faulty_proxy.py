@@ -34,7 +34,7 @@ def share(seed: int, probability: float, faults: tuple[str, ...]) -> Plan:
 class FaultyProxy:
     """`with FaultyProxy(s3.endpoint_url) as proxy:`; set `plan` at any time. It concerns GETs of .tar objects.
 
-    silent: once set, nothing is answered any more. counts: faults done, by name. requests: GETs of .tar objects seen. stall_s: silence in mid-body, after which the
+    expired: an access key that is refused. silent: once set, nothing is answered any more. counts: faults done, by name. requests: GETs of .tar objects seen. stall_s: silence in mid-body, after which the
     connection closes. throttle: bytes a second.
     """
 
@@ -42,6 +42,7 @@ class FaultyProxy:
         self.host, self.port = urlsplit(upstream).hostname, urlsplit(upstream).port
         self.stall_s, self.throttle = stall_s, throttle
         self.plan: Plan = lambda path, asked, before: None
+        self.expired: str | None = None
         self.counts: Counter[str] = Counter()
         self.requests = 0
         self.closing, self.silent = threading.Event(), threading.Event()
@@ -79,6 +80,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         proxy, path = self.proxy, self.path.partition("?")[0]
+        if proxy.expired and proxy.expired in f"{self.path} {self.headers['Authorization']}":
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self._answer(403, [], b"<Error><Code>InvalidAccessKeyId</Code><Message>unknown key</Message></Error>")
+            return
         if proxy.silent.is_set():
             proxy.closing.wait()
             self.close_connection = True

@@ -67,7 +67,7 @@ def test_a_store_is_no_folder():
 
 
 KEYS = ("output", "data.manifest", "data.cache_dir", "eval.cache_dir", "parallel.compile_cache",
-        "parallel.preemption_file", "checkpoint.url", "sampler.guide")  # fmt: skip
+        "parallel.preemption_file", "checkpoint.url", "sampler.guide", "eval.extractor_url")  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -78,7 +78,7 @@ def test_every_key_of_a_path_reads_it_so(key, home):
     assert value_of(key, f"r/{ODD}") == f"r/{ODD}"
     with pytest.raises(ConfigError, match=f"'{key}': needs a folder, file or URL, not an empty text, got "):
         value_of(key, "")
-    if key in ("data.manifest", "checkpoint.url"):
+    if key in ("data.manifest", "checkpoint.url", "eval.extractor_url"):
         assert value_of(key, f"s3://b/{ODD}") == f"s3://b/{ODD}"
         with pytest.raises(ConfigError, match=f"'{key}': needs s3://bucket/prefix or a path on this"):
             value_of(key, "gs://b/x")

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.urls import URL, LocalPath, NoSecrets, Place
+from warm_dist.config.urls import URL, Download, LocalPath, NoSecrets, Place
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
@@ -199,7 +199,7 @@ class EvalConfig(Section):
     num_images: Annotated[int, Field(ge=2)] = Field(description="images to generate")
     num_blocks: Positive = Field(3, description="blocks of seeds in the last evaluation, for mean ± spread")
     extractor: Literal["lite0", "pixels", "inception", "torchscript"] = "lite0"
-    extractor_url: URL | None = Field(
+    extractor_url: Download | None = Field(
         None, description="inception-2015-12-05.pt or the TorchScript file: path, http(s)://, s3:// (data.endpoint_url)"
     )
     extractor_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(None, description="of that file")

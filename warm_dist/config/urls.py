@@ -27,11 +27,17 @@ def _not_empty(url: str) -> str:
     return url
 
 
+def _web_or_place(url: str) -> str:
+    return url if url.startswith(("http://", "https://")) else place(url)
+
+
 NoSecrets = AfterValidator(_without_secrets)
 URL = Annotated[str, AfterValidator(_not_empty), NoSecrets]
 """A URL without credentials."""
 LocalPath = Annotated[str, NoSecrets, AfterValidator(local_path)]
 Place = Annotated[str, NoSecrets, AfterValidator(place)]
+Download = Annotated[str, NoSecrets, AfterValidator(_web_or_place)]
+"""A Place, or a web server's URL."""
 
 
 def check_url(url: str) -> str:

@@ -91,9 +91,10 @@ class S3Store(Store):
 
         session = boto3.session.Session(*(self._given or ()))
         found = session.get_credentials()
-        self._keys = found and found.get_frozen_credentials()
         self.client, self.streaming = (self._connect(session, attempts) for attempts in (self._attempts, 1))
         self._presigned: dict[str, tuple[str, float]] = {}  # path → URL, monotonic time of its creation
+        # last: another thread that sees these keys has the clients that use them
+        self._keys = found and found.get_frozen_credentials()
 
     def _renewed(self, refused: Any) -> bool:
         """Whether there are other credentials than the refused ones, as after a rotation; they are used from now on."""
