@@ -20,8 +20,13 @@ EXIT_UNEXPECTED = 1
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _printed: set[str] = set()
 _mute = False
-# `user:password@`, in which a password may hold any of /?#@ up to the next URL, or else `token@`; HOST:PORT/a@b is neither
-_USER = re.compile(r"://(?:(?!\[)[^\s/?#@:]*:(?!\d+(?:[/?#\s]|$))(?:(?!://)\S)*@|[^\s/?#@]*@)")
+# `user:password@`, in which a password may hold any of /?#@ up to the next URL, or else `token@`. HOST:PORT/a@b is
+# neither: localhost, a name with dots or a bracketed address, unless `@` is followed by another HOST:PORT.
+_USER = re.compile(
+    r"://(?:(?!\[|(?:localhost|[^\s/?#@:]*\.[^\s/?#@:]*):\d{1,5}/(?!\S*@[\w.-]+:\d))"
+    r"[^\s/?#:]*:(?:(?!(?:https?|s3|file)://)\S)*@|[^\s/?#@]*@)",
+    re.IGNORECASE,
+)
 _QUERY = re.compile(r"\b(?!(?:s3|file)://)([a-z][\w+.-]*://[^\s?]*)\?\S*", re.IGNORECASE)
 _SIGNATURE = re.compile(r"[?&#](?:x-amz-|awsaccesskeyid=|signature=|sig=|\w*token=|password=)\S*", re.IGNORECASE)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import itertools
+import json
 import os
 import pickle
 import signal
+import string
 import sys
 from urllib.request import proxy_bypass
 
@@ -82,6 +85,11 @@ def test_exit_codes_are_distinct():
         ("see https://u:p@ss@host/x", "see https://host/x"),
         ("http://u:p/w@h", "http://h"),
         ("http://u:/p?w#@h:1/x", "http://h:1/x"),
+        ("http://u:12/p@h", "http://h"),
+        ("http://u.v:12/p@h.example:1/x", "http://h.example:1/x"),
+        ("http://u.v:80#p@h and http://u:123456/p@h", "http://h and http://h"),
+        ("http://me@corp.example:p@h", "http://h"),
+        ("http://u:p://w@h", "http://h"),
         ("http://u%3Ap%40w%2F@h", "http://h"),
         ("http://token@h/x, http://:p@h/y", "http://h/x, http://h/y"),
         ("http://u:p@h,https://v:q@i/z", "http://h,https://i/z"),
@@ -97,6 +105,20 @@ def test_secrets_in_urls_are_not_told(text, told):
     assert redact(text) == told
 
 
+@pytest.mark.parametrize("user", ["u", "me@corp.example", "u.v", ""])
+@pytest.mark.parametrize(
+    "quoted", [str, json.dumps, repr, lambda text: str([text, "a b"])], ids=["plain", "JSON", "repr", "list"]
+)
+def test_no_password_is_told_whatever_it_holds(user, quoted):
+    """Fault: one of ASCII's signs, or a number before it, is taken for the end of the password."""
+    signs = [*map("".join, itertools.product(string.punctuation, repeat=2)), "://", "@@/", ""]
+    passwords = [f"{start}hun{sign}ter2" for start in ("", "/", "12", "12/", "123456/") for sign in signs]
+    for password in passwords:
+        told = redact(quoted(f"no answer from http://{user}:{password}@host:9000/path?query=1, twice"))
+        assert "hun" not in told, password
+        assert "ter2" not in told, password
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -104,6 +126,7 @@ def test_secrets_in_urls_are_not_told(text, told):
         "s3://bucket/a@b/who?#.tar",
         "file:///set#1/a?b@c",
         "http://127.0.0.1:8333/bucket/a@b",
+        "http://s3.example:9000/bucket/icon@2x.png, http://localhost:9000/a@b",
         "http://[::1]:8333/bucket/a@b",
         "http://h: 5 @ 3? yes #1, a@b.c",
         "C:\\set#1 50 % p:q@h",
