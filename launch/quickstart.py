@@ -80,7 +80,7 @@ class Quickstart:
         with ExitStack() as stack:
             with self._timed("services"):
                 servers = stack.enter_context(services(self.root))
-            os.environ.update(servers.s3.env)  # boto3's own chain, here and in the children
+            servers.adopt()
             with self._timed("pack"):
                 pack_openmoji(self.config, servers)
             started = time.time()

@@ -38,6 +38,12 @@ class Services:
         """Overrides that point a config at these servers, for `--set`."""
         return [f"data.endpoint_url={self.s3.endpoint_url}", f"tracking.mlflow_url={self.mlflow_url}"]
 
+    def adopt(self) -> None:
+        """Have boto3 and MLflow, here and in child processes, use these servers' credentials and no others."""
+        for name in os.environ.keys() - _without_others().keys():
+            del os.environ[name]
+        os.environ.update(self.s3.env)
+
 
 @contextmanager
 def services(root: Path, ui_port: int | None = None) -> Iterator[Services]:
@@ -97,15 +103,19 @@ def _command(root: Path, port: int) -> list[str]:
 
 def _environment(s3: S3Server) -> dict[str, str]:
     """This process's environment without settings for other servers, with the embedded S3's credentials."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_"))}
     return {
-        **inherited,
+        **_without_others(),
         **s3.env,
         "MLFLOW_S3_ENDPOINT_URL": s3.endpoint_url,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves processes for jobs, which are not used
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
     }
+
+
+def _without_others() -> dict[str, str]:
+    """This process's environment without settings for other servers, such as a session token or a profile of AWS."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_"))}
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

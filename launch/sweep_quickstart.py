@@ -5,7 +5,6 @@ Interrupted (Ctrl-C, SIGTERM, even kill -9), the same command continues; finishe
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ def main() -> int:
     supervisor.on_request(signal.default_int_handler)
     try:
         with services(args.root) as servers:
-            os.environ.update(servers.s3.env)  # boto3's own chain, here and in the children
+            servers.adopt()
             pack_openmoji(validate(base, sweep.base), servers)
             return _sweep(servers, args.config, output, args.set)
     except KeyboardInterrupt:

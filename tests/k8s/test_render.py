@@ -14,6 +14,7 @@ from tests.k8s.expand import expand
 from tests.k8s.objects import containers
 from tests.k8s.render import K8S, documented, parse, told
 from tests.k8s.trainer import jobset_of
+from tests.support.planted import Planted
 from tests.support.processes import ROOT
 from warm_dist.config.run import load_config
 from warm_dist.config.sweep import load_sweep
@@ -43,6 +44,17 @@ def test_a_training_for_32_gpus():
     text = json.dumps(job)
     assert settings["metadata"]["name"] in text
     assert '{"name": "WORLD_SIZE", "value": "32"}' in text
+
+
+@pytest.mark.parametrize(
+    "words", [TRAIN, SWEEP, [*PACK, "digits", "s3://b/c", "--resolution", "8"]], ids=["training", "sweep", "pack"]
+)
+def test_nothing_of_the_environment_is_rendered(words, tmp_path, monkeypatch):
+    planted = Planted(tmp_path)
+    for name, value in planted.env.items():
+        monkeypatch.setenv(name, value)
+    objects, said = told(*words)
+    assert planted.told(json.dumps(objects), said) == []
 
 
 def test_the_config_in_the_pod_is_the_file_s_but_for_the_pod(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,10 +38,13 @@ def telling(paths: Iterable[Path], secrets: Iterable[str]) -> set[str]:
 
 
 class Watch:
-    """`with Watch(mark, secrets) as watch:`; addresses: of listening sockets; told: command lines and open files with a secret."""
+    """`with Watch(mark, secrets) as watch:`; addresses: of listening sockets; told: what tells a secret.
 
-    def __init__(self, mark: str, secrets: Iterable[str] = ()) -> None:
-        self.mark, self.secrets = mark, list(secrets)
+    That is a command line, an open file, or a file in `folder`, even if it does not stay there.
+    """
+
+    def __init__(self, mark: str, secrets: Sequence[str] = (), folder: Path | None = None) -> None:
+        self.mark, self.secrets, self.folder = mark, secrets, folder
         self.addresses, self.told = set[str](), set[str]()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -58,6 +61,7 @@ class Watch:
         while not self._end.wait(EVERY_S):
             pids = [process.pid for process in marked(self.mark)]
             self.addresses |= listening(pids)
+            self.told |= telling(self.folder.rglob("*"), self.secrets) if self.folder else set()
             for pid in pids:
                 with suppress(psutil.Error):
                     words = psutil.Process(pid).cmdline()

@@ -40,3 +40,13 @@ def test_a_server_that_died_or_hangs_is_not_waited_for(
     process: Any = SimpleNamespace(poll=lambda: code)
     with pytest.raises(UnreachableError, match=r"did not start \(refused\); .*ends:\n  no such database"):
         services._wait_until_healthy("http://127.0.0.1:9", process, tmp_path / "log")
+
+
+def test_other_servers_credentials_do_not_reach_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a session token or a profile in the user's environment makes the embedded S3 refuse the quickstart."""
+    monkeypatch.setattr(
+        services.os, "environ", {"HOME": "h", "AWS_SESSION_TOKEN": "t", "AWS_PROFILE": "p", "MLFLOW_X": "x"}
+    )
+    ours: Any = SimpleNamespace(env={"AWS_ACCESS_KEY_ID": "k"})
+    services.Services(ours, "http://127.0.0.1:9", ours).adopt()
+    assert services.os.environ == {"HOME": "h", "AWS_ACCESS_KEY_ID": "k"}
