@@ -181,9 +181,9 @@ def _shown(text: str) -> str:
     return "\n".join(map(printable, redact(text).split("\n")))
 
 
-def print_once(text: str) -> None:
-    """As `print_line`, but each text only once in a process."""
-    if text not in _printed:
+def print_once(text: str, shared: bool = False) -> None:
+    """As `print_line`, but each text only once in a process. shared: all ranks say it, and only the first one is heard."""
+    if text not in _printed and not (shared and _mute):
         _printed.add(text)
         print_line(text)
 

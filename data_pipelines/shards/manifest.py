@@ -80,7 +80,8 @@ def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
         raise DataError(f"{url}: {damage}") from None
     if not certified:
         print_once(
-            f"{url}: has no digest, since an older version wrote it; damage may go unnoticed until it is packed anew"
+            f"{url}: has no digest, since an older version wrote it; damage may go unnoticed until it is packed anew",
+            shared=True,
         )
     return manifest
 

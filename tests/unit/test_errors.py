@@ -167,6 +167,17 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys) -> None:
     assert more == r"  more\r"
 
 
+def test_what_all_ranks_say_is_said_by_the_first(monkeypatch, capsys) -> None:
+    """Fault: a line about the data comes once from every rank; or what one rank alone has seen is not told."""
+    monkeypatch.setattr(errors, "_mute", True)
+    errors.print_once("of all", shared=True)
+    errors.print_once("of this one")
+    errors.leave_the_word(False)
+    for _ in range(2):
+        errors.print_once("of all", shared=True)
+    assert capsys.readouterr().err == "of this one\nof all\n"
+
+
 def test_reasons_have_no_addresses_and_are_never_empty() -> None:
     assert errors.reason(ValueError("cannot identify\n <_io.BytesIO object at 0x7f21aa>")) == "cannot identify the data"
     assert errors.reason(MemoryError()) == "MemoryError"

@@ -64,7 +64,7 @@ def load_weights(path: Path, device: torch.device | None = None) -> Model:
     except (KeyError, TypeError, json.JSONDecodeError):
         raise CheckpointError(f"{path}: not made by launch/export.py (no config inside)") from None
     if not certified:
-        print_once(f"{path}: has no digest, since an older version wrote it; damage would go unnoticed")
+        print_once(f"{path}: has no digest, since an older version wrote it; damage would go unnoticed", shared=True)
     network = build(config)
     try:
         adopt(network, state)

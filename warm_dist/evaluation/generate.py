@@ -50,7 +50,10 @@ def draw_labels(model: Model, sampler: SamplerConfig, seed: int, indices: Sequen
     if sampler.classes == "even" or not num_classes:
         return sample_labels(seed, indices, num_classes)
     if len(counts) != num_classes:
-        print_once("these weights do not know the classes' shares, since an older version wrote them; drawn evenly")
+        print_once(
+            "these weights do not know the classes' shares, since an older version wrote them; drawn evenly",
+            shared=True,
+        )
         return sample_labels(seed, indices, num_classes)
     return sample_labels(seed, indices, num_classes, counts)
 
