@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 from launch.arguments import parse_training
 from warm_dist import errors, supervisor
 from warm_dist.config.batch import check_world_size
 from warm_dist.config.run import load_config
-
-
-def _world_size() -> int:
-    """The launcher's number of ranks; unset or empty: 1."""
-    text = os.environ.get("WORLD_SIZE", "").strip() or "1"
-    if not text.isdecimal():
-        raise errors.ConfigError(f"WORLD_SIZE={text!r}: needs a number; the launcher sets it")
-    return int(text)
+from warm_dist.distributed.environment import from_environment
 
 
 def main() -> int:
     supervisor.end_with_launcher()  # before the imports of seconds
     args = parse_training(__doc__)
     config = load_config(args.config, args.set)
-    size = args.world_size or _world_size()
+    size = args.world_size or from_environment("WORLD_SIZE", 1)
     if args.dry_run:
         from warm_dist.training.dry_run import dry_run
 

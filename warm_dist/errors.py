@@ -227,7 +227,8 @@ def run(main: Callable[[], int | None]) -> None:
     (`| head`), it ends in silence as by SIGPIPE.
     """
     adapt()
-    leave_the_word(os.environ.get("LOCAL_RANK", "0") != "0")
+    local_rank = os.environ.get("LOCAL_RANK", "").strip()  # no number: said by everyone
+    leave_the_word(local_rank.isdecimal() and int(local_rank) > 0)
     try:
         try:
             sys.exit(main() or EXIT_OK)

@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
 from warm_dist.cpus import usable_cpus
+from warm_dist.distributed.environment import from_environment
 from warm_dist.errors import ConfigError, PortError, UnreachableError, leave_the_word, print_line
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -101,21 +102,13 @@ def join(timeout_s: int, join_s: int = JOIN_S) -> World:
     return World(rank, size, device, control)
 
 
-def from_environment(name: str, default: int) -> int:
-    """An environment variable that counts ranks; unset or empty: the default. Raises ConfigError for anything else."""
-    text = os.environ.get(name, "").strip() or str(default)
-    if not text.isdecimal():
-        raise ConfigError(f"{name}={text!r}: needs a number; the launcher sets it")
-    return int(text)
-
-
 def master_address() -> str:
     """`host:port` of the rendezvous store, which rank 0 (under torchrun: an agent) serves."""
     return "{}:{}".format(*_address())
 
 
 def _address() -> tuple[str, int]:
-    return os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
+    return os.environ["MASTER_ADDR"], from_environment("MASTER_PORT", 29500)
 
 
 def beat_key(rank: int) -> str:
@@ -224,8 +217,8 @@ def use_device(device: torch.device) -> None:
 def prepare_host() -> None:
     """Divide the CPUs that are ours among the node's ranks, unless OMP_NUM_THREADS is set, and `keep_freed_memory` without a GPU."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, usable_cpus() // local))
+        local = from_environment("LOCAL_WORLD_SIZE", from_environment("LOCAL_SIZE", 1))
+        torch.set_num_threads(max(1, usable_cpus() // max(1, local)))
     if not torch.cuda.is_available():
         keep_freed_memory()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import statistics
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 from warm_dist.config.run import Config
 from warm_dist.diffusion.heads import Loss
 from warm_dist.distributed.collectives import gather
+from warm_dist.distributed.environment import from_environment
 from warm_dist.distributed.world import World
 from warm_dist.networks.flops import flops_per_image, peak_flops
 from warm_dist.tracking.machine_load import MachineLoad
@@ -50,7 +50,7 @@ class StepMetrics:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
         self.flops = flops_per_image(config)
         self.peak = peak_flops(config, world.device)
-        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        first_here = from_environment("LOCAL_RANK", 0) == 0
         self.meter = MachineLoad(Path(config.output)) if first_here else None  # one per machine
         self.gathers_in_forward = config.engine == "deepspeed" and config.parallel.zero_stage == 3
         self.nimg = self.num_steps = 0
