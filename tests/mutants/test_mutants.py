@@ -10,7 +10,7 @@ from collections import Counter
 from tests.mutants.run import LIST, ROOT, main, mutated, read
 
 AREAS = ("process", "heads", "samplers", "network", "engine", "ema", "checkpoint", "lanes", "loader", "evaluation", "mirror",
-         "sweep", "manifests", "packing", "record", "durable", "store", "others")  # fmt: skip
+         "sweep", "manifests", "packing", "record", "durable", "store", "environment", "others")  # fmt: skip
 
 
 def test_every_fault_can_be_put_in_and_its_tests_exist():

@@ -20,6 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(module, "_UNWIND_S", 30.0)  # the test's process is not one to be ended
     before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield
