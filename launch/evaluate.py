@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mlflow-url", help="default: the config's tracking.mlflow_url; '' for none")
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, as_bnr), _numbers("--nfe", args.nfe, int)
-    args.method = [name for text in args.method for name in text.split(",") if name] or [None]
+    args.method = _parts("--method", args.method) or [None]
     check_least(
         {"--num-images": (args.num_images, 2), "--batch-size": (args.batch_size, 1), "--blocks": (args.blocks, 1)}
     )
@@ -62,9 +62,19 @@ def parse() -> argparse.Namespace:
 def _numbers(flag: str, texts: list[str], kind: Callable[[str], float]) -> list[Any]:
     """The distinct numbers in texts separated by commas; [None] if there are none."""
     try:
-        return list(dict.fromkeys(kind(part) for text in texts for part in text.split(",") if part)) or [None]
+        return list(dict.fromkeys(map(kind, _parts(flag, texts)))) or [None]
     except ValueError:
         raise ConfigError(f"{flag} {' '.join(texts)}: needs numbers, such as 9,18,35") from None
+
+
+def _parts(flag: str, texts: list[str]) -> list[str]:
+    """What stands between the commas of all texts. Raises ConfigError for an empty part."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(
+            f"{flag} {' '.join(map(repr, texts))}: has an empty entry; write A,B or A B, or leave out {flag}"
+        )
+    return parts
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 def _squarable(value: float) -> float:
     if value and not 1e-15 <= abs(value) <= 1e15:
         raise ValueError("needs a size from 1e-15 to 1e15, whose square float32 can hold")
-    return value
+    return value or 0.0  # not -0.0, which messages would show
 
 
 def whole(value: Any) -> Any:
