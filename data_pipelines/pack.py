@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -42,7 +43,6 @@ from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
 
 RAW_UP_TO = 64  # pixels: up to this size raw arrays are hardly larger than PNGs and need no decoding
-_PRINTED = 20  # bad images on stderr; bad_images.json lists all
 
 
 class _Shard(NamedTuple):
@@ -101,6 +101,7 @@ class Packing:
         facts = (source.identity, len(source), source.class_names, resolution, shard_size, payload, version("pillow"))
         recipe = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         self.output = _Output(out_url, endpoint_url, recipe, resolution, payload)
+        self._names: dict[int, str] = {}  # number → name of the shards that are known to be stored
 
     def run(
         self, part: tuple[int, int] = (1, 1), workers: int = 1, progress: Callable[[int], object] = lambda count: None
@@ -120,8 +121,10 @@ class Packing:
         ours = range(self.num_shards * (share - 1) // shares, self.num_shards * share // shares)
         done = packing_record.finished(self.store, self.output.recipe)
         progress(sum(self._count(number) for number in ours if number in done))
+        self._names = {number: packing_record.shard_of(path) for number, path in done.items()}
         missing = (self._shard(number) for number in ours if number not in done)
-        for number in in_processes(partial(_make, self.output), missing, workers):
+        for number, name in in_processes(partial(_make, self.output), missing, workers):
+            self._names[number] = name
             progress(self._count(number))
         return self.num_shards - len(packing_record.finished(self.store, self.output.recipe))
 
@@ -137,6 +140,8 @@ class Packing:
     def _finish(self) -> Manifest:
         records = packing_record.finished(self.store, self.output.recipe)
         if len(records) < self.num_shards:
+            if manifest := self._finished_by_another():
+                return manifest
             lost = f"{self.num_shards - len(records)} of {count(self.num_shards, 'shard')} have no record"
             raise OutputError(
                 f"{self.store.url}: {lost}; if another packing has just ended here, run the same command again"
@@ -146,7 +151,7 @@ class Packing:
         for part in packing_record.load_all(self.store, [records[number] for number in range(self.num_shards)]):
             bad.extend(part.bad)
             indexed += [part.indexed] if part.indexed else []
-        _report(bad, self.store)
+        packing_record.report(self.store, bad)
         total, listed = count(len(self.source), "image"), f"listed in {self.store.url}/{BAD}"
         if not indexed:
             raise DataError(f"none of {total} decodes, {listed}")
@@ -163,6 +168,16 @@ class Packing:
         manifest = write_manifest(self.store, merged)
         self._clean(former, {shard.name for shard in manifest.shards})
         return manifest
+
+    def _finished_by_another(self) -> Manifest | None:
+        """The manifest of the same shards, if the same command has just written it elsewhere."""
+        known = [name for _, name in sorted(self._names.items()) if name != packing_record.EMPTY]
+        with suppress(DataError):
+            manifest = read_manifest(f"{self.store.url}/{NAME}", self.endpoint_url)
+            if len(self._names) == self.num_shards and [shard.name for shard in manifest.shards] == known:
+                self._clean(set(), set(known))  # records that were written since
+                return manifest
+        return None
 
     def _count(self, number: int) -> int:
         return min(self.shard_size, len(self.source) - number * self.shard_size)
@@ -182,20 +197,20 @@ class Packing:
         self.store.discard_partials(re.compile(ours))
 
 
-def _make(output: _Output, shard: _Shard) -> int:
-    """Write a shard and its record, or only the record if no image decodes; returns its number. Runs in any process."""
+def _make(output: _Output, shard: _Shard) -> tuple[int, str]:
+    """Write a shard and its record, or only the record if no image decodes; returns number and name. Runs in any process."""
     store = shared_store(output.url, output.endpoint_url)
     bad: list[BadImage] = []
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
-        indexed = None
+        indexed, name = None, packing_record.EMPTY
         if _write(local, _named(shard, bad), output.resolution, output.payload):
             indexed = index_shard(local, f"{shard.number:06d}")
             name = f"{shard.number:06d}-{indexed.shard.sha256[:12]}.tar"
             store.upload(name, local)
             indexed = replace(indexed, shard=indexed.shard._replace(name=name))
     packing_record.save(store, output.recipe, shard.number, Part(indexed, bad))
-    return shard.number
+    return shard.number, name
 
 
 def _named(shard: _Shard, bad: list[BadImage]) -> Iterator[tuple[str, Sample]]:
@@ -225,7 +240,6 @@ def _tar_writer() -> Any:
 def _write(local: Path, samples: Iterable[tuple[str, Sample]], resolution: int | None, payload: str | None) -> int:
     """Write a tar and return its number of images."""
     TarWriter = _tar_writer()
-
     count = 0
     with (
         writing(local.parent, "; set TMPDIR elsewhere"),
@@ -252,18 +266,6 @@ def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
     except DataError:
         return set()
     return {shard.name for shard in shards if SHARD.fullmatch(shard.name)}  # never delete shards of other programs
-
-
-def _report(bad: Sequence[BadImage], store: Store) -> None:
-    for item in bad[:_PRINTED]:
-        print(f"left out: {printable(item.key)}: {printable(item.reason)}", file=sys.stderr)
-    if len(bad) > _PRINTED:
-        print(f"left out: {len(bad) - _PRINTED} more, see {store.url}/{BAD}", file=sys.stderr)
-    if bad:
-        text = json.dumps([{"key": item.key, "reason": item.reason} for item in bad], indent=1)
-        store.write(BAD, text.encode())
-    else:
-        store.delete(BAD)
 
 
 def _part(text: str) -> tuple[int, int]:

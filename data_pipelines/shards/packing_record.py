@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,15 @@ import numpy as np
 
 from data_pipelines.shards.indexed import Indexed
 from data_pipelines.shards.manifest import Shard
-from data_pipelines.shards.names import LISTING, PARTS
+from data_pipelines.shards.names import BAD, LISTING, PARTS
 from data_pipelines.shards.statistics import Statistics
 from data_pipelines.sources.base import BadImage
-from warm_dist.errors import DataError, reason
+from warm_dist.errors import DataError, printable, reason
 from warm_dist.store.base import Store
 
 EMPTY = "empty"  # instead of the shard's name if no image decodes
 _READERS = 8
+_PRINTED = 20  # images left out, on stderr
 _ROWS = ("label", "offset", "length", "crc32")
 _SUMS = ("total", "squares", "products")
 
@@ -82,6 +84,19 @@ def load_listing(store: Store) -> list[str]:
     except (DataError, ValueError, TypeError, KeyError):
         return []
     return [str(line) for line in told] if isinstance(told, list) else []
+
+
+def report(store: Store, bad: Sequence[BadImage]) -> None:
+    """Tell on stderr which images are left out, and list them all in bad_images.json."""
+    for item in bad[:_PRINTED]:
+        print(f"left out: {printable(item.key)}: {printable(item.reason)}", file=sys.stderr)
+    if len(bad) > _PRINTED:
+        print(f"left out: {len(bad) - _PRINTED} more, see {store.url}/{BAD}", file=sys.stderr)
+    if bad:
+        text = json.dumps([{"key": item.key, "reason": item.reason} for item in bad], indent=1)
+        store.write(BAD, text.encode())
+    else:
+        store.delete(BAD)
 
 
 def load_all(store: Store, paths: Sequence[str]) -> Iterator[Part]:

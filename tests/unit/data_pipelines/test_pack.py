@@ -12,6 +12,7 @@ import pytest
 
 from data_pipelines import pack as pack_module
 from data_pipelines.pack import Packing, pack
+from data_pipelines.shards import packing_record
 from data_pipelines.shards.manifest import NAME, read_manifest
 from data_pipelines.shards.names import BAD, LISTING
 from data_pipelines.shards.payload import PAYLOADS, decode
@@ -215,6 +216,24 @@ def test_what_the_command_leaves_out_is_told_and_kept(tmp_path: Path, capsys: py
     with pytest.raises(DataError, match="none of 2 images decodes"):
         call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--max-decoded-mb", 0)
     assert "8x8 pixels would take 1 MB, --max-decoded-mb allows 0" in capsys.readouterr().err
+
+
+def test_the_same_packing_twice_at_once_is_one_data_set(tmp_path: Path) -> None:
+    """Fault: the second finds the records deleted and ends with an error, though the data set is complete."""
+    first, second = (Packing(noise_source(21), str(tmp_path / "out"), shard_size=8) for _ in range(2))
+    assert first.run() == 0
+    second.run()
+    manifest = first.finish()
+    late = manifest.shards[1].name
+    record = tmp_path / "out" / packing_record.path_of(second.output.recipe, 1, late)
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b"written after the first had ended")
+    assert second.finish().info.fingerprint == manifest.info.fingerprint
+    pack(noise_source(21), str(tmp_path / "alone"), shard_size=8)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    other = Packing(noise_source(22), str(tmp_path / "out"), shard_size=8)
+    with pytest.raises(OutputError, match="3 of 3 shards have no record"):
+        other.finish()
 
 
 def test_records_that_another_packing_removed_are_missed_by_name(tmp_path: Path) -> None:
