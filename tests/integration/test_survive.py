@@ -16,6 +16,7 @@ import torch
 
 from data_pipelines.pack import pack
 from data_pipelines.sources.open import open_source
+from tests.support.packing import contents, noise_source
 from tests.support.paths import ROOT
 from tests.support.processes import free_port, wait_for
 from tests.support.training import BATCH, STEPS, finish, fork, fork_ranks, losses, outcome, reached
@@ -186,6 +187,21 @@ def test_a_disk_that_is_full_in_mid_write_leaves_the_checkpoint_before(small_dis
         "COMPLETE",
     }
     assert complete_names(storage.local, CHECKPOINTS) == [name_of(CHECKPOINTS, 8)]
+
+
+def test_a_disk_that_is_full_while_packing_keeps_no_half_of_a_shard(small_disk, tmp_path):
+    """Fault: what was written of the shard stays, under its own name or another."""
+    source, out = noise_source(600, 64), small_disk / "data"
+    with pytest.raises(errors.OutputError, match=r"No space left on device.*the same command goes on"):
+        pack(source, str(out), shard_size=150)
+    whole = pack(source, str(tmp_path / "whole"), shard_size=150)
+    named = {shard.name: shard.size_bytes for shard in whole.shards}
+    left = {path.name: path.stat().st_size for path in out.glob("*.*") if not path.name.startswith(".packing")}
+    assert 0 < len(left) < len(named)
+    assert left.items() < named.items()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    pack(source, str(out), shard_size=150)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_prometheus_is_served_while_training(local_config, tmp_path):
