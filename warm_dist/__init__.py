@@ -6,12 +6,16 @@ It is the first that a command reads, and sees to it that Ctrl-C ends the comman
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 __version__ = "0.1.0"
 _COMMANDS = tuple(
     f"{os.path.dirname(os.path.dirname(__file__))}/{package}/" for package in ("launch", "data_pipelines")
 )
+
+_PATIENCE_S, _RETRY_S = 1.0, 0.05  # for an import to end, after which what the command has started is ended in order
+_asked = 0.0
 
 
 def guard_start() -> None:
@@ -25,16 +29,22 @@ def guard_start() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """The end, at once, until `errors.run` has begun and during imports; else as signal.default_int_handler."""
-    begun = False
+    """The end, at once, until `errors.run` has begun; then as signal.default_int_handler, as soon as no import runs."""
+    global _asked
+    begun = importing = False
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(130)
+        importing |= frame.f_code.co_filename.startswith("<frozen importlib")
         begun |= frame.f_code.co_name == "run" and frame.f_globals.get("__name__") == "warm_dist.errors"
         frame = frame.f_back
     if not begun:
         os._exit(130)
-    raise KeyboardInterrupt
+    if not importing:
+        raise KeyboardInterrupt
+    _asked = _asked or time.monotonic()
+    if time.monotonic() > _asked + _PATIENCE_S:
+        os._exit(130)
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
 
 
 guard_start()

@@ -96,7 +96,8 @@ def test_what_was_saved_survives_the_cut(image: Path, tmp_path: Path) -> None:
             assert restored is not None
             assert restored >= last, f"announced {last}, found {complete_names(mine.storage.local, CHECKPOINTS)}"
             assert said == [], "no checkpoint is damaged"
-            assert all(nimg_of(name) >= last - 8 for name in complete_names(mine.storage.local, CHECKPOINTS))
+            # the end of an older one reaches the disk with the next save
+            assert all(nimg_of(name) >= last - 16 for name in complete_names(mine.storage.local, CHECKPOINTS))
             assert max(record["nimg"] for record in read_metrics(disk / "run" / "metrics.jsonl")) >= last
             attempt = read_record(disk / "run" / "run.json", Attempt)
             assert attempt is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,21 +49,24 @@ class Watch:
         self.mark, self.secrets, self.folder = mark, secrets, folder
         self.addresses, self.told = set[str](), set[str]()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Watch:
-        self._thread.start()
+        self._watching = self._thread.submit(self._watch)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.shutdown()
+        self._watching.result()  # a watch that has ended early has seen nothing
 
     def _watch(self) -> None:
         while not self._end.wait(EVERY_S):
             pids = [process.pid for process in marked(self.mark)]
             self.addresses |= listening(pids)
-            self.told |= telling(self.folder.rglob("*"), self.secrets) if self.folder else set()
+            if self.folder:  # os.walk passes over a folder that is removed meanwhile
+                files = (Path(place, name) for place, _, names in os.walk(self.folder) for name in names)
+                self.told |= telling(files, self.secrets)
             for pid in pids:
                 with suppress(psutil.Error):
                     words = psutil.Process(pid).cmdline()
