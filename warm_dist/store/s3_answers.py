@@ -14,9 +14,7 @@ from warm_dist.errors import AccessError, BucketError, ConfigError, DataError, M
 BODY_S = 30  # limit for one body; another connection may be faster
 PIECE_BYTES = 256 << 10  # per read from a body
 _KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
-_CLOCK = (
-    "this machine's clock differs by more than 15 minutes; set it (`date -u` shows it), and the same command goes on"
-)
+_CLOCK = "this machine's clock differs by more than 15 minutes; set it (`date -u` shows it)"
 
 
 class OddAnswerError(UnreachableError):
