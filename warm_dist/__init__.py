@@ -22,10 +22,14 @@ def guard_start() -> None:
     """Have Ctrl-C end a command of ours at once while it reads its modules; other programs are left alone.
 
     Some libraries catch the KeyboardInterrupt that meets them there, and Python prints a traceback of the others.
+    Standard streams that are closed are /dev/null from here on, lest a file takes their number and gets what is printed.
     """
     program = sys.argv[0] if sys.argv else ""  # "-m" while `python -m` looks for the module
     if program == "-m" or os.path.realpath(program).startswith(_COMMANDS):
         signal.signal(signal.SIGINT, _interrupt)
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

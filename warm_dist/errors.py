@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _printed: set[str] = set()
 _mute = False
@@ -123,7 +124,7 @@ def writing(target: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OutputError
+        kind = DiskFullError if error.errno in _FULL else OutputError
         advice = "; make room, and the same command goes on" if kind is DiskFullError else hint
         raise kind(f"{target}: cannot be written ({error.strerror or error}){advice}") from None
 
@@ -199,6 +200,8 @@ def adapt() -> None:
 
     What the terminal's encoding lacks is escaped, and servers on this machine are reached without a proxy.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # None: it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -245,3 +248,7 @@ def run(main: Callable[[], int | None]) -> None:
         if not poll.poll(0):
             raise  # another pipe or a socket
         os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:  # files are written inside `writing`
+            end(DiskFullError(f"what this command prints cannot be written ({error.strerror})"))
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import io
 import itertools
@@ -269,3 +270,40 @@ def test_only_our_commands_end_so(monkeypatch, as_before):
         monkeypatch.setattr(sys, "argv", [program])
         warm_dist.guard_start()
         assert (signal.getsignal(signal.SIGINT) is not before) == guarded, program
+
+
+def test_a_disk_that_is_full_where_a_command_prints(monkeypatch, capsys):
+    """Fault: the data set is packed, and a traceback says that the program is broken."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def main(name=None):
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    with pytest.raises(OSError, match="No space"):  # _exit returns here
+        errors.run(main)
+    assert codes == [8]
+    assert "what this command prints cannot be written (No space left on device)" in capsys.readouterr().err
+    with pytest.raises(OSError, match=r"x\.bin"):
+        errors.run(lambda: main("x.bin"))
+    assert codes == [8]
+
+
+def test_a_stream_that_is_closed_is_no_fault(monkeypatch):
+    """Fault: `train.py >&-` trains to the end, and then a traceback ends it with 1."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: print("finished"))
+    assert caught.value.code == 0
+    sys.stdout.close()
+
+
+def test_numbers_of_closed_streams_are_taken_at_once(monkeypatch, as_before):
+    """Fault: stdout is closed, the next file gets its number, and what a library prints goes into that file."""
+    opened, inherited = iter([1, 7]), []
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(os, "open", lambda *_: next(opened))
+    monkeypatch.setattr(os, "close", lambda number: inherited.append(-number))
+    monkeypatch.setattr(os, "set_inheritable", lambda number, _: inherited.append(number))
+    warm_dist.guard_start()
+    assert inherited == [1, -7]

@@ -205,6 +205,11 @@ DATA: list[tuple[str, int, str]] = [
         2,
         '--set data.manifest: needs s3://bucket/prefix or a path on this machine, got "ftp://a/manifest.parquet"',
     ),
+    (
+        "data.endpoint_url=http://127.0.0.1:99999",
+        2,
+        '--set data.endpoint_url: needs the URL of a server, http://… or https://…, got "http://127.0.0.1:99999"',
+    ),
     ("data.resolution=16", 2, "data.resolution is 16, d8/manifest.parquet has 8; set data.resolution to 8"),
     ("data.channels=3", 2, "data.channels is 3, d8/manifest.parquet has 1; set data.channels to 1"),
     ("data.num_classes=3", 2, "data.num_classes is 3, d8/manifest.parquet has 10; set data.num_classes to 10"),

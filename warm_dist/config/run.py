@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.urls import URL, Download, LocalPath, NoSecrets, Place
+from warm_dist.config.urls import URL, Download, LocalPath, NoSecrets, Place, Server
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
@@ -22,7 +22,7 @@ class DataConfig(Section):
     """Which data set to train on, and how its images are read and shuffled."""
 
     manifest: Place = Field(description="URL of manifest.parquet: s3://bucket/prefix/manifest.parquet or a local path")
-    endpoint_url: URL | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
+    endpoint_url: Server | None = Field(None, description="S3 endpoint, e.g. http://127.0.0.1:8333; null: AWS")
     resolution: Size = Field(description="height = width, pixels; must equal the manifest's")
     channels: Size = Field(3, description="colour channels of an image; must equal the manifest's")
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
@@ -140,7 +140,7 @@ class CheckpointConfig(Section):
     """Where checkpoints go besides the run's folder, and which of them stay."""
 
     url: Place | None = Field(None, description="also upload them to s3://bucket/prefix or a folder; null: no")
-    endpoint_url: URL | None = Field(None, description="S3 endpoint of url; null: AWS")
+    endpoint_url: Server | None = Field(None, description="S3 endpoint of url; null: AWS")
     keep_last: Positive = Field(2, description="newest checkpoints to keep")
     keep_every_nimg: Positive | None = Field(None, description="also keep the checkpoints at multiples of this nimg")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
-from warm_dist.config.urls import URL, LocalPath, Place
+from warm_dist.config.urls import URL, LocalPath, Place, Server
 from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
@@ -89,7 +89,7 @@ class SweepConfig(Section):
         default_factory=dict, description="changes to base for all trials, by dotted path"
     )
     output: Place = Field(description="where trials and results go: a local or shared folder, or s3://bucket/prefix")
-    endpoint_url: URL | None = Field(None, description="S3 endpoint of output; null: AWS")
+    endpoint_url: Server | None = Field(None, description="S3 endpoint of output; null: AWS")
     node_dir: LocalPath = Field(
         "~/.cache/warm-dist/sweeps",
         validate_default=True,

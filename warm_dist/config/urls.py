@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
@@ -27,6 +29,14 @@ def _not_empty(url: str) -> str:
     return url
 
 
+def _of_a_server(url: str) -> str:
+    with suppress(ValueError):  # a port that is no number, or too large
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    raise ValueError("needs the URL of a server, http://… or https://…")
+
+
 def _web_or_place(url: str) -> str:
     return url if url.startswith(("http://", "https://")) else place(url)
 
@@ -34,15 +44,16 @@ def _web_or_place(url: str) -> str:
 NoSecrets = AfterValidator(_without_secrets)
 URL = Annotated[str, AfterValidator(_not_empty), NoSecrets]
 """A URL without credentials."""
+Server = Annotated[URL, AfterValidator(_of_a_server)]
 LocalPath = Annotated[str, NoSecrets, AfterValidator(local_path)]
 Place = Annotated[str, NoSecrets, AfterValidator(place)]
 Download = Annotated[str, NoSecrets, AfterValidator(_web_or_place)]
 """A Place, or a web server's URL."""
 
 
-def check_url(url: str) -> str:
-    """Return a URL or path from a command line. Raises ConfigError if it holds credentials."""
+def check_url(url: str, server: bool = False) -> str:
+    """Return a URL or path from a command line. Raises ConfigError if it holds credentials, or is no server's."""
     try:
-        return _without_secrets(url)
+        return _of_a_server(_without_secrets(url)) if server else _without_secrets(url)
     except ValueError as error:
         raise ConfigError(f"{redact(url)}: {error}") from None

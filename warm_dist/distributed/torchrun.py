@@ -7,6 +7,7 @@ if there is one machine, else on the address that the others are told. The argum
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 
 from warm_dist.distributed.world import listen
+from warm_dist.supervisor import REQUESTS
 
 LOOPBACK = "127.0.0.1"
 
@@ -41,6 +43,10 @@ def main() -> None:
     args = run.parse_args(sys.argv[1:])
     if run.parse_min_max_nnodes(args.nnodes) == (1, 1):
         args.local_addr = args.local_addr or LOOPBACK
+    if not any(word.startswith("--signals") for word in sys.argv):  # passed on to the ranks
+        args.signals_to_handle = ",".join(
+            signal.Signals(number).name for number in (*REQUESTS, signal.SIGINT, signal.SIGQUIT)
+        )
     for module in (static_tcp_rendezvous, c10d_rendezvous_backend, dist):  # torch has no setting for it
         module.TCPStore = bound_store  # type: ignore[attr-defined]
     run.run(args)

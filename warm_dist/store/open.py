@@ -17,10 +17,11 @@ def open_store(url: str, endpoint_url: str | None = None) -> Store:
     endpoint_url: S3 endpoint; None: AWS. Credentials come from boto3's own chain.
     Raises ConfigError for a placeholder bucket or what is no such place.
     """
-    for text in (url, endpoint_url):
-        check_url(text or "")
+    check_url(url)
     if endpoint_url == "":
         raise ConfigError(f"{url}: its endpoint URL is an empty text; leave it out for AWS's own")
+    if endpoint_url is not None:
+        check_url(endpoint_url, server=True)
     try:
         path = place(url)
     except ValueError as error:

@@ -38,3 +38,10 @@ def test_a_placeholder_bucket_is_refused_before_any_connection(bucket: str, monk
     monkeypatch.setattr(S3Store, "_connect", lambda *_: pytest.fail("a client was made"))
     with pytest.raises(ConfigError, match=r"placeholder; set data\.manifest"):
         open_store(f"s3://{bucket}/data")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://127.0.0.1:99999", "http://:80", "http://x:0", "https://", "x:80"])
+def test_what_is_no_server_is_refused_as_an_endpoint(url: str) -> None:
+    """Fault: botocore's EndpointResolutionError at the first request."""
+    with pytest.raises(ConfigError, match=r"needs the URL of a server, http://… or https://…$"):
+        open_store("s3://bucket/x", url)
