@@ -89,7 +89,7 @@ def _read_edm(listing: Listing, file: File, read: Callable[[Any], bytes]) -> tup
         name, label = plain(pair[0]), pair[1]
         if type(label) is not int or not 0 <= label < MAX_LABEL:
             raise listing.damaged(
-                f"{file.name}: {name!r} has the label {_short(label)}, needs an integer from 0 on; {advice}"
+                f"{file.name}: {name!r} has the label {_short(label)}, needs an integer from 0 to {MAX_LABEL - 1}; {advice}"
             )
         if labels.setdefault(name, label) != label:
             raise listing.damaged(f"{file.name}: {name!r} has the labels {labels[name]} and {label}; {advice}")
@@ -147,6 +147,9 @@ def _by_folders(listing: Listing, pictures: Sequence[Split], choice: str | None)
         return _folder_labels(listing, [split for split in pictures if len(split.parts) >= depth + 2], depth)
     depth = _common(parents)
     lengths = {len(parent) - depth for parent in parents}
+    if lengths == {0} and listing.tables and choice is None:
+        ways = "--classes none takes no classes; class folders or EDM's dataset.json are read"
+        raise listing.refuse(f"{listing.tables[0]!r} may hold labels, but is not read; {ways}")
     if choice == "none" or lengths == {0}:
         listing.note(f"classes: none, {'by --classes none' if choice else 'the pictures are in one folder'}")
         return [(split.file, -1) for split in pictures], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any, NamedTuple
@@ -16,9 +16,11 @@ SPLITS = ("train", "validation", "test")
 _WORDS = {word: split for split, words in zip(SPLITS, ("train training", "validation valid val dev", "test testing eval"),
           strict=True) for word in words.split()}  # fmt: skip
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(sets?|[ab])?(?![a-z])")
-_MASK = r"masks?|annotations?|annos?|trimaps?|segmentations?|mattes?|ground[-_. ]?truths?"
+_TABLE = re.compile(r"(metadata|dataset|(.*[-_.])?(labels?|annotations?|classes))\.(csv|tsv|jsonl?|txt|mat|xml)")
+_PIECE = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
+_MASK = r"masks?|annotations?|annot?s?|annos?|trimaps?|segmentations?|mattes?|ground[-_. ]?truths?"
 _MASK_FOLDER = re.compile(
-    rf"(.*[-_. ])?({_MASK})([-_. ].*|\d*)|labels?|segs?|gt|gtfine|gtcoarse|depths?|segmentation(class|object)(aug)?"
+    rf"(.*[-_. ])?({_MASK})([-_. ].*|\d*)|(.*[-_. ])?(labels?|segs?|gt|gtfine|gtcoarse|depths?([-_. ]?maps?)?|alphas?|thumb(nail)?s?|segmentation(class|object)(aug)?)"
 )
 _MASK_FILE = re.compile(rf"(.+)[-_. ]({_MASK}|labels?|seg|gt|depth|alpha)|({_MASK}|label|seg|gt)[-_. ](.+)")
 
@@ -77,6 +79,7 @@ class Listing:
     def __init__(self, where: str, choice: Choice) -> None:
         self.where, self.choice = printable(where), choice
         self.notes: list[str] = []
+        self.tables: list[str] = []  # that may hold labels, but are not read
         self._left: dict[str, Counter[str]] = {}
         self._example: dict[str, str] = {}
 
@@ -137,7 +140,21 @@ class Listing:
                 out.append(file)
             else:
                 self.leave(kind, file.name)
+                if _TABLE.fullmatch(file.name.rpartition("/")[2].lower()):
+                    self.tables.append(file.name)
         return out
+
+    def complete(self, files: Sequence[File]) -> None:
+        """Raises DataError if pieces of a table, NAME-00000-of-00002, are missing, unless --include names what to take."""
+        found = {file.name: match for file in files if (match := _PIECE.fullmatch(file.name))}
+        for name, match in found.items():
+            pieces = [f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}" for number in range(int(match[3]))]
+            missing = [piece for piece in pieces if piece not in found]
+            if missing and not self.choice.include:
+                ways = "complete them, or take what is there by --include '*'"
+                raise self.damaged(
+                    f"{len(missing)} of {len(pieces)} pieces are missing beside {name!r}, such as {missing[0]!r}; {ways}"
+                )
 
     def of_split(self, files: Sequence[File], shards: bool = False) -> list[Split]:
         """The files of the chosen split. shards: those without a split's name are another split; else they may be classes.
@@ -179,7 +196,13 @@ class Listing:
         """Raises ConfigError if some of the pictures are masks of others by their names, unless --include names what to take."""
         if self.choice.include:
             return
-        stems = {_stem(file.name) for file in pictures}
+        stems: dict[str, str] = {}
+        for file in pictures:
+            if (other := stems.setdefault(_stem(file.name), file.name)) != file.name:
+                ways = "leave one out by --exclude, or take everything by --include '*'"
+                raise self.refuse(
+                    f"two pictures of one name, {other!r} and {file.name!r}, of which one may be a mask; {ways}"
+                )
         masks = {file.name: pattern for file in pictures if (pattern := _mask_pattern(file.name, stems))}
         if masks and len(masks) < len(pictures):
             name, pattern = next(iter(masks.items()))
@@ -205,7 +228,7 @@ def _stem(name: str) -> str:
     return name[: -len(suffix)] if suffix else name
 
 
-def _mask_pattern(name: str, stems: set[str]) -> str:
+def _mask_pattern(name: str, stems: Container[str]) -> str:
     """The pattern that leaves out a mask and its like, "" for a picture that is no mask by its name."""
     *folders, base = name.split("/")
     for at, folder in enumerate(folders):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.sources.base import BadImage, Item, Sample, Source, check_size
-from data_pipelines.sources.listing import File, Listing
+from data_pipelines.sources.listing import SPLITS, File, Listing
 from data_pipelines.sources.transform import LFS, LFS_REASON, Transform, decode_image
 from warm_dist.errors import DataError, count, printable, reason
 
 IMAGE, LABELS = "image", ("label", "labels", "fine_label")
+_LABEL = re.compile(r"(.*_)?(labels?|class(es|_?id)?|categor(y|y_?id|ies)|targets?|y)", re.IGNORECASE)
+_SPLIT = re.compile(r"(.*_)?(splits?|subset|partition|fold)", re.IGNORECASE)
 _BATCH_ROWS = 64  # at most read from a row group at a time, so that groups of any size fit into memory
 _LABEL_ROWS = 1 << 16
 _BOMB_RATIO = 100  # encoded pictures hardly shrink
@@ -53,7 +56,11 @@ class _Rows:
     def __iter__(self) -> Iterator[Item]:
         for piece in self.slices:
             for row, data, label in _cells(piece, self.columns):
-                key, label = f"{piece.stem}-{piece.first + row:08d}", -1 if label is None else int(label)
+                key, missing = f"{piece.stem}-{piece.first + row:08d}", label is None
+                label = -1 if label is None else int(label)
+                if self.num_classes and missing:
+                    yield BadImage(key, "its label is null")
+                    continue
                 if self.num_classes and not 0 <= label < self.num_classes:
                     yield BadImage(key, f"label {label} is not one of the {self.num_classes} classes")
                     continue
@@ -75,6 +82,9 @@ def open_tables(root: Path, files: Sequence[File], listing: Listing, transform: 
     import pyarrow.parquet as pq
 
     files = [split.file for split in listing.of_split(files, shards=True)]
+    listing.complete(files)
+    if listing.choice.split in SPLITS and not any(note.startswith("split: ") for note in listing.notes):
+        raise listing.refuse(f"--split {listing.choice.split}: no table's name speaks of it, such as {files[0].name!r}")
     folders = sorted({file.name.rpartition("/")[0] for file in files})
     if len(folders) > 1 and not listing.choice.include:
         pattern = f"{escape(folders[0])}/*" if folders[0] else "*"
@@ -103,7 +113,10 @@ def open_tables(root: Path, files: Sequence[File], listing: Listing, transform: 
                 groups.append(_Slice(str(path), _stem(name, folders), group, first, 0, rows, batch))
                 first += rows
         except KeyError as error:
-            raise DataError(f"{where}: lacks the column {error} of {printable(files[0].name)}") from None
+            lost = [name for name in columns if name and re.search(rf"\b{re.escape(name)}\b", str(error))]
+            raise DataError(
+                f"{where}: lacks a column of {printable(files[0].name)}, {' or '.join(map(repr, lost or filter(None, columns)))}"
+            ) from None
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{where}: not readable as Parquet ({_reason(path, error)})") from None
         described.append((name, path.stat().st_size, first))
@@ -185,11 +198,24 @@ def _find_columns(listing: Listing, where: str, schema: Any) -> _Columns:
     image = IMAGE if IMAGE in images else images[0]
     if len(images) > 1 and image != IMAGE:
         raise listing.refuse(f"several columns of images, {images}; leave out all but one, by --exclude NAME")
-    labels = [name for name in LABELS if name in schema.names]
+    labels = [name for name in LABELS if name in schema.names and name not in choice.exclude]
+    for field in schema:
+        if _SPLIT.fullmatch(field.name) and field.name not in choice.exclude and choice.split != "none":
+            ways = f"write each split to a table of its own, or take all rows by --exclude {field.name}"
+            raise listing.refuse(f"the column {field.name!r} speaks of splits; {ways}")
     if choice.classes not in (None, "none"):
         if choice.classes not in schema.names:
             raise listing.refuse(f"--classes {choice.classes}: no such column; has {schema.names}")
         labels = [choice.classes]
+    elif choice.classes is None and len(labels) != 1:
+        plausible = labels or [
+            field.name
+            for field in schema
+            if pa.types.is_integer(field.type) and _LABEL.fullmatch(field.name) and field.name not in choice.exclude
+        ]
+        if plausible:
+            ways = " or ".join(f"--classes {name}" for name in [*plausible, "none"])
+            raise listing.refuse(f"{' or '.join(map(repr, plausible))} may be labels; choose by {ways}")
     label = None if choice.classes == "none" or not labels else labels[0]
     if label and not pa.types.is_integer(schema.field(label).type):
         kind = schema.field(label).type

@@ -249,3 +249,24 @@ def test_names_made_to_hurt_are_printable_and_survive(tmp_path: Path) -> None:
     assert sorted(found.class_names) == sorted(nasty)
     assert all(line.isprintable() for line in found.told)
     assert {item.label for item in good(found)} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl", "DATASET.JSON", "labels.txt", "list_labels.csv"])
+def test_a_table_beside_pictures_without_classes_is_asked_about(source: Open, table: str) -> None:
+    """Fault: labels in a form that is not read are dropped without a word."""
+    rows = {table: b"file_name,label"}
+    with pytest.raises(
+        ConfigError, match=f"'{table}' may hold labels, but is not read; --classes none takes no classes"
+    ):
+        source("a.png", "b.png", contents=rows)
+    assert len(source("a.png", "b.png", contents=rows, classes="none")) == 2
+    assert source("a/a.png", "b/b.png", contents=rows).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("names", [("x.jpg", "x.png"), ("ant/x.png", "ant_gt/x.png"), ("images/x.png", "annots/x.png"),
+                                   ("images/x.png", "depth_maps/x.png"), ("a/x.png", "thumbs/x.png")])  # fmt: skip
+def test_companions_of_pictures_are_no_pictures_of_their_own(source: Open, names: tuple[str, str]) -> None:
+    """Fault: masks, depths and previews are packed as images or classes without a word."""
+    with pytest.raises(ConfigError, match=r"may be a mask|seem to be masks"):
+        source(*names)
+    assert len(source(*names, include=("*",))) == 2

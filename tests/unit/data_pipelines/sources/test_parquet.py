@@ -66,7 +66,9 @@ def test_labels_outside_of_the_classes_are_bad_images(tmp_path: Path) -> None:
     pq.write_table(table([0, 3, -1, None, 2]).replace_schema_metadata(NAMES), tmp_path / "a.parquet")
     bad = [item for item in open_source(str(tmp_path / "a.parquet"), 8) if isinstance(item, BadImage)]
     assert [(item.key, item.reason) for item in bad] == [
-        (f"a-{row:08d}", f"label {label} is not one of the 3 classes") for row, label in ((1, 3), (2, -1), (3, -1))
+        ("a-00000001", "label 3 is not one of the 3 classes"),
+        ("a-00000002", "label -1 is not one of the 3 classes"),
+        ("a-00000003", "its label is null"),
     ]
 
 
@@ -99,7 +101,7 @@ def test_files_of_one_source_have_one_schema(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1\.parquet: its columns .* have the types"):
         open_source(str(tmp_path), 8)
     pq.write_table(pa.table({"image": [{"bytes": encode(noise(0)), "path": None}]}), tmp_path / "1.parquet")
-    with pytest.raises(DataError, match=r"1\.parquet: lacks the column .*label.* of 0\.parquet"):
+    with pytest.raises(DataError, match=r"1\.parquet: lacks a column of 0\.parquet, 'label'$"):
         open_source(str(tmp_path), 8)
 
 
@@ -229,3 +231,40 @@ def test_a_pointer_in_place_of_a_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(DataError, match="Git LFS pointer in place of the file: run `git lfs pull`"):
         open_source(str(tmp_path / "a.parquet"), 8)
+
+
+def test_splits_in_a_column_are_not_merged_until_a_flag_says_so(tmp_path: Path) -> None:
+    """Fault: --split is ignored for tables, and the same rows are packed for train and for test."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(table([0, 1]).append_column("split", [["train", "test"]]), path)
+    for split in (None, "train", "all"):
+        with pytest.raises(
+            ConfigError, match=r"the column 'split' speaks of splits; .*--exclude split|no table's name"
+        ):
+            open_source(str(path), 8, choice=Choice(split=split))
+    assert len(open_source(str(path), 8, choice=Choice(exclude=("split",)))) == 2
+    pq.write_table(table([0, 1]), path)
+    with pytest.raises(ConfigError, match=r"--split test: no table's name speaks of it, such as 'a\.parquet'"):
+        open_source(str(path), 8, choice=Choice(split="test"))
+
+
+def test_a_table_of_which_pieces_are_missing_is_refused(tmp_path: Path) -> None:
+    """Fault: a download that broke off is half a data set, without a word."""
+    pq.write_table(table([0, 1]), tmp_path / "train-00000-of-00002.parquet")
+    with pytest.raises(DataError, match=r"1 of 2 pieces are missing beside .*such as 'train-00001-of-00002\.parquet'"):
+        open_source(str(tmp_path), 8)
+    assert len(open_source(str(tmp_path), 8, choice=Choice(include=("*",)))) == 2
+    pq.write_table(table([1, 0]), tmp_path / "train-00001-of-00002.parquet")
+    assert len(open_source(str(tmp_path), 8)) == 4
+
+
+@pytest.mark.parametrize("names", [("label", "labels"), ("class_id",), ("Label",), ("category",)])
+def test_columns_that_may_be_labels_are_asked_about(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Fault: labels are dropped, or one of two columns is taken, without a word."""
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"image": [encode(noise(0)), encode(noise(1))]} | {name: [0, 1] for name in names})
+    pq.write_table(rows, path)
+    with pytest.raises(ConfigError, match=f"may be labels; choose by --classes {names[0]} or --classes "):
+        open_source(str(path), 8)
+    assert open_source(str(path), 8, choice=Choice(classes=names[-1])).class_names == ("0", "1")
+    assert open_source(str(path), 8, choice=Choice(classes="none")).class_names == ()
