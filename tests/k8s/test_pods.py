@@ -101,6 +101,7 @@ class Attempt:
 
     def __init__(self, place: Place, number: int) -> None:
         pods = [place.pods[f"digits-node-0-{node}"] for node in (0, 1)]
+        self.number = number
         self.running = [place.kubelet.start(pod, f"node{node}", number) for node, pod in enumerate(pods, 1)]
         self.folders = [place.kubelet.volume(pod, "scratch", number) / "digits" for pod in pods]
 
@@ -116,7 +117,9 @@ class Attempt:
         return [line for line in map(parse_line, path.read_bytes().splitlines()) if line] if path.exists() else []
 
     def nimg(self) -> int:
-        return max((line["nimg"] for line in self.lines()), default=0)
+        """How far it has trained itself: the lines of lives before it come with the checkpoint."""
+        mine = (line for line in self.lines() if line["attempt"] == self.number + 1 and line["kind"] == "train")
+        return max((line["nimg"] for line in mine), default=0)
 
     def end(self) -> Attempt:
         self.codes = [container.wait(150) for container in self.running]

@@ -179,7 +179,7 @@ def test_a_sweep(tmp_path):
     ([*PACK, "digits", "s3://b/c", "--resolution", "8", "--workers=3"], "follow from"),
     ([*TRAIN, "--set", "data.cache_dir=/mnt/nvme"], "data.cache_dir /mnt/nvme: a pod can write below /scratch only"),
     ([*TRAIN, "--set", "eval.cache_dir=/scratch/../x"], "eval.cache_dir"),
-    ([*TRAIN, "--set", "checkpoint.endpoint_url=10.0.0.1:9000"], "needs http:// or https://"),
+    ([*TRAIN, "--set", "checkpoint.endpoint_url=10.0.0.1:9000"], "needs the URL of a server, http://… or https://…"),
     ([*TRAIN, "--set", "checkpoint.endpoint_url=http://0.0.0.0:9000"], "is the pod itself"),
     ([*TRAIN, "--name", "warm-dist"], "that all jobs share"),
     ([*TRAIN, "--name", "mlflow"], "that all jobs share"),

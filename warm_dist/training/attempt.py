@@ -16,7 +16,7 @@ from warm_dist.config.run import Config
 from warm_dist.data import Reader
 from warm_dist.distributed.collectives import PeerLost, is_peer_loss, on_main
 from warm_dist.distributed.heartbeat import Heartbeat
-from warm_dist.distributed.stop import StoppedAtOnce, StopSignal
+from warm_dist.distributed.stop import PATIENCE_S, StoppedAtOnce, StopSignal
 from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
@@ -168,13 +168,13 @@ class Attempt:
                 reader = stack.enter_context(contextlib.closing(self.open_reader(config, world.rank, world.size)))
             for line in reader.describe():
                 self.say(line)
-            with self.stop.at_once("looking for a checkpoint"):
+            with self.stop.at_once("looking for a checkpoint", PATIENCE_S):  # in time, all ranks stop together
                 checkpoints = CheckpointManager(self.path, world, config.checkpoint, self.say, self._check)
                 self.number = max(self.number, checkpoints.attempts() + 1)  # a new machine may not have the first
                 trainer = Trainer(config, world, reader.info, self.say, checkpoints, self.heartbeat)
             patience_s = STOP_UPLOAD_S
             try:
-                with self.stop.at_once("looking for a checkpoint"):
+                with self.stop.at_once("looking for a checkpoint", PATIENCE_S):  # in time, all ranks stop together
                     trainer.restore()
                 self.nimg, self._trainer = trainer.nimg, trainer
                 with self.stop.at_once("preparing the evaluation"):
