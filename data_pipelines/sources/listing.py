@@ -146,18 +146,21 @@ class Listing:
 
     def complete(self, files: Sequence[File]) -> None:
         """Raises DataError if pieces of a table, NAME-00000-of-00002, are missing, unless --include names what to take."""
-        found = {file.name: match for file in files if (match := _PIECE.fullmatch(file.name))}
-        for name, match in found.items():
-            pieces = [f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}" for number in range(int(match[3]))]
-            missing = [piece for piece in pieces if piece not in found]
+        found: dict[tuple[str, str, str], set[int]] = {}
+        for file in files:
+            if match := _PIECE.fullmatch(file.name):
+                found.setdefault((match[1], match[3], match[4]), set()).add(int(match[2]))
+        for (name, total, suffix), numbers in found.items():
+            missing = sorted(set(range(int(total))) - numbers)
             if missing and not self.choice.include:
+                such = f"{name}-{missing[0]:05d}-of-{total}{suffix}"
                 ways = "complete them, or take what is there by --include '*'"
-                raise self.damaged(
-                    f"{len(missing)} of {len(pieces)} pieces are missing beside {name!r}, such as {missing[0]!r}; {ways}"
-                )
+                raise self.damaged(f"{len(missing)} of {int(total)} pieces are missing, such as {such!r}; {ways}")
 
-    def of_split(self, files: Sequence[File], shards: bool = False) -> list[Split]:
+    def of_split(self, files: Sequence[File], shards: bool = False, inside: bool = False) -> list[Split]:
         """The files of the chosen split. shards: those without a split's name are another split; else they may be classes.
+
+        inside: if no file's name speaks of a split, names inside of them may.
 
         Raises ConfigError if names speak of several splits and no flag decides, or if none is of the one asked for.
         """
@@ -172,7 +175,7 @@ class Listing:
         several = (
             len(exact) > 1 or (len(named) > 1 and None not in kinds) or (shards and bool(named) and len(kinds) > 1)
         )
-        if not several and (wanted in (None, "all") or (shards and not named)):
+        if not several and (wanted in (None, "all") or (inside and not named)):
             return whole
         order = [kind for kind in (*SPLITS, None) if kind in kinds]
         found = ", ".join(f"{kinds[kind]} of {kind or 'no split'}" for kind in order)

@@ -103,7 +103,7 @@ def _open_folder(path: Path, listing: Listing, transform: Transform, output: Pat
     if ".parquet" in kinds:
         return parquet.open_tables(path, kinds[".parquet"], listing, transform)
     if ".tar" in kinds:
-        tars = [split.file for split in listing.of_split(kinds[".tar"], shards=True)]
+        tars = [split.file for split in listing.of_split(kinds[".tar"], shards=True, inside=True)]
         listing.choice = inside if len(tars) == len(kinds[".tar"]) else inside._replace(split="none")
         return archives.open_tars([path / file.name for file in tars], listing, transform)
     return open_folder(path, kinds.get("picture", []), listing, transform)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.sources.base import BadImage, Item, Sample, Source, check_size
-from data_pipelines.sources.listing import SPLITS, File, Listing
+from data_pipelines.sources.listing import File, Listing
 from data_pipelines.sources.transform import LFS, LFS_REASON, Transform, decode_image
 from warm_dist.errors import DataError, count, printable, reason
 
@@ -83,8 +83,6 @@ def open_tables(root: Path, files: Sequence[File], listing: Listing, transform: 
 
     files = [split.file for split in listing.of_split(files, shards=True)]
     listing.complete(files)
-    if listing.choice.split in SPLITS and not any(note.startswith("split: ") for note in listing.notes):
-        raise listing.refuse(f"--split {listing.choice.split}: no table's name speaks of it, such as {files[0].name!r}")
     folders = sorted({file.name.rpartition("/")[0] for file in files})
     if len(folders) > 1 and not listing.choice.include:
         pattern = f"{escape(folders[0])}/*" if folders[0] else "*"
