@@ -9,14 +9,13 @@ command continues.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipelines.pack_arguments import RAW_UP_TO, parse
 from data_pipelines.shards import packing_record
 from data_pipelines.shards.indexed import Indexed, index_shard, merge
 from data_pipelines.shards.manifest import NAME, Manifest, read_manifest, write_manifest
@@ -33,16 +33,11 @@ from data_pipelines.shards.packing_record import Part
 from data_pipelines.shards.payload import PAYLOADS, encode
 from data_pipelines.shards.process_pool import in_processes, shared_store
 from data_pipelines.sources.base import BadImage, Item, Sample, Source
-from data_pipelines.sources.listing import SPLITS, Choice
+from data_pipelines.sources.listing import Choice
 from data_pipelines.sources.open import open_source
-from data_pipelines.sources.transform import MAX_BYTES, RESIZE
-from warm_dist.cpus import usable_cpus
 from warm_dist.errors import ConfigError, DataError, OutputError, count, printable, run, writing
-from warm_dist.paths import place_argument
 from warm_dist.store.base import Store
 from warm_dist.store.open import open_store
-
-RAW_UP_TO = 64  # pixels: up to this size raw arrays are hardly larger than PNGs and need no decoding
 
 
 class _Shard(NamedTuple):
@@ -268,46 +263,8 @@ def _former_shards(store: Store, endpoint_url: str | None) -> set[str]:
     return {shard.name for shard in shards if SHARD.fullmatch(shard.name)}  # never delete shards of other programs
 
 
-def _part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: needs i/n with 1 <= i <= n, such as 2/8")
-    return int(found[1]), int(found[2])
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; None: this process's own."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data_pipelines.pack", description=__doc__, formatter_class=raw)
-    parser.add_argument("source", type=place_argument, help="see above")
-    parser.add_argument("out_url", type=place_argument, help="s3://bucket/prefix or a folder")
-    parser.add_argument("--resolution", type=int, required=True, help="height = width, pixels")
-    parser.add_argument("--resize", choices=RESIZE, default="box", help="adm: ImageNet's center-crop (default: box)")
-    parser.add_argument("--shuffle", action="store_true", help="pack in a fixed random order, if sorted by class")
-    parser.add_argument("--endpoint-url", help="an S3 endpoint other than AWS's own")
-    parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
-    parser.add_argument("--payload", choices=PAYLOADS, help=f"default: npy up to {RAW_UP_TO} pixels, else png")
-    parser.add_argument("--max-bad", type=float, default=0.0, help="fraction that may be undecodable (default: 0)")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
-    parser.add_argument(
-        "--classes", help="folders, none, dataset.json (EDM's), cls (WebDataset's) or a column of Parquet"
-    )
-    parser.add_argument(
-        "--split", choices=(*SPLITS, "all", "none"), help="all: merged; none: no name is that of a split"
-    )
-    for name, text in (("include", "pack only names like these"), ("exclude", "leave out names like these")):
-        parser.add_argument(
-            f"--{name}", action="append", default=[], metavar="PATTERN", help=f"{text}; * matches / too"
-        )
-    text = "that decoding one image may take, in each worker (default: %(default)s)"
-    parser.add_argument("--max-decoded-mb", type=int, default=MAX_BYTES >> 20, metavar="MB", help=text)
-    text = "pack only the i-th of n parts; default: pack all missing shards and write the manifest"
-    parser.add_argument("--part", type=_part, metavar="i/n", help=text)
-    return parser.parse_args(arguments)
-
-
 def main() -> int:
-    args = parse()
+    args = parse(__doc__)
     from tqdm import tqdm
 
     choice = Choice(args.classes, args.split, tuple(args.include), tuple(args.exclude))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import pack
+from data_pipelines.pack_arguments import parse
 from warm_dist import errors
 from warm_dist.config.load import read_tree
 from warm_dist.config.run import load_config
@@ -76,7 +77,7 @@ def _render(args: argparse.Namespace) -> RenderedJob:
 
 
 def _pack(args: argparse.Namespace) -> RenderedJob:
-    asked = pack.parse(args.arguments)
+    asked = parse(pack.__doc__, args.arguments)
     workers = [word for word in args.arguments if word.startswith("--w") and "--workers".startswith(word.split("=")[0])]
     if asked.part or workers:
         raise ConfigError("--part and --workers follow from --nodes and --processes; leave them out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def _edm_labels(
 def _read_edm(listing: Listing, file: File, read: Callable[[Any], bytes]) -> tuple[int, dict[str, int] | None] | None:
     depth, advice = len(parts_of(file.name)) - 1, "repair it, or choose by --classes folders or --classes none"
     try:
-        tree = json.loads(read(file.place))
+        tree = json.loads(read(file.place), object_pairs_hook=_once)
     except (ValueError, OSError, RecursionError) as error:
         raise listing.damaged(f"{file.name} cannot be read ({reason(error)}); {advice}") from None
     if not isinstance(tree, dict) or "labels" not in tree:
@@ -94,6 +95,13 @@ def _read_edm(listing: Listing, file: File, read: Callable[[Any], bytes]) -> tup
         if labels.setdefault(name, label) != label:
             raise listing.damaged(f"{file.name}: {name!r} has the labels {labels[name]} and {label}; {advice}")
     return depth, labels
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return tree
 
 
 def _by_edm(listing: Listing, pictures: Sequence[Split], start: int, labels: dict[str, int] | None) -> Labels:
@@ -169,6 +177,13 @@ def _by_folders(listing: Listing, pictures: Sequence[Split], choice: str | None)
         raise listing.refuse(
             f"the folders {folders} may be classes, or only hold thousands each; {ways.format(folders)}"
         )
+    alike: dict[str, str] = {}
+    for name in sorted(names):
+        key = unicodedata.normalize("NFKC", name).casefold().strip()
+        if (other := alike.setdefault(key, name)) != name:
+            raise listing.refuse(
+                f"the folders {other!a} and {name!a} may be one class; rename one, or {ways.format(folders)}"
+            )
     return _folder_labels(listing, pictures, depth)
 
 

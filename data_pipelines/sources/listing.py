@@ -22,7 +22,8 @@ _MASK = r"masks?|annotations?|annot?s?|annos?|trimaps?|segmentations?|mattes?|gr
 _MASK_FOLDER = re.compile(
     rf"(.*[-_. ])?({_MASK})([-_. ].*|\d*)|(.*[-_. ])?(labels?|segs?|gt|gtfine|gtcoarse|depths?([-_. ]?maps?)?|alphas?|thumb(nail)?s?|segmentation(class|object)(aug)?)"
 )
-_MASK_FILE = re.compile(rf"(.+)[-_. ]({_MASK}|labels?|seg|gt|depth|alpha)|({_MASK}|label|seg|gt)[-_. ](.+)")
+_MASK_FILE = re.compile(rf"(.+)[-_. ]({_MASK}|labels?|seg|gt|depth|alpha)|({_MASK}|label|seg|gt|depth|alpha)[-_. ](.+)")
+_PHOTO = ["rgb", "color", "colour", "image", "img", "photo", "input"]
 
 
 class Choice(NamedTuple):
@@ -162,7 +163,8 @@ class Listing:
 
         inside: if no file's name speaks of a split, names inside of them may.
 
-        Raises ConfigError if names speak of several splits and no flag decides, or if none is of the one asked for.
+        Raises ConfigError if names speak of several splits, or a folder beside others has the name of one, and no flag
+        decides, or if none is of the one asked for.
         """
         wanted = self.choice.split
         whole = [Split(file, parts_of(file.name)) for file in files]
@@ -171,17 +173,16 @@ class Listing:
         places = [_split_at(split.parts) for split in whole]
         kinds = Counter(place[1] if place else None for place in places)
         named = {kind for kind in kinds if kind}
-        exact = {place[1] for place in places if place and place[2]}
-        several = (
-            len(exact) > 1 or (len(named) > 1 and None not in kinds) or (shards and bool(named) and len(kinds) > 1)
-        )
+        exact = {place[1] for place in places if place and place[2]}  # a class may be named train
+        several = len(kinds) > 1 and (bool(exact - {"train"}) or None not in kinds or (shards and bool(named)))
         if not several and (wanted in (None, "all") or (inside and not named)):
             return whole
         order = [kind for kind in (*SPLITS, None) if kind in kinds]
         found = ", ".join(f"{kinds[kind]} of {kind or 'no split'}" for kind in order)
         if wanted is None:
             ways = f"--split {order[0]} takes one, --split all merges them, --split none says that these names mean no split"
-            raise self.refuse(f"names speak of several splits ({found}); {ways}")
+            speak = "several splits" if len(named) > 1 else "a split, others do not"
+            raise self.refuse(f"names speak of {speak} ({found}); {ways}")
         out = []
         for split, place in zip(whole, places, strict=True):
             if wanted != "all" and (place is None or place[1] != wanted):
@@ -242,7 +243,11 @@ def _mask_pattern(name: str, stems: Container[str]) -> str:
     if not found:
         return ""
     rest = stem[: len(found[1])] if found[1] else stem[-len(found[4]) :]
-    if "/".join([*folders, rest]) not in stems:
+    photos = [
+        rest,
+        *(name for word in _PHOTO for mark in "-_. " for name in (f"{rest}{mark}{word}", f"{word}{mark}{rest}")),
+    ]
+    if not any("/".join([*folders, photo]) in stems for photo in photos):
         return ""
     return (
         f"*{escape(base[len(rest) :])}"

@@ -11,7 +11,7 @@ import torch
 from tests.support.tiny_run import BATCH, batches, config, info
 from warm_dist.distributed.stop import StopSignal
 from warm_dist.distributed.world import World
-from warm_dist.errors import PortError
+from warm_dist.errors import ConfigError, PortError
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.supervisor import free_port
 from warm_dist.tracking.prometheus import Exporter
@@ -41,4 +41,6 @@ def test_a_port_in_use_is_one_error() -> None:
     first = Exporter("127.0.0.1", port)
     with pytest.raises(PortError, match="prometheus_port"):
         Exporter("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"tracking\.prometheus_host: '192\.0\.2\.1' is no address of this machine"):
+        Exporter("192.0.2.1", port)
     first.close()

@@ -36,6 +36,20 @@ def test_two_runs_on_one_url(s3: S3Server, config_file: Path, tmp_path: Path) ->
     assert "train.seed" in err
 
 
+def test_checkpoints_do_not_go_into_a_run_s_folder(config_file: Path, tmp_path: Path) -> None:
+    """Fault: the run goes on from the other one's checkpoints, and its own are among them."""
+    code, _, err = finish(fork(config_file, tmp_path / "a"))
+    assert code == 0, err
+    before = sorted(tmp_path.joinpath("a").rglob("*"))
+    code, _, err = finish(fork(config_file, tmp_path / "b", f"checkpoint.url={tmp_path}/a"))
+    assert code == 2
+    assert f"checkpoint.url {tmp_path}/a: is the folder of a run" in err
+    assert sorted(tmp_path.joinpath("a").rglob("*")) == before
+    code, _, err = finish(fork(config_file, tmp_path / "b", f"checkpoint.url={tmp_path}/b/../b/copies"))
+    assert code == 2
+    assert "is in output, the run's own folder" in err
+
+
 def test_a_folder_that_is_taken_from_under_a_run(config_file: Path, tmp_path: Path) -> None:
     """Fault: the folder of a live run is removed, a second run starts in it, and both end with 0 and mixed results."""
     run = tmp_path / "run"

@@ -20,7 +20,7 @@ import pytest
 
 import warm_dist
 from tests.support.paths import ROOT
-from warm_dist import errors
+from warm_dist import errors, supervisor
 from warm_dist.errors import redact
 
 
@@ -192,9 +192,10 @@ def as_before(monkeypatch):
     for name in ("no_proxy", "NO_PROXY", "PYTHONIOENCODING"):
         monkeypatch.setenv(name, "")  # so that it is noted, and put back at the end
         monkeypatch.delenv(name)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *supervisor.REQUESTS)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_what_a_terminal_cannot_show_is_escaped_and_ends_nothing(monkeypatch, as_before):
@@ -270,6 +271,29 @@ def test_only_our_commands_end_so(monkeypatch, as_before):
         monkeypatch.setattr(sys, "argv", [program])
         warm_dist.guard_start()
         assert (signal.getsignal(signal.SIGINT) is not before) == guarded, program
+
+
+@pytest.mark.parametrize("number", supervisor.REQUESTS)
+def test_a_request_to_stop_before_anything_has_begun(number, monkeypatch, capfd, as_before):
+    """Fault: SLURM's signal in the first two seconds ends a run as killed, which its scheduler takes as final."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "ui.py")])
+    warm_dist.guard_start()
+    assert signal.getsignal(number) == signal.SIG_DFL  # nothing to go on with
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py")])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    warm_dist.guard_start()
+    signal.raise_signal(number)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    signal.raise_signal(number)
+    assert codes == [75, 75]
+    told = f"Stopped: {number.name} before anything had begun; run the same command again\n"
+    assert capfd.readouterr().err == told  # of one rank
+    signal.signal(number, signal.SIG_IGN)
+    warm_dist.guard_start()
+    assert signal.getsignal(number) == signal.SIG_IGN  # as under nohup
 
 
 def test_a_disk_that_is_full_where_a_command_prints(monkeypatch, capsys):

@@ -29,7 +29,9 @@ _WORDS: dict[str, str] = {
     "less_than_equal": "needs {le} or less",
     "literal_error": "needs {expected}",
     "too_short": "needs a list of {min_length} or more",
+    "too_long": "needs a list of {max_length}",
     "string_type": "needs a text",
+    "string_too_short": "needs a text that is not empty",
     "bool_type": "needs true or false",
     "finite_number": "needs a finite number",
 }
@@ -47,11 +49,12 @@ _KINDS = (
 
 
 def explain(
-    error: ValidationError, keys: Sequence[str], origin: Callable[[str], str], clean: Callable[[Any], Any]
+    error: ValidationError, keys: Sequence[str], origin: Callable[[str, str], str], clean: Callable[[Any], Any]
 ) -> str:
     """One line for each mistake.
 
-    keys: all known ones, by dotted path. origin: says where the value at a path was given. clean: takes secrets out of one.
+    keys: all known ones, by dotted path. origin: (path, what is wrong) → where that was given. clean: takes secrets out of
+    a value.
     """
     items = [(_path(item), {**item, "input": clean(item["input"])}) for item in error.errors()]
     paths = [path for path, _ in items]
@@ -67,8 +70,8 @@ def explain(
     out = []
     for path, needs in lines.items():
         item = next(item for other, item in items if other == path)
-        where = origin(path)
-        named = "" if where == f"--set {path}" or not path else path
+        where = origin(path, needs[0])
+        named = "" if not path or f"{where}.".startswith(f"--set {path}.") else path
         out.append(f"{where}: {_line(named, list(dict.fromkeys(needs)), item)}")
     return "\n  ".join(dict.fromkeys(out))
 

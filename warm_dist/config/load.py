@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ MOST_DIGITS = 100
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds an object, without validating it. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: does not exist; name a config file, such as configs/quickstart.json") from None
     except OSError as error:
@@ -75,16 +76,31 @@ def validate_as(model: type[Model], tree: dict[str, Any], name: str, given: Sequ
     name: where the tree comes from, for messages. given: dotted paths that `--set` changed.
     """
 
-    def origin(path: str) -> str:
-        return next((f"--set {key}" for key in given if f"{path}.".startswith(f"{key}.")), name)
+    def origin(path: str, text: str = "") -> str:
+        exact = [key for key in given if f"{path}.".startswith(f"{key}.")]
+        if found := exact[:1] or [key for key in given if _is_about(text, path, key)]:
+            return ", ".join(f"--set {key}" for key in dict.fromkeys(found))
+        added = [key for key in given if "." in path and key.rpartition(".")[0] == path.rpartition(".")[0]]
+        return f"{name} with --set {added[0]}" if added and text.startswith("missing key") else name
 
+    for path, value in flatten(tree).items():
+        if re.search("[\ud800-\udfff]", json.dumps([path, value], ensure_ascii=False)):
+            where = origin(path)
+            named = "" if where == f"--set {path}" else f"{path!r}: "
+            raise ConfigError(f"{where}: {named}needs Unicode text, got {value!a}")
     try:
         # through JSON: lists become tuples, all other types stay strict
         return model.model_validate_json(json.dumps(tree, allow_nan=False))
     except ValidationError as error:
         raise ConfigError(explain(error, known_keys(model), origin, redact)) from None
     except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{origin('', str(error))}: {error}") from None
+
+
+def _is_about(text: str, section: str, key: str) -> bool:
+    """Whether a rule of a whole section ("": the config) names this key of it."""
+    inside = key.removeprefix(f"{section}.") if section else key
+    return (not section or inside != key) and bool(re.search(rf"(?<!\w){re.escape(inside)}(?!\w)", text))
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

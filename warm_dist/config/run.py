@@ -229,7 +229,7 @@ class TrackingConfig(Section):
     mlflow_url: Annotated[str, Field(pattern="^https?://"), NoSecrets] | None = Field(
         None, description="MLflow server, e.g. http://127.0.0.1:5000; null: metrics.jsonl only"
     )
-    experiment: str = "warm-dist"
+    experiment: Annotated[str, Field(min_length=1)] = "warm-dist"
     run_name: str | None = Field(None, description="null: the name of the output folder")
     parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(None, description="MLflow parent run")
     log_model: bool = Field(True, description="at the end, log the EMA weights as an MLflow model that samples images")
@@ -237,7 +237,9 @@ class TrackingConfig(Section):
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
         None, description="port where rank 0 serves its metrics as Prometheus text; null: none"
     )
-    prometheus_host: str = Field("127.0.0.1", description="address that prometheus_port is bound to")
+    prometheus_host: Annotated[str, Field(min_length=1)] = Field(
+        "127.0.0.1", description="address that prometheus_port is bound to"
+    )
 
     def model_post_init(self, context: Any) -> None:
         if self.registered_model and not self.log_model:
@@ -278,6 +280,7 @@ class Config(Section):
         if len(set(train.ema_lengths)) < len(train.ema_lengths):
             raise ValueError("train.ema_lengths names a length twice")
         self._check_engine()
+        self._check_url()
         halvings = len(net.channel_mult) - 1
         if data.resolution % 2**halvings:
             raise ValueError(
@@ -291,6 +294,11 @@ class Config(Section):
         if train.lr_decay_nimg > train.total_nimg:
             raise ValueError(f"train.lr_decay_nimg {train.lr_decay_nimg} exceeds train.total_nimg {train.total_nimg}")
         check_sampling(self, self.sampler)
+
+    def _check_url(self) -> None:
+        url = self.checkpoint.url
+        if url and "://" not in url and Path(url).resolve().is_relative_to(Path(self.output).resolve()):
+            raise ValueError(f"checkpoint.url {url} is in output, the run's own folder; name another folder, or null")
 
     def _check_engine(self) -> None:
         parallel, sharded = self.parallel, self.engine == "deepspeed" and self.parallel.zero_stage > 0

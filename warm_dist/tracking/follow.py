@@ -60,6 +60,8 @@ def mirror_run(
     url = tracking.mlflow_url if url is None else url
     if not url:
         raise ConfigError(f"{run}: its tracking.mlflow_url is null; name a server with --url")
+    if (run / METRICS).exists() and not (run / METRICS).is_file():
+        raise OutputError(f"{run / METRICS}: is no file; move it away")
     mirror = Mirror(run, url, tracking.experiment, tracking.run_name, tracking.parent_run_id)
     register = register or tracking.registered_model
     model = partial(send_model, register=register) if tracking.log_model or register else None
@@ -76,6 +78,8 @@ def mirror_run(
         if follow:
             _follow(mirror, owner)
         _finish(mirror, attempt, owner, model)
+    if not mirror.has_begun():
+        _say(f"{run / METRICS} has no line yet, so nothing was sent")
 
 
 def _follow(mirror: Mirror, owner: str | None) -> None:

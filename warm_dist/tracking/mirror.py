@@ -60,12 +60,16 @@ class Mirror:
         self._skipped: dict[int, bytes] = {}  # lines that cannot be read, by their place in the file
         self._grids: set[int] | None = None  # steps whose grid has arrived; None: ask
 
+    def has_begun(self) -> bool:
+        """Whether metrics.jsonl has a line, without which there is no MLflow run."""
+        return bool(self._first_line())
+
     def sync(self, running: bool) -> int:
         """Send new metrics, then new files; returns the number of metric values sent.
 
         Creates the MLflow run once metrics.jsonl has a line. running: set its status to RUNNING.
         """
-        if not self._identity():
+        if not self.has_begun():
             return 0
         count = self._send_values("RUNNING" if running else None)
         self._send_files()
@@ -84,7 +88,7 @@ class Mirror:
         status: FINISHED, FAILED or KILLED. end_time: unix seconds. files: returns further files; called last.
         send_model: logs the weights of a FINISHED run.
         """
-        if not self._identity():
+        if not self.has_begun():
             return
         self._send_values(None)
         with self._server():

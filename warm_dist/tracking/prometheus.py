@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
-from warm_dist.errors import PortError
+from warm_dist.errors import ConfigError, PortError
 
 
 class Exporter:
     """Serves `http://HOST:PORT/metrics`: gauges warm_dist_KIND_NAME, and warm_dist_rank_NAME{rank="K"} for each rank.
 
-    Raises PortError if the port cannot be bound.
+    Raises PortError if the port cannot be bound, ConfigError if the host is not this machine's.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -22,6 +23,9 @@ class Exporter:
         try:
             self._server, self._thread = start_http_server(port, host, self._registry)
         except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                where = f"{host!r} is no address of this machine ({error.strerror})"
+                raise ConfigError(f"tracking.prometheus_host: {where}; 127.0.0.1 serves this machine only") from None
             raise PortError(f"tracking.prometheus_port: {host}:{port} cannot be bound ({error.strerror})") from None
 
     def show(self, kind: str, values: dict[str, Any]) -> None:

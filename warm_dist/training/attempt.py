@@ -20,7 +20,7 @@ from warm_dist.distributed.stop import PATIENCE_S, StoppedAtOnce, StopSignal
 from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
-from warm_dist.runs.folder import METRICS, WEIGHTS, Claim, describe_run, read_end
+from warm_dist.runs.folder import METRICS, RUN, WEIGHTS, Claim, describe_run, read_end
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.lease import Lease
 from warm_dist.store.open import open_store
@@ -136,6 +136,11 @@ class Attempt:
         checkpoint = self.config.checkpoint
         if checkpoint.url:
             store = open_store(checkpoint.url, checkpoint.endpoint_url)
+            with contextlib.suppress(errors.MissingError):
+                store.stat(RUN)
+                raise errors.ConfigError(
+                    f"checkpoint.url {checkpoint.url}: is the folder of a run; name one for this run's checkpoints alone"
+                )
             self._lease = stack.enter_context(Lease(store, "owner.json", f"run {self.path.absolute()}"))
 
     def _check(self) -> None:

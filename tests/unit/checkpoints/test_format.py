@@ -98,6 +98,17 @@ def test_damage_is_noticed(tmp_path, state, victim, damage):
         load_state(saved, 0, engine, {"ema": ema})
 
 
+def test_an_intact_file_of_another_attempt_is_noticed(tmp_path, state):
+    """Fault: what a rank wrote before it was killed at the same nimg is taken for its part of this checkpoint."""
+    _, engine, ema = state
+    saved = save(tmp_path, state, 80)
+    folder = tmp_path / "checkpoints" / f"{80:012d}"
+    ema.values[0].add_(1)
+    write_rank(folder, 0, state_tensors(engine, {"ema": ema}))
+    with pytest.raises(CheckpointError, match=r"rank_0\.done: differs from what COMPLETE says"):
+        load_state(saved, 0, engine, {"ema": ema})
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "nimg": 80}'])
 def test_a_complete_that_says_too_little_is_refused(tmp_path, state, text):
     saved = save(tmp_path, state, 80)

@@ -137,6 +137,25 @@ def test_duplicates_nan_and_broken_files_are_refused(tmp_path):
     assert "does not exist" in refusal(path=tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("url", ["runs/a", "./runs/b/../a/copies", "file://" + str(Path("runs/a").resolve())])
+def test_checkpoints_are_not_copied_into_their_own_run(url):
+    """Fault: a checkpoint is its own copy, and pruning the copies removes it."""
+    assert "is in output, the run's own folder" in refusal("output=runs/a", f"checkpoint.url={url}")
+    assert load_config(QUICKSTART, ["output=runs/a", "checkpoint.url=runs/ab"]).checkpoint.url == "runs/ab"
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path):
+    """Fault: the mark at its beginning is no JSON."""
+    (tmp_path / "c.json").write_text(Path(QUICKSTART).read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_config(tmp_path / "c.json") == load_config(QUICKSTART)
+
+
+def test_a_section_that_an_override_began_is_blamed_on_both(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(json.loads(Path(QUICKSTART).read_text()) | {"eval": None}))
+    with pytest.raises(ConfigError, match=r"c\.json with --set eval\.num_images: missing key 'eval\.eval_nimg'$"):
+        load_config(tmp_path / "c.json", ["train.seed=1", "eval.num_images=4"])
+
+
 def test_overrides_are_json_or_else_strings():
     c = load_config(
         QUICKSTART,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines import pack as pack_module
 from data_pipelines.pack import Packing, pack
+from data_pipelines.pack_arguments import parse
 from data_pipelines.shards import packing_record
 from data_pipelines.shards.manifest import NAME, read_manifest
 from data_pipelines.shards.names import BAD, LISTING
@@ -214,9 +216,22 @@ def test_what_the_command_leaves_out_is_told_and_kept(tmp_path: Path, capsys: py
         "left out: by --include and --exclude: 1 (1 .png; such as 'train/bee/b_mask.png')",
         "left out: not of the split train: 1 (1 .png; such as 'test/ant/c.png')",
     ]
+    for name in ("train/ant/a.png", "train/bee/b.png"):
+        Image.new("RGB", (1000, 1000)).save(tmp_path / "in" / name)
     with pytest.raises(DataError, match="none of 2 images decodes"):
-        call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--max-decoded-mb", 0)
-    assert "8x8 pixels would take 1 MB, --max-decoded-mb allows 0" in capsys.readouterr().err
+        call(pack_module.main, *words, "--split", "train", "--exclude", "*_mask.png", "--max-decoded-mb", 2)
+    assert "--max-decoded-mb allows 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--max-bad 1", "--max-bad nan", "--max-bad -1", "--max-bad x", "--shard-size 0", "--workers 0",
+                                   "--workers 1.5", "--max-decoded-mb 0", "--shard-size 99999999999", "--include=", "--exclude= ",
+                                   "--classes=", "--part 3/2", "--part 0/1"])  # fmt: skip
+def test_flags_are_judged_before_anything_is_read(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a source of a million files is listed, and then a flag is refused; or it means something else."""
+    with pytest.raises(SystemExit) as caught:
+        parse(None, ["nowhere", "out", "--resolution", "8", *words.split(" ", 1)])
+    assert caught.value.code == 2
+    assert f"argument {words.replace('=', ' ').split(' ')[0]}: " in capsys.readouterr().err
 
 
 def test_the_same_packing_twice_at_once_is_one_data_set(tmp_path: Path) -> None:

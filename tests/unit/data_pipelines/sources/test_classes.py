@@ -63,6 +63,7 @@ def test_names_are_compared_as_edm_does(tmp_path: Path) -> None:
 
 
 DAMAGED = (
+    ('{"labels": [], "labels": null}', "dataset.json cannot be read (a key appears twice in one object)"),
     ({"labels": LABELS[1:]}, "dataset.json has no label for 1 of 8 pictures, such as '00000/img00000000.png'"),
     ({"labels": [*LABELS, [NAMES[0], 4]]}, "has the labels 0 and 4"),
     ({"labels": [*LABELS[1:], [NAMES[0], 0.5]]}, "has the label 0.5, needs an integer"),

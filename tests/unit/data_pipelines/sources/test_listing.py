@@ -151,6 +151,21 @@ def test_folders_of_splits_beside_others_are_refused(source: Open) -> None:
     with pytest.raises(ConfigError, match=r"several splits \(1 of train, 1 of test, 1 of no split\)"):
         source(*names)
     assert keys(source(*names, split="train")) == ["train/a.png"]
+    names = ("cat/a.png", "dog/b.png", "test/c.png")
+    with pytest.raises(ConfigError, match=r"names speak of a split, others do not \(1 of test, 2 of no split\)"):
+        source(*names)
+    assert source(*names, split="none").class_names == ("cat", "dog", "test")
+    assert keys(source(*names, split="test")) == ["test/c.png"]
+
+
+@pytest.mark.parametrize("pair", [("caf\u00e9", "cafe\u0301"), ("Cat", "cat"), ("dog", "dog ")])
+def test_folders_that_may_be_one_class_are_asked_about(source: Open, pair: tuple[str, str]) -> None:
+    """Fault: pictures of one class, copied by a Mac and by Linux, are two classes."""
+    names = [f"{folder}/{number}.png" for number, folder in enumerate((*pair, "emu"))]
+    with pytest.raises(ConfigError, match="may be one class; rename one, or --classes folders takes") as caught:
+        source(*names)
+    assert all(ascii(folder) in str(caught.value) for folder in pair)
+    assert source(*names, classes="folders").class_names == tuple(sorted((*pair, "emu")))
 
 
 def test_a_class_may_be_named_train(source: Open) -> None:
@@ -166,6 +181,8 @@ MASKED = (
     ["JPEGImages/a.png", "SegmentationClass/a.png"],
     ["train_images/a.png", "train_masks/a.png"],
     ["a.png", "a.seg.png"],
+    ["a_rgb.png", "a_mask.png", "b_rgb.png", "b_mask.png"],
+    ["img-a.png", "mask-a.png"],
 )
 
 
