@@ -182,6 +182,7 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
     fields = dict(header["info"])
     for name in ("resolution", "channels", "num_classes", "num_images"):
         fields[name] = int(fields[name])
+    names = tuple(str(name) for name in header["class_names"])
     fields["sigma_data"] = float(fields["sigma_data"])
     size, channels = fields["resolution"], fields["channels"]
     if size < 1 or channels not in (1, 3):
@@ -190,7 +191,9 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
     shapes = ((channels, size, size), (size, size), (low,), (low, low))
     for name, shape in zip(_ARRAYS, shapes, strict=True):
         fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
-    fields["class_counts"] = _class_counts(table["label"].to_numpy(), fields["num_classes"])
+    fields["class_counts"] = _class_counts(
+        table["label"].to_numpy(), len(names)
+    )  # a number alone may ask for any memory
     fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
     return Manifest(
         info=DataInfo(**fields, fingerprint=fingerprint),
@@ -200,7 +203,7 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
         ),
         **{name: table[name].to_numpy() for name in _TYPES},
         payload=str(header["payload"]),
-        class_names=tuple(str(name) for name in header["class_names"]),
+        class_names=names,
         attribution=str(header["attribution"]),
     )
 

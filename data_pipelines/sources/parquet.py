@@ -143,11 +143,12 @@ def _stem(name: str, folders: Sequence[str]) -> str:
 
 def _batch_rows(where: str, group: Any, columns: _Columns, max_bytes: int) -> int:
     """Rows of a group to read at once: no value is longer than its column when unpacked, however often it is repeated."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    ours = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-    unpacked = max((chunk.total_uncompressed_size for chunk in ours), default=0)
-    packed = max((chunk.total_compressed_size for chunk in ours), default=0)
-    share = max_bytes // _SHARE
+    share, unpacked, packed = max_bytes // _SHARE, group.total_byte_size, 0
+    if not 0 < unpacked <= share:  # else pyarrow is not asked for columns: where their record is damaged, it aborts
+        chunks = [group.column(number) for number in range(group.num_columns)]
+        ours = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+        unpacked = max((chunk.total_uncompressed_size for chunk in ours), default=0)
+        packed = max((chunk.total_compressed_size for chunk in ours), default=0)
     if unpacked > share and unpacked > _BOMB_RATIO * packed:
         limit = f"at most {share >> 20} MB, a quarter of --max-decoded-mb, are allowed"
         raise DataError(f"{where}: {packed} bytes of a column unpack to {unpacked}; {limit}")

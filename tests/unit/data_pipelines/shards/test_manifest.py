@@ -76,12 +76,17 @@ def test_manifests_that_lie_are_refused(tmp_path: Path) -> None:
 
     newer = header.replace(b'"version": 3', b'"version": 9')
     old = header.replace(b'"version": 3', b'"version": 2')
+    endless = old.replace(b'"num_classes": 3', b'"num_classes": %d' % 10**15)
     halved = header[: len(header) // 2]
     for damaged, words in (
         (data[:-100], "not a readable Parquet"),
         (b"", "not a readable Parquet"),
         (parquet(table.replace_schema_metadata({"warm-dist": newer})), "version 9, this program reads 2 and 3"),
         (parquet(table.replace_schema_metadata({"warm-dist": halved})), "damaged header"),
+        (
+            parquet(table.replace_schema_metadata({"warm-dist": endless})),
+            f"names 3 classes, its header counts {10**15}",
+        ),
         (parquet(table.replace_schema_metadata({})), "no warm-dist header"),
         (parquet(table.drop_columns(["crc32"])), "'crc32': 'missing'"),
         (parquet(table[:20].replace_schema_metadata({"warm-dist": old})), "has 20 rows, its header counts 21"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from data_pipelines.sources.base import BadImage, Sample
 from data_pipelines.sources.listing import Choice
 from data_pipelines.sources.open import open_source
+from data_pipelines.sources.parquet import _batch_rows, _Columns
 from tests.support.pictures import encode, good, noise
 from warm_dist.errors import ConfigError, DataError
 
@@ -204,6 +206,20 @@ def test_a_column_that_unpacks_to_too_much_is_refused_by_its_metadata(tmp_path: 
         DataError, match=r"a\.parquet: \d+ bytes of a column unpack to 4\d+; at most 1 MB, a quarter of"
     ):
         open_source(str(tmp_path / "a.parquet"), 8, max_bytes=4 << 20)
+
+
+def test_a_record_of_columns_is_read_only_where_memory_is_at_stake() -> None:
+    """Fault: pyarrow ends the process where a flipped bit damages it, in place of a DataError when the rows are read."""
+
+    def damaged(number: int) -> None:
+        raise AssertionError("terminate called after throwing an instance of 'parquet::ParquetException'")
+
+    group = SimpleNamespace(total_byte_size=1 << 20, num_columns=2, column=damaged)
+    assert _batch_rows("a.parquet", group, _Columns("image", None), 64 << 20) == 16
+    for size in ((16 << 20) + 1, 0, -1):
+        group.total_byte_size = size
+        with pytest.raises(AssertionError):
+            _batch_rows("a.parquet", group, _Columns("image", None), 64 << 20)
 
 
 def test_a_value_that_is_repeated_is_read_a_few_rows_at_once(tmp_path: Path) -> None:
