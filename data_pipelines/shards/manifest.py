@@ -191,9 +191,8 @@ def _from_header(header: Any, table: Any, fingerprint: str) -> Manifest:
     shapes = ((channels, size, size), (size, size), (low,), (low, low))
     for name, shape in zip(_ARRAYS, shapes, strict=True):
         fields[name] = np.frombuffer(b64decode(fields[name]), "<f8").reshape(shape)
-    fields["class_counts"] = _class_counts(
-        table["label"].to_numpy(), len(names)
-    )  # a number alone may ask for any memory
+    # by the names: a number alone may ask for any memory
+    fields["class_counts"] = _class_counts(table["label"].to_numpy(), len(names))
     fields["channel_mean"] = np.array(fields["channel_mean"], np.float64).reshape(channels)
     return Manifest(
         info=DataInfo(**fields, fingerprint=fingerprint),

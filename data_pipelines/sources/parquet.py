@@ -143,7 +143,7 @@ def _stem(name: str, folders: Sequence[str]) -> str:
 
 def _batch_rows(where: str, group: Any, columns: _Columns, max_bytes: int) -> int:
     """Rows of a group to read at once: no value is longer than its column when unpacked, however often it is repeated."""
-    share, unpacked, packed = max_bytes // _SHARE, group.total_byte_size, 0
+    share, unpacked, packed = max_bytes // _SHARE, int(group.total_byte_size), 0
     if not 0 < unpacked <= share:  # else pyarrow is not asked for columns: where their record is damaged, it aborts
         chunks = [group.column(number) for number in range(group.num_columns)]
         ours = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
