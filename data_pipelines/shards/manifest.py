@@ -73,7 +73,8 @@ def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
     except DataError as error:
         if name == NAME:
             raise
-        raise DataError(f"{error}; name the data set's manifest itself, {url.rstrip('/')}/{NAME}") from None
+        near = folder if name.endswith(".parquet") else url.rstrip("/")
+        raise DataError(f"{error}; name the data set's manifest itself, {near}/{NAME}") from None
     try:
         manifest, certified = _parse(data)
     except _Damage as damage:

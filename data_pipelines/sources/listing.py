@@ -23,6 +23,7 @@ _MASK_FOLDER = re.compile(
     rf"(.*[-_. ])?({_MASK})([-_. ].*|\d*)|(.*[-_. ])?(labels?|segs?|gt|gtfine|gtcoarse|depths?([-_. ]?maps?)?|alphas?|thumb(nail)?s?|segmentation(class|object)(aug)?)"
 )
 _MASK_FILE = re.compile(rf"(.+)[-_. ]({_MASK}|labels?|seg|gt|depth|alpha)|({_MASK}|label|seg|gt|depth|alpha)[-_. ](.+)")
+_BARE = "without suffix"
 _PHOTO = ["rgb", "color", "colour", "image", "img", "photo", "input"]
 
 
@@ -86,7 +87,7 @@ class Listing:
 
     def leave(self, reason: str, name: str) -> None:
         """Count a file that is left out."""
-        self._left.setdefault(reason, Counter())[suffix_of(name) or "without suffix"] += 1
+        self._left.setdefault(reason, Counter())[suffix_of(name) or _BARE] += 1
         self._example.setdefault(reason, name)
 
     def note(self, line: str) -> None:
@@ -98,7 +99,7 @@ class Listing:
         left = []
         for reason, suffixes in self._left.items():
             kinds = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common(5))
-            such = f"{kinds}; such as {self._example[reason]!r}"
+            such = ("" if {*suffixes} == {_BARE} else f"{kinds}; ") + f"such as {self._example[reason]!r}"
             left.append(printable(f"left out: {reason}: {suffixes.total()} ({such})"))
         return (*self.notes, *left)
 

@@ -327,8 +327,16 @@ COMMANDS: list[tuple[str, int, str]] = [
     ),
     ("ema none --length 0.1", 2, "none: is no folder; name a run's, or the s3:// URL of its checkpoint.url"),
     ("ema folder --length 0.1", 4, "folder: no snapshots; set train.ema_lengths=[0.05,0.1] and train.snapshot_nimg"),
-    ("report none", 2, "none: not a run, it has no readable config.json; give the output folder of a run"),
-    ("mirror none", 2, "none: has no readable config.json; RUN is the folder that the config calls output"),
+    (
+        "report none",
+        2,
+        "none: not a run, its config.json is missing, unreadable or changed; give the output folder of a run",
+    ),
+    (
+        "mirror none",
+        2,
+        "none: its config.json is missing, unreadable or changed; RUN is the folder that the config calls output",
+    ),
     ("info none/manifest.parquet", 3, "none/manifest.parquet: does not exist"),
     ("info d8", 3, "d8: cannot be read (not a regular file); name the data set's manifest itself, d8/manifest.parquet"),
     (
@@ -344,6 +352,11 @@ COMMANDS: list[tuple[str, int, str]] = [
     ),
     ("pack folder out --resolution 8", 3, "folder: no images; left out: no pictures: 1 (1 .txt; such as 'x.txt')"),
     ("pack digits out --resolution 0", 2, "resolution 0, resize 'box': needs 1 to 2048, and one of box, lanczos, adm"),
+    (
+        "info d8/x.parquet",
+        3,
+        "d8/x.parquet: does not exist; name the data set's manifest itself, d8/manifest.parquet",
+    ),
     ("spectrum none", 3, "none: does not exist; name the data set's manifest itself, none/manifest.parquet"),
     (
         "trajectory none",

@@ -106,7 +106,9 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 def _read(folder: Path, name: str) -> Run:
     config = redact(read_config(folder))
     if config is None:
-        raise ConfigError(f"{folder}: not a run, it has no readable config.json; give the output folder of a run")
+        raise ConfigError(
+            f"{folder}: not a run, its config.json is missing, unreadable or changed; give the output folder of a run"
+        )
     info, end, path = read_record(folder / RUN, Attempt), read_record(folder / EXIT, End), folder / METRICS
     try:
         lines = [redact(line) for line in read_metrics(path)]

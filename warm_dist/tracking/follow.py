@@ -164,7 +164,9 @@ def _abandoned(run: Path) -> bool:
 def _tracking(run: Path) -> TrackingConfig:
     config = read_config(run)
     if config is None:
-        raise ConfigError(f"{run}: has no readable config.json; RUN is the folder that the config calls output")
+        raise ConfigError(
+            f"{run}: its config.json is missing, unreadable or changed; RUN is the folder that the config calls output"
+        )
     try:
         return TrackingConfig.model_validate(redact(config.get("tracking", {})))  # an old one may hold credentials
     except ValueError as error:

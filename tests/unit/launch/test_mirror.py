@@ -26,7 +26,7 @@ def test_a_run_without_a_line_yet_is_said_so(
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no readable config\.json"):
+    with pytest.raises(ConfigError, match=r"its config\.json is missing, unreadable or changed"):
         call(command.main, tmp_path)
     make_run(tmp_path, None)
     with pytest.raises(ConfigError, match="name a server with --url"):

@@ -161,7 +161,7 @@ def test_a_hugging_face_repository_is_read_split_by_split(tmp_path: Path) -> Non
         "images: 4 rows of 1 table, column 'image'",
         "split: test, by --split (2 of train, 1 of validation, 1 of test)",
         "classes: 4, column 'label'",
-        "left out: hidden or a system's own: 1 (1 without suffix; such as '.gitattributes')",
+        "left out: hidden or a system's own: 1 (such as '.gitattributes')",
         "left out: no pictures: 1 (1 .md; such as 'README.md')",
         "left out: not of the split test: 3 (3 .parquet;",
     ):
@@ -186,7 +186,7 @@ def test_columns_are_chosen_and_the_others_told(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     source = open_source(str(tmp_path / "a.parquet"), 8)
     assert np.array_equal(good(source)[0].image, noise(0))
-    assert "left out: columns: 2 (2 without suffix; such as 'mask')" in source.told
+    assert "left out: columns: 2 (such as 'mask')" in source.told
     chosen = open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(classes="coarse"))
     assert [item.label for item in good(chosen)] == [4, 2]
     assert open_source(str(tmp_path / "a.parquet"), 8, choice=Choice(classes="none")).class_names == ()
