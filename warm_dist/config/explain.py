@@ -36,7 +36,6 @@ _WORDS: dict[str, str] = {
     "finite_number": "needs a finite number",
 }
 _PATTERNS = {
-    "^https?://": "needs the URL of a server, http://… or https://…",
     "^[0-9a-f]{64}$": "needs a sha256, 64 hex digits",
     "^[0-9a-f]{32}$": "needs an id of 32 hex digits",
 }

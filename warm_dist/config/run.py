@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
-from warm_dist.config.urls import URL, Download, LocalPath, NoSecrets, Place, Server
+from warm_dist.config.urls import URL, Download, LocalPath, Place, Server
 from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
@@ -226,7 +226,7 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics are shown besides metrics.jsonl: MLflow and Prometheus."""
 
-    mlflow_url: Annotated[str, Field(pattern="^https?://"), NoSecrets] | None = Field(
+    mlflow_url: Server | None = Field(
         None, description="MLflow server, e.g. http://127.0.0.1:5000; null: metrics.jsonl only"
     )
     experiment: Annotated[str, Field(min_length=1)] = "warm-dist"

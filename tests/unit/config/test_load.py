@@ -75,6 +75,7 @@ def test_misspelt_keys_are_named_with_the_nearest_one():
         ("eval.extractor=inception", "eval.extractor_sha256"),
         ("eval.extractor=torchscript", "eval.extractor_sha256"),
         ('eval={"eval_nimg":32,"num_images":2,"extractor":"pixels","extractor_bf16":true}', "pixels is always float32"),
+        ("tracking.mlflow_url=https://", "needs the URL of a server, http://… or https://…"),
         ("tracking.mlflow_url=sqlite:///mlflow.db", "needs the URL of a server, http://… or https://…"),
         ("tracking.parent_run_id=sweep", 'needs an id of 32 hex digits, got "sweep"'),
         ('tracking={"log_model":false,"registered_model":"x"}', "needs tracking.log_model"),
