@@ -90,7 +90,7 @@ def opened(path: Path, choice: Choice) -> Source | None:
 
 def accounted(source: Source) -> int:
     """The images of a source, and the files that it tells are left out."""
-    counts = [re.search(r": (\d+) \([^;]*; such as ", line) for line in source.told if line.startswith("left out")]
+    counts = [re.search(r": (\d+) \((?:[^;]*; )?such as ", line) for line in source.told if line.startswith("left out")]
     assert all(counts)
     absent = [line for line in source.told if "not there" in line]
     lost = sum(int(found[1]) for line in absent if (found := re.search(r": (\d+) \(", line)))
