@@ -235,7 +235,7 @@ SWEEPS: list[tuple[str, int, str]] = [
     (
         '{"set": {"train.lr": 1.0}}',
         2,
-        "s.json: 'train.lr' is set for all trials and searched in space ('train.lr'); remove one of them",
+        "s.json: set: 'train.lr' is set for all trials and searched in space ('train.lr'); remove one of them",
     ),
     ('{"space": {"train.lrr": {"grid": [1]}}}', 2, "trial lrr=1: unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ('{"space": {"train.lr": {"grid": ["a"]}}}', 2, "trial lr=a: 'train.lr': needs a number, got \"a\""),
@@ -250,7 +250,11 @@ SWEEPS: list[tuple[str, int, str]] = [
         2,
         "space: 'output' cannot be searched; the sweep sets it, or the network is the same",
     ),
-    ('{"space": {"train": {"grid": [1]}}}', 2, "'train' is a section: name one of its keys, such as 'train.seed'"),
+    (
+        '{"space": {"train": {"grid": [1]}}}',
+        2,
+        "space: 'train' is a section: name one of its keys, such as 'train.seed'",
+    ),
     ('{"base": "none.json"}', 2, "none.json: does not exist; name a config file, such as configs/quickstart.json"),
     ('{"output": "s3:/x"}', 2, "s.json: 'output': needs s3://bucket/prefix or a path on this machine, got \"s3:/x\""),
     ('{"seeds": [1, 1]}', 2, "s.json: seeds has a duplicate"),

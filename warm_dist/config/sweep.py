@@ -121,24 +121,26 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[Sw
     Raises ConfigError that names every mistake by its dotted path.
     """
     tree = read_tree(path)
-    of_trials = []
+    of_trials, given = [], list[str]()
     for text in overrides or []:
         key, value = parse_setting(text)
         if key.split(".")[0] in SweepConfig.model_fields:
             assign(tree, key, value, f"--set {text!r}")
+            given.insert(0, key)
         else:
-            of_trials.append((key, value))
-    sweep = validate_as(SweepConfig, tree, str(path))
+            of_trials.append((f"--set {key}", key, value))
+    sweep = validate_as(SweepConfig, tree, str(path), given)
     base = read_tree(Path(path).parent / sweep.base)
-    for key, value in [*sweep.set.items(), *of_trials]:
+    of_all = [(f"{path}: set", key, value) for key, value in sweep.set.items()]
+    for where, key, value in [*of_all, *of_trials]:
         for searched in sweep.space:
             if f"{key}.".startswith(f"{searched}."):
                 raise ConfigError(
-                    f"{path}: {key!r} is set for all trials and searched in space ({searched!r}); remove one of them"
+                    f"{where}: {key!r} is set for all trials and searched in space ({searched!r}); remove one of them"
                 )
         if key == SEED:
-            raise ConfigError(f"{path}: set {SEED}: use the sweep's list seeds instead")
-        assign(base, key, value, f"{path}: set {key!r}")
+            raise ConfigError(f"{where}: use the sweep's list seeds for {SEED}")
+        assign(base, key, value, f"{where}: {key!r}")
     return sweep, base
 
 

@@ -87,12 +87,12 @@ def _draw(axis: Axis, uniform: float) -> Any:
 
 
 def _check_keys(sweep: SweepConfig) -> None:
-    for key in (*sweep.space, *sweep.set):
+    for part, key in [("space", key) for key in sweep.space] + [("set", key) for key in sweep.set]:
         if key in _SECTIONS:
             example = next(
                 known for known in known_keys(Config) if known.startswith(f"{key}.") and known not in _SECTIONS
             )
-            raise ConfigError(f"{key!r} is a section: name one of its keys, such as {example!r}")
+            raise ConfigError(f"{part}: {key!r} is a section: name one of its keys, such as {example!r}")
     for key in sweep.space:
         if key == SEED:
             raise ConfigError(f"space: {SEED} is set by the sweep's list seeds")

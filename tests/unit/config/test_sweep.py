@@ -94,7 +94,7 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"space": {"network.channels": {"uniform": [8, 40]}}}, "'network.channels': needs a whole number"),
         ({"space": {"process.bnr": {"grid": [0.5, 0.5]}}}, "come twice"),
         ({"space": {"process.bnr": {"grid": [{"kind": "log_uniform", "low": 0.1, "high": 1}]}}}, "sampler.bnr is needed"),
-        ({"set": {"train.seed": 5}}, "set train.seed: use the sweep's list seeds"),
+        ({"set": {"train.seed": 5}}, "sweep.json: set: use the sweep's list seeds for train.seed"),
         ({"space": {"data.reader_threads": {"grid": [1, 2]}}}, "the network does not depend on it"),
         ({"space": {"process.bnr.cap": {"grid": [1]}, "process.bnr": {"grid": [{"kind": "power", "bnr": 1, "exponent": 0}]}}},
          "'process.bnr.cap' is inside 'process.bnr'"),
@@ -123,8 +123,25 @@ def test_a_mistake_is_one_clear_error(tmp_path, changes, told):
 
 
 def test_a_seed_on_the_command_line_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"set train\.seed: use the sweep's list seeds"):
+    with pytest.raises(ConfigError, match=r"^--set train\.seed: use the sweep's list seeds"):
         all_trials(written(tmp_path), "train.seed=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("space=3", "--set space: needs an object, a section of keys, got 3"),
+        ("trial.max_failures=-1", "--set trial.max_failures: needs 0 or more, got -1"),
+        ("num_samples=4", "--set num_samples: num_samples 4 needs a key of space that is drawn; all are on a grid"),
+        ("process.bnr=1", "--set process.bnr: 'process.bnr' is set for all trials and searched in space ('process.bnr'); remove one of them"),
+    ],
+)  # fmt: skip
+def test_an_override_is_blamed_for_its_own_mistake(tmp_path, override, told):
+    """Fault: the file is named, which says nothing of the kind."""
+    path = written(tmp_path, space={"process.bnr": {"grid": [0.5, 1]}}, seeds=[0])
+    with pytest.raises(ConfigError) as caught:
+        all_trials(path, override)
+    assert str(caught.value) == told
 
 
 @pytest.mark.parametrize("output", ["runs/a", "/x/y/", "s3://bucket", "s3://bucket/a/b/"])
