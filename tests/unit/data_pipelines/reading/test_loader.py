@@ -177,6 +177,7 @@ def test_the_memory_held_stays_below_the_bound_that_is_reported(
         # beside the bytes: numbers of rows and places, futures, frames: 100 bytes an image of two blocks, and some
         assert traced < reader.most_bytes + 300_000
         assert traced < reader.peak_bytes + 300_000  # nothing is left out of the account
+    reader._pool.shutdown()  # closing does not wait for what is being read ahead
     gc.collect()
     assert reader._held.now == 0
 
