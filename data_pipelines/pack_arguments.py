@@ -46,7 +46,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(description: str | None = None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse pack's command line; None: this process's own."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m data_pipelines.pack", description=description, formatter_class=raw)

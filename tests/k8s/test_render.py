@@ -166,7 +166,7 @@ def test_a_sweep(tmp_path):
     ([*TRAIN, "--name", "a" * 41], "at most 40"),
     ([*TRAIN, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "--set tracking.mlflow_url: holds a user, password"),
     ([*TRAIN, *INCEPTION, "--set", "eval.extractor_url=https://x.example/i.pt?X-Amz-Signature=abc"], "--set eval.extractor_url: holds a user, password"),
-    ([*SWEEP, "--set", "endpoint_url=https://me:secret@s3.example"], "'endpoint_url': holds a user, password"),
+    ([*SWEEP, "--set", "endpoint_url=https://me:secret@s3.example"], "--set endpoint_url: holds a user, password"),
     ([*SWEEP, "--set", "tracking.mlflow_url=https://me:secret@mlflow.example"], "holds a user, password"),
     ([*SWEEP, "--set", "data.endpoint_url=http://[::1]:8333"], "is the pod itself"),
     ([*PACK, "photos", "photos64", "--resolution", "64"], "out_url 'photos64': pods cannot see your folders"),
