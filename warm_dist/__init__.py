@@ -14,8 +14,8 @@ _COMMANDS = tuple(
     f"{os.path.dirname(os.path.dirname(__file__))}/{package}/" for package in ("launch", "data_pipelines")
 )
 
-_LONG = ("train.py", "evaluate.py", "node.py", "sweep.py")
-"""Commands that a scheduler stops and starts again."""
+_LONG = ("train.py", "evaluate.py", "node.py")
+"""Commands that a scheduler stops and starts again as they are, and that take requests to stop once they have begun."""
 _PATIENCE_S, _RETRY_S = 1.0, 0.05  # for an import to end, after which what the command has started is ended in order
 _asked = 0.0
 
