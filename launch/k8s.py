@@ -72,8 +72,8 @@ def _render(args: argparse.Namespace) -> RenderedJob:
         raise ConfigError("--jobset is for a training; a sweep is a RayJob")
     from warm_dist.config.sweep import load_sweep
 
-    settings, base = load_sweep(args.config, args.set)
-    return jobs.sweep(settings, base, name, size, _template("tuning/rayjob.yaml"), args.image)
+    loaded = load_sweep(args.config, args.set)
+    return jobs.sweep(*loaded, name, size, _template("tuning/rayjob.yaml"), args.image)
 
 
 def _pack(args: argparse.Namespace) -> RenderedJob:

@@ -44,8 +44,8 @@ def main() -> int:
 
 def drive(args: argparse.Namespace) -> int:
     """Run the sweep in this process and return the exit code."""
-    sweep, base = load_sweep(args.config, args.set)
-    every = trials(sweep, base)
+    sweep, base, origins = load_sweep(args.config, args.set)
+    every = trials(sweep, base, origins)
     if args.dry_run:
         errors.tell(describe(sweep, every))
         return errors.EXIT_OK

@@ -22,13 +22,13 @@ STOP_S = 60.0  # for the trials to end and the table to be written
 
 def main() -> int:
     args = quickstart_parser(__doc__, "sweep_quickstart.json", "sweep").parse_args()
-    sweep, base = load_sweep(args.config, args.set)
+    sweep, base, origins = load_sweep(args.config, args.set)
     output = args.root / Path(sweep.output).name
     supervisor.on_request(signal.default_int_handler)
     try:
         with services(args.root) as servers:
             servers.adopt()
-            pack_openmoji(validate(base, sweep.base), servers)
+            pack_openmoji(validate(base, origins.base, origins.keys), servers)
             return _sweep(servers, args.config, output, args.set)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command continues") from None

@@ -11,5 +11,5 @@ ONE = TrialConfig()
 
 
 def first(path: Path, *overrides: str) -> tuple[SweepConfig, Trial]:
-    sweep, base = load_sweep(path, list(overrides))
-    return sweep, trials(sweep, base)[0]
+    sweep, base, origins = load_sweep(path, list(overrides))
+    return sweep, trials(sweep, base, origins)[0]

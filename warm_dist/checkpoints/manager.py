@@ -274,7 +274,6 @@ class CheckpointManager:
             make_folder(folder)
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            self.check()  # the run's folder may be gone
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
         if free < needed * 1.05:
             raise DiskFullError(

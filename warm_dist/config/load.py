@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -70,18 +70,20 @@ def _loads(text: str, name: str, **hooks: Any) -> Any:
         raise ConfigError(f"{name}: nested too deeply") from None
 
 
-def validate_as(model: type[Model], tree: dict[str, Any], name: str, given: Sequence[str] = ()) -> Model:
+def validate_as(model: type[Model], tree: dict[str, Any], name: str, given: Mapping[str, str] | None = None) -> Model:
     """Validate a tree as a `model`, strictly. Raises ConfigError with one line per mistake.
 
-    name: where the tree comes from, for messages. given: dotted paths that `--set` changed.
+    name: where the tree comes from, for messages. given: dotted paths that were changed → where, such as "--set train.lr".
     """
+    given = given or {}
 
     def origin(path: str, text: str = "") -> str:
         exact = [key for key in given if f"{path}.".startswith(f"{key}.")]
-        if found := exact[:1] or [key for key in given if _is_about(text, path, key)]:
-            return ", ".join(f"--set {key}" for key in dict.fromkeys(found))
+        made = [key for key in given if text.startswith("unknown key") and key.startswith(f"{path}.")]
+        if found := exact[:1] or made or [key for key in given if _is_about(text, path, key)]:
+            return ", ".join(dict.fromkeys(given[key] for key in found))
         added = [key for key in given if "." in path and key.rpartition(".")[0] == path.rpartition(".")[0]]
-        return f"{name} with --set {added[0]}" if added and text.startswith("missing key") else name
+        return f"{name} with {given[added[0]]}" if added and text.startswith("missing key") else name
 
     for path, value in flatten(tree).items():
         if re.search("[\ud800-\udfff]", json.dumps([path, value], ensure_ascii=False)):

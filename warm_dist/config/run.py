@@ -5,6 +5,7 @@ No secret has a key here: boto3's own chain (environment, profile, instance role
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,7 +234,9 @@ class TrackingConfig(Section):
     run_name: str | None = Field(None, description="null: the name of the output folder")
     parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(None, description="MLflow parent run")
     log_model: bool = Field(True, description="at the end, log the EMA weights as an MLflow model that samples images")
-    registered_model: str | None = Field(None, description="also register the model under this name; null: do not")
+    registered_model: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="also register the model under this name; null: do not"
+    )
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
         None, description="port where rank 0 serves its metrics as Prometheus text; null: none"
     )
@@ -339,9 +342,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for setting in overrides or []:
         override(tree, setting)
     given = [setting.partition("=")[0] for setting in reversed(overrides or [])]
-    return validate_as(Config, tree, str(path), given)
+    return validate(tree, str(path), {key: f"--set {key}" for key in given})
 
 
-def validate(tree: dict[str, Any], name: str = "config") -> Config:
-    """Validate a tree as a run's config. Raises ConfigError with one line per mistake."""
-    return validate_as(Config, tree, name)
+def validate(tree: dict[str, Any], name: str = "config", given: Mapping[str, str] | None = None) -> Config:
+    """Validate a tree as a run's config. Raises ConfigError with one line per mistake, see `validate_as`."""
+    return validate_as(Config, tree, name, given)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, JsonValue
 
@@ -15,6 +18,11 @@ from warm_dist.errors import ConfigError
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # closer to 1 gives thousands of rungs
 Key = Annotated[str, Field(pattern=r"^[a-z]\w*(\.[a-z]\w*)*$")]
 SEED = "train.seed"
+OWN = ("output", "checkpoint.url", "checkpoint.endpoint_url", *(
+    f"tracking.{key}" for key in ("parent_run_id", "run_name", "log_model", "registered_model", "prometheus_port")
+))  # fmt: skip
+"""Keys of a trial's config that the sweep sets."""
+MOST_TRIALS = 10_000
 
 
 class Axis(Section):
@@ -78,6 +86,11 @@ class SurfaceConfig(Section):
     num_images: Annotated[int, Field(ge=2)] | None = Field(None, description="null: eval.num_images")
     num_blocks: Positive = Field(1, description="blocks of seeds per cell, for mean ± spread")
 
+    def model_post_init(self, context: Any) -> None:
+        for name, values in (("nfe", self.nfe), ("bnr", self.bnr)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a duplicate")
+
 
 class SweepConfig(Section):
     """Everything that describes a sweep."""
@@ -104,7 +117,9 @@ class SweepConfig(Section):
     max_concurrent: Positive | None = Field(None, description="trials at a time; null: as many as the resources allow")
     ray_address: URL | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, or else a local Ray")
     surface: SurfaceConfig | None = Field(None, description="null: no surface")
-    registered_model: str | None = Field(None, description="register the best trial's model in MLflow under this name")
+    registered_model: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="register the best trial's model in MLflow under this name"
+    )
 
     def model_post_init(self, context: Any) -> None:
         if len(set(self.seeds)) < len(self.seeds):
@@ -112,25 +127,43 @@ class SweepConfig(Section):
         drawn = [key for key, axis in self.space.items() if axis.grid is None]
         if self.num_samples > 1 and not drawn:
             raise ValueError(f"num_samples {self.num_samples} needs a key of space that is drawn; all are on a grid")
+        factors = {f"space.{key}.grid": len(axis.grid) for key, axis in self.space.items() if axis.grid}
+        factors |= {"seeds": len(self.seeds), "num_samples": self.num_samples}
+        if (total := math.prod(factors.values())) > MOST_TRIALS:
+            listed = " x ".join(f"{key} {factor:,}" for key, factor in factors.items() if factor > 1)
+            raise ValueError(f"{listed} make {total:,} trials; a sweep has at most {MOST_TRIALS:,}")
 
 
-def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[SweepConfig, dict[str, JsonValue]]:
-    """Read a sweep's JSON file; also returns its base config as a tree, with `set` and the overrides applied.
+class Origins(NamedTuple):
+    """Where a sweep's trials come from, for messages. keys: dotted path of what `set` or `--set` changed → which of them."""
+
+    sweep: str = "the sweep"
+    base: str = "the base config"
+    keys: Mapping[str, str] = MappingProxyType({})
+
+
+def load_sweep(
+    path: str | Path, overrides: list[str] | None = None
+) -> tuple[SweepConfig, dict[str, JsonValue], Origins]:
+    """Read a sweep's JSON file; also its base config as a tree, with `set` and the overrides applied, and the origins.
 
     overrides: `a.b=V`, a key of the sweep (output, trial.max_failures, …) or else of the trials' config.
     Raises ConfigError that names every mistake by its dotted path.
     """
     tree = read_tree(path)
-    of_trials, given = [], list[str]()
+    of_trials, given = [], dict[str, str]()
     for text in overrides or []:
         key, value = parse_setting(text)
         if key.split(".")[0] in SweepConfig.model_fields:
             assign(tree, key, value, f"--set {text!r}")
-            given.insert(0, key)
+            given = {key: f"--set {key}", **given}
         else:
             of_trials.append((f"--set {key}", key, value))
     sweep = validate_as(SweepConfig, tree, str(path), given)
-    base = read_tree(Path(path).parent / sweep.base)
+    origins = Origins(str(path), str(Path(path).parent / sweep.base), keys := {})
+    base = read_tree(origins.base)
+    if {"base", "space"} & base.keys():
+        raise ConfigError(f"{path}: base {sweep.base} is a sweep's config; name a run's, such as quickstart.json")
     of_all = [(f"{path}: set", key, value) for key, value in sweep.set.items()]
     for where, key, value in [*of_all, *of_trials]:
         for searched in sweep.space:
@@ -140,8 +173,11 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> tuple[Sw
                 )
         if key == SEED:
             raise ConfigError(f"{where}: use the sweep's list seeds for {SEED}")
+        if key in OWN and value not in (None, False):
+            raise ConfigError(f"{where}: {key!r} cannot be set for all trials; the sweep gives each its own")
         assign(base, key, value, f"{where}: {key!r}")
-    return sweep, base
+        keys[key] = where
+    return sweep, base, origins
 
 
 def parameters(sweep: SweepConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from warm_dist.config.batch import batch_equation, check_world_size
 from warm_dist.config.load import assign, dump, validate_as
 from warm_dist.config.run import Config
-from warm_dist.config.sweep import SweepConfig
+from warm_dist.config.sweep import Origins, SweepConfig
 from warm_dist.config.values import exact
 from warm_dist.errors import ConfigError
 from warm_dist.kubernetes import checks
@@ -155,9 +155,15 @@ def in_pods(config: Config, name: str) -> Config:
 
 
 def sweep(
-    settings: SweepConfig, base: dict[str, JsonValue], name: str, size: JobSize, template: Object, image: str | None
+    settings: SweepConfig,
+    base: dict[str, JsonValue],
+    origins: Origins,
+    name: str,
+    size: JobSize,
+    template: Object,
+    image: str | None,
 ) -> RenderedJob:
-    """The ConfigMap and RayJob of a sweep. base: its trials' config, as `load_sweep` returns it.
+    """The ConfigMap and RayJob of a sweep. settings, base, origins: as `load_sweep` returns them.
 
     template: k8s/base/tuning/rayjob.yaml. Raises ConfigError for a sweep that pods cannot run, or whose trials do not fit
     the job.
@@ -168,7 +174,7 @@ def sweep(
     if settings.ray_address:
         raise ConfigError(f"ray_address {settings.ray_address}: a RayJob starts its own Ray; leave it null")
     base = copy.deepcopy(base)
-    every = trials(settings, base)
+    every = trials(settings, base, origins)
     config = every[0].config
     checks.check_visible(config)
     for part in (dump(settings), dump(config)):

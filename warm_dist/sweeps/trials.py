@@ -10,12 +10,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from warm_dist.config.batch import check_world_size
 from warm_dist.config.identity import INCIDENTAL, digest
 from warm_dist.config.load import assign, flatten, known_keys
 from warm_dist.config.run import Config, validate
-from warm_dist.config.sweep import SEED, Axis, SweepConfig
+from warm_dist.config.sweep import SEED, Axis, Origins, SweepConfig
 from warm_dist.config.values import exact
-from warm_dist.errors import ConfigError
+from warm_dist.errors import ConfigError, WorldSizeError
 from warm_dist.sweeps.ranking import headings
 
 Values = dict[str, Any]
@@ -36,18 +37,19 @@ class Trial:
     config: Config
 
 
-def trials(sweep: SweepConfig, base: dict[str, Any]) -> list[Trial]:
-    """All trials: every point of the space for every seed.
+def trials(sweep: SweepConfig, base: dict[str, Any], origins: Origins | None = None) -> list[Trial]:
+    """All trials: every point of the space for every seed. base, origins: as `load_sweep` returns them.
 
     A trial's name has its values and a digest of everything that makes its network, so a resumed sweep recognises its
     trials, and more seeds, values or draws extend a sweep. Raises ConfigError naming the trial and key, WorldSizeError.
     """
-    _check_keys(sweep)
+    origins = origins or Origins()
+    _check_keys(sweep, origins)
     out: dict[str, Trial] = {}
     for seed, values in itertools.product(sweep.seeds, points(sweep)):
-        trial = _trial(sweep, base, values, seed)
+        trial = _trial(sweep, base, values, seed, origins)
         if trial.name in out and all(axis.grid is not None for axis in sweep.space.values()):
-            raise ConfigError(f"space: the values {values} come twice")
+            raise ConfigError(f"{origins.sweep}: space: the values {values} come twice")
         out[trial.name] = trial  # the same choice drawn twice is one trial
     return list(out.values())
 
@@ -86,45 +88,54 @@ def _draw(axis: Axis, uniform: float) -> Any:
     return min(max(float(f"{value:.4e}"), low), high)
 
 
-def _check_keys(sweep: SweepConfig) -> None:
+def _check_keys(sweep: SweepConfig, origins: Origins) -> None:
     for part, key in [("space", key) for key in sweep.space] + [("set", key) for key in sweep.set]:
-        if key in _SECTIONS:
+        if key in _SECTIONS and not (key == "eval" and sweep.set.get(key, key) is None):
             example = next(
                 known for known in known_keys(Config) if known.startswith(f"{key}.") and known not in _SECTIONS
             )
-            raise ConfigError(f"{part}: {key!r} is a section: name one of its keys, such as {example!r}")
+            raise ConfigError(
+                f"{origins.sweep}: {part}: {key!r} is a section: name one of its keys, such as {example!r}"
+            )
+    space = f"{origins.sweep}: space"
     for key in sweep.space:
         if key == SEED:
-            raise ConfigError(f"space: {SEED} is set by the sweep's list seeds")
+            raise ConfigError(f"{space}: {SEED} is set by the sweep's list seeds")
         if key.split(".")[0] in _OWN:
-            raise ConfigError(f"space: {key!r} cannot be searched; the sweep sets it, or the network is the same")
+            raise ConfigError(f"{space}: {key!r} cannot be searched; the sweep sets it, or the network is the same")
         if key in INCIDENTAL:
-            raise ConfigError(f"space: {key!r} cannot be searched: the network does not depend on it")
+            raise ConfigError(f"{space}: {key!r} cannot be searched: the network does not depend on it")
         inner = [other for other in sweep.space if other.startswith(f"{key}.")]
         if inner:
-            raise ConfigError(f"space: {inner[0]!r} is inside {key!r}; search one of them, or whole values of {key!r}")
+            raise ConfigError(
+                f"{space}: {inner[0]!r} is inside {key!r}; search one of them, or whole values of {key!r}"
+            )
         if key.startswith(_MEASURE):
-            raise ConfigError(f"space: {key!r} makes Fréchet distances that cannot be compared; move it to set")
+            raise ConfigError(f"{space}: {key!r} makes Fréchet distances that cannot be compared; move it to set")
 
 
-def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int) -> Trial:
-    from warm_dist.config.batch import check_world_size
-
+def _trial(sweep: SweepConfig, base: dict[str, Any], values: Values, seed: int, origins: Origins) -> Trial:
     tree = json.loads(json.dumps(base))
-    where = f"trial {label_of(values)}" if values else "the base config"
+    where = f"trial {label_of(values)}" if values else origins.base
     for key, value in {**values, SEED: seed}.items():
-        assign(tree, key, copy.deepcopy(value), where)
+        assign(tree, key, copy.deepcopy(value), where if key in values else origins.base)
     tree |= {"output": "trial"}
-    config = validate(tree, where)
+    config = validate(tree, origins.base, {**dict.fromkeys(values, where), **origins.keys})
     if config.eval is None:
-        raise ConfigError(f"{where}: a sweep ranks by the Fréchet distance, so it needs the section eval")
+        raise ConfigError(
+            f"{origins.keys.get('eval', origins.base)}: a sweep ranks by the Fréchet distance, so it needs the section eval"
+        )
     least, total = config.eval.eval_nimg, config.train.total_nimg
     if sweep.scheduler is not None and not least <= sweep.scheduler.grace_nimg < total:
         raise ConfigError(
             f"{where}: scheduler.grace_nimg {sweep.scheduler.grace_nimg} must be at least eval.eval_nimg {least} and "
             f"below train.total_nimg {total}"
         )
-    check_world_size(config, sweep.trial.processes)
+    try:
+        check_world_size(config, sweep.trial.processes)
+    except WorldSizeError as error:
+        factors = ("trial.nodes x " if sweep.trial.nodes > 1 else "") + "trial.processes_per_node"
+        raise WorldSizeError(f"{origins.sweep}: {factors}: {error}") from None
     label = label_of({**values, SEED: seed})[:_NAME_LENGTH].rstrip(",")
     return Trial(f"{label}-{digest(config)}", values, seed, config)
 

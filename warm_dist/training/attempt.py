@@ -20,7 +20,7 @@ from warm_dist.distributed.stop import PATIENCE_S, StoppedAtOnce, StopSignal
 from warm_dist.distributed.world import join, prepare_host, shutdown
 from warm_dist.evaluation.evaluator import Evaluator
 from warm_dist.networks.unet import num_parameters
-from warm_dist.runs.folder import METRICS, RUN, WEIGHTS, Claim, describe_run, read_end
+from warm_dist.runs.folder import LOCK, METRICS, WEIGHTS, Claim, describe_run, read_end
 from warm_dist.runs.metrics import MetricsLog, read_metrics
 from warm_dist.store.lease import Lease
 from warm_dist.store.open import open_store
@@ -77,6 +77,9 @@ class Attempt:
                     self._train()
                 except StoppedAtOnce as error:
                     raise self._kept(error) from None
+                except errors.OutputError:
+                    self.claim.check()  # a folder that is gone is the cause
+                    raise
                 except errors.Stopped:  # on every rank, after the save
                     reason = self.stop.reason(self.world)
                     raise errors.Stopped(
@@ -137,7 +140,7 @@ class Attempt:
         if checkpoint.url:
             store = open_store(checkpoint.url, checkpoint.endpoint_url)
             with contextlib.suppress(errors.MissingError):
-                store.stat(RUN)
+                store.stat(LOCK)  # a trial's folder on S3 has all that its run wrote, but nobody trained in it
                 raise errors.ConfigError(
                     f"checkpoint.url {checkpoint.url}: is the folder of a run; name one for this run's checkpoints alone"
                 )

@@ -57,7 +57,7 @@ def test_the_schema_is_the_generated_one():
 
 
 def test_overrides_go_to_the_sweep_or_to_its_trials(tmp_path):
-    sweep, base = load_sweep(written(tmp_path), ["output=elsewhere", "trial.max_failures=0", "train.lr=0.5"])
+    sweep, base, _ = load_sweep(written(tmp_path), ["output=elsewhere", "trial.max_failures=0", "train.lr=0.5"])
     assert (sweep.output, sweep.trial.max_failures, base["train"]["lr"]) == ("elsewhere", 0, 0.5)
     assert base["output"] == "runs/quickstart"
 
@@ -112,7 +112,25 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"scheduler": {"kind": "pbt"}}, "'scheduler.kind'"),
         ({"trial": {"gpus_per_process": 2}}, "gpus_per_process must be 0 or 1, or a fraction"),
         ({"trial": {"gpus_per_process": 0.5, "processes_per_node": 2}}, "a fraction for a trial of one process"),
-        ({"set": {"eval": None}}, "'eval' is a section"),
+        ({"set": {"eval": None}}, "sweep.json: set: a sweep ranks by the Fréchet distance, so it needs the section eval"),
+        ({"set": {"train": None}}, "sweep.json: set: 'train' is a section"),
+        ({"set": {"train": 5}}, "sweep.json: set: 'train' is a section"),
+        ({"set": {"train.nope": 1}}, "sweep.json: set: unknown key 'train.nope'"),
+        ({"set": {"train.lr": "abc"}}, "sweep.json: set: 'train.lr': needs a number, got \"abc\""),
+        ({"set": {"train.batch_size": 7}}, "sweep.json: set: train.batch_size 7 is not a multiple of data.num_lanes 32"),
+        ({"set": {"trian.lr": 1}}, "sweep.json: set: unknown key 'trian'; did you mean 'train'?"),
+        ({"space": {"train.batch_size": {"grid": [7]}}}, "trial batch_size=7: train.batch_size 7 is not a multiple of data.num_lanes 32"),
+        ({"space": {"train.lr": {"grid": [0.1] * 200}, "process.bnr": {"grid": [1] * 51}}},
+         "sweep.json: space.train.lr.grid 200 x space.process.bnr.grid 51 make 10,200 trials; a sweep has at most 10,000"),
+        ({"space": {"train.lr": {"uniform": [0.1, 0.2]}}, "num_samples": 10**9, "seeds": [0, 1]},
+         "sweep.json: seeds 2 x num_samples 1,000,000,000 make 2,000,000,000 trials"),
+        ({"set": {"output": "x"}}, "sweep.json: set: 'output' cannot be set for all trials"),
+        ({"set": {"checkpoint.url": "s3://a/b"}}, "sweep.json: set: 'checkpoint.url' cannot be set for all trials"),
+        ({"set": {"tracking.prometheus_port": 9000}}, "'tracking.prometheus_port' cannot be set for all trials"),
+        ({"surface": {"nfe": [1, 1]}}, "'surface': nfe has a duplicate"),
+        ({"surface": {"nfe": [1], "bnr": [0.5, 0.5]}}, "'surface': bnr has a duplicate"),
+        ({"registered_model": ""}, "'registered_model': needs a text that is not empty"),
+        ({"base": "sweep.json"}, "sweep.json: base sweep.json is a sweep's config; name a run's"),
         ({"base": "nowhere.json"}, "nowhere.json: does not exist"),
         ({"base": None}, "'base': needs a text"),
     ],
@@ -133,6 +151,11 @@ def test_a_seed_on_the_command_line_is_refused(tmp_path):
         ("space=3", "--set space: needs an object, a section of keys, got 3"),
         ("trial.max_failures=-1", "--set trial.max_failures: needs 0 or more, got -1"),
         ("num_samples=4", "--set num_samples: num_samples 4 needs a key of space that is drawn; all are on a grid"),
+        ("train.lr=abc", "--set train.lr: needs a number, got \"abc\""),
+        ("train.batch_size=30", "--set train.batch_size: train.batch_size 30 is not a multiple of data.num_lanes 32"),
+        ("trian.lr=3", "--set trian.lr: unknown key 'trian'; did you mean 'train'?"),
+        ("checkpoint.url=s3://a/b", "--set checkpoint.url: 'checkpoint.url' cannot be set for all trials; the sweep gives each its own"),
+        ("eval=null", "--set eval: a sweep ranks by the Fréchet distance, so it needs the section eval"),
         ("process.bnr=1", "--set process.bnr: 'process.bnr' is set for all trials and searched in space ('process.bnr'); remove one of them"),
     ],
 )  # fmt: skip
@@ -162,8 +185,13 @@ def test_a_base_without_evaluation_is_refused(tmp_path):
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
     from warm_dist.errors import WorldSizeError
 
-    with pytest.raises(WorldSizeError, match="3 processes cannot share"):
-        all_trials(written(tmp_path, trial={"processes_per_node": 3}))
+    for trial, factors in (
+        ({"processes_per_node": 3}, ""),
+        ({"processes_per_node": 3, "nodes": 3}, r"trial\.nodes x "),
+    ):
+        told = rf"sweep\.json: {factors}trial\.processes_per_node: \d processes cannot share"
+        with pytest.raises(WorldSizeError, match=told):
+            all_trials(written(tmp_path, trial=trial))
 
 
 def test_nan_is_no_value(tmp_path):
