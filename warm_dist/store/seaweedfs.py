@@ -134,7 +134,7 @@ class S3Server:
         command = [str(weed), "mini", *(f"-{name}={value}" for name, value in flags.items())]
         # the AWS variables, if set, would become a second identity
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
-        environment |= {"GOMEMLIMIT": "256MiB", **self._tls()}
+        environment |= {"GOMEMLIMIT": "512MiB", **self._tls()}
         # umask: weed also opens Unix sockets, in /tmp
         return supervisor.start(command, environment, self.directory / "s3.log", umask=0o077)
 
