@@ -48,6 +48,11 @@ def test_checkpoints_do_not_go_into_a_run_s_folder(config_file: Path, tmp_path: 
     code, _, err = finish(fork(config_file, tmp_path / "b", f"checkpoint.url={tmp_path}/b/../b/copies"))
     assert code == 2
     assert "is in output, the run's own folder" in err
+    published = tmp_path / "published"  # as a sweep keeps a trial: its files beside its checkpoints
+    published.mkdir()
+    shutil.copy(tmp_path / "a" / "run.json", published)
+    code, _, err = finish(fork(config_file, tmp_path / "b", f"checkpoint.url={published}"))
+    assert code == 0, err
 
 
 def test_a_folder_that_is_taken_from_under_a_run(config_file: Path, tmp_path: Path) -> None:
