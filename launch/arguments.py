@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from warm_dist.config.explain import shown
+from warm_dist.config.values import NonNegative, model_name
 from warm_dist.errors import ConfigError
 from warm_dist.paths import path_argument
 
@@ -30,10 +34,6 @@ def parse_training(description: str | None) -> argparse.Namespace:
 
 def as_bnr(text: str) -> float:
     """A word of --bnr as a number that a config takes too. Raises ConfigError."""
-    from pydantic import TypeAdapter
-
-    from warm_dist.config.values import NonNegative
-
     try:
         return TypeAdapter(NonNegative).validate_python(float(text))
     except ValueError:
@@ -45,6 +45,38 @@ def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
     for flag, (value, least) in flags.items():
         if value is not None and not least <= value <= MOST:
             raise ConfigError(f"{flag} {shown(value)}: needs a number from {least} to {MOST}")
+
+
+def check_most(flags: dict[str, tuple[int, int]]) -> None:
+    """Check {flag: (value, most)}. Raises ConfigError."""
+    for flag, (value, most) in flags.items():
+        if value > most:
+            raise ConfigError(f"{flag} {shown(value)}: needs a number up to {most}")
+
+
+def check_label(label: int | None, num_classes: int) -> None:
+    """Check --label against the network's classes. Raises ConfigError."""
+    if label is not None and not num_classes:
+        raise ConfigError(f"--label {label}: this network has no classes; leave it out")
+    if label is not None and not 0 <= label < num_classes:
+        raise ConfigError(f"--label {label}: needs a class of this network, from 0 to {num_classes - 1}")
+
+
+def check_memory(flag: str, count: int, num_bytes: int) -> None:
+    """Check that `count` images of `num_bytes` each fit into this machine's memory. Raises ConfigError."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count * num_bytes > there:
+        raise ConfigError(
+            f"{flag} {count}: needs {count * num_bytes / 1e9:,.0f} GB of memory, this machine has {there / 1e9:,.0f}"
+        )
+
+
+def check_model_name(flag: str, name: str) -> None:
+    """Check the name of a registered model. Raises ConfigError."""
+    try:
+        model_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{flag} {shown(name)}: {error}") from None
 
 
 def check_run(run: str) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_set, as_bnr, check_least
 from warm_dist import errors, supervisor
-from warm_dist.errors import ConfigError, UnreachableError
+from warm_dist.config.urls import check_url
+from warm_dist.errors import AccessError, ConfigError, UnreachableError
 from warm_dist.files import claimed
 from warm_dist.paths import path_argument, place_argument
 from warm_dist.runs.folder import MIRROR, Mirrored
@@ -54,8 +55,8 @@ def parse() -> argparse.Namespace:
     check_least(
         {"--num-images": (args.num_images, 2), "--batch-size": (args.batch_size, 1), "--blocks": (args.blocks, 1)}
     )
-    if args.mlflow_url and not args.mlflow_url.startswith(("http://", "https://")):
-        raise ConfigError(f"--mlflow-url {args.mlflow_url}: needs the URL of a server, http://… or https://…")
+    if args.mlflow_url:
+        check_url(args.mlflow_url, server=True, flag="--mlflow-url")
     return args
 
 
@@ -149,8 +150,8 @@ def _log(network: NetworkCells, lines: list[dict[str, Any]], args: argparse.Name
     }
     try:
         log_finished(url, tracking.experiment, name, identity, **logged)
-    except UnreachableError as error:
-        network.say(f"not logged: {error}; the same command logs it when the server is back")
+    except (UnreachableError, AccessError) as error:
+        network.say(f"not logged: {error}; the same command logs it when the server takes it")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 
+from launch.arguments import check_model_name
 from warm_dist import errors, supervisor
+from warm_dist.config.urls import check_url
 from warm_dist.paths import path_argument
 from warm_dist.tracking.follow import mirror_run
 
@@ -21,6 +23,10 @@ def main() -> int:
     parser.add_argument("--url", help="default: the run's tracking.mlflow_url")
     parser.add_argument("--register", metavar="NAME", help="register the finished run's model under this name")
     args = parser.parse_args()
+    if args.url is not None:
+        check_url(args.url, server=True, flag="--url")
+    if args.register is not None:
+        check_model_name("--register", args.register)
     if args.follow:
         os.nice(10)  # training has priority
     owner = os.environ.get(supervisor.OWNER) if args.follow else None

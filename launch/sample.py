@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr, check_least
+from launch.arguments import add_set, as_bnr, check_label, check_least, check_memory
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 from warm_dist.files import replace_file
@@ -36,7 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     check_least({"--n": (args.n, 1), "--batch-size": (args.batch_size, 1), "--seed": (args.seed, 0)})
     if args.out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out {args.out}: must end in .png or .npy")
+        raise ConfigError(f"--out {args.out}: needs a name that ends in .png or .npy")
 
     import numpy as np
     import torch
@@ -57,11 +57,12 @@ def main() -> int:
     config = model.config
     sampler = sampler_for(config, args.set, args.method, args.nfe, args.bnr)
     guide = load_guide(sampler, model.info, device)
-    if args.label is not None and not 0 <= args.label < config.data.num_classes:
-        raise ConfigError(f"--label {args.label}: this network has {config.data.num_classes} classes")
+    check_label(args.label, config.data.num_classes)
     note = training_note(config, sampler)
     if note:
         errors.tell(note)
+    size = config.data.channels * config.data.resolution**2
+    check_memory("--n", args.n, 2 * size)  # the images, and the grid or file made of them
     indices = range(args.n)
     labels = draw_labels(model, sampler, args.seed, indices)
     if args.label is not None:

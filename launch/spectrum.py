@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.arguments import as_bnr
 from warm_dist import errors
+from warm_dist.config.urls import check_url
 from warm_dist.errors import ConfigError
 from warm_dist.paths import path_argument, place_argument
 
@@ -27,6 +28,8 @@ def main() -> int:
     parser.add_argument("--mlflow-url", help="also log both to this MLflow server")
     parser.add_argument("--experiment", default="warm-dist")
     args = parser.parse_args()
+    if args.mlflow_url:
+        check_url(args.mlflow_url, server=True, flag="--mlflow-url")
     if len(args.bnr) > 8:
         raise ConfigError("--bnr needs at most 8 ratios")
 

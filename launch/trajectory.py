@@ -10,10 +10,11 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr, check_least
+from launch.arguments import add_set, as_bnr, check_label, check_least, check_most
 from warm_dist import errors
-from warm_dist.errors import ConfigError
 from warm_dist.paths import path_argument, place_argument
+
+MOST_SHOWN = 100  # images and levels in one figure
 
 
 def main() -> int:
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--out", type=path_argument, default=Path("trajectory"), help="output folder")
     args = parser.parse_args()
     check_least({"--n": (args.n, 1), "--columns": (args.columns, 2), "--seed": (args.seed, 0)})
+    check_most({"--n": (args.n, MOST_SHOWN), "--columns": (args.columns, MOST_SHOWN)})
 
     import numpy as np
 
@@ -46,8 +48,7 @@ def main() -> int:
 
     prepare_host()
     model = load_weights(weights_path(args.weights))
-    if args.label is not None and not 0 <= args.label < model.config.data.num_classes:
-        raise ConfigError(f"--label {args.label}: this network has {model.config.data.num_classes} classes")
+    check_label(args.label, model.config.data.num_classes)
     samplers = [sampler_for(model.config, args.set, args.method, args.nfe, bnr) for bnr in args.bnr]
     with contextlib.closing(open_loader(with_data(model.config, args.manifest, args.endpoint_url), 0, 1)) as loader:
         check_data(model.info, loader.manifest.info, args.weights)

@@ -29,6 +29,8 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents if missing; a power cut afterwards does not undo it. Raises OutputError."""
     try:
         make_durably(path)
+    except (FileExistsError, NotADirectoryError):
+        raise OutputError(f"{path}: cannot be made, since a file is in its place; move it away") from None
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 
@@ -146,7 +148,7 @@ def locked(path: Path, wait_s: float = 0.0) -> IO[str]:
     wait_s: how long to wait for another holder, seconds (math.inf: forever). Raises BlockingIOError if another process
     still holds the lock then, other OSErrors as `open` does.
     """
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115  # the caller's
+    file = open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8")  # noqa: SIM115  # the caller's
     deadline = time.monotonic() + wait_s
     while True:
         try:

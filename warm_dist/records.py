@@ -49,11 +49,17 @@ def unseal(data: bytes, schema: type[R]) -> R:
             raise DamagedError("differs from what was written (another sha256)")
         return schema.model_validate_json(json.dumps(tree))  # through JSON: lists become tuples
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise DamagedError(f"is damaged ({where}: {first['msg']})") from None
+        raise DamagedError(f"is damaged ({_wrong(error)})") from None
     except (ValueError, RecursionError):
         raise DamagedError("is not JSON") from None
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first thing that is wrong, in words."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    words = {"missing": f"lacks {where}", "extra_forbidden": f"has an unknown key, {where}"}
+    return words.get(first["type"], f"{where or 'it'} is {json.dumps(first['input'])[:60]}")
 
 
 def write_record(path: Path, tree: dict[str, Any]) -> None:

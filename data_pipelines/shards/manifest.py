@@ -161,7 +161,7 @@ def _parse(data: bytes) -> tuple[Manifest, bool]:
             raise _Damage(f"has columns {found}, needs {_TYPES}")
         table = file.read(list(_TYPES))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _Damage(f"is not a readable Parquet file ({error})") from None
+        raise _Damage(f"is not a readable Parquet file ({error}); name a manifest.parquet") from None
     if any(column.null_count for column in table.columns):
         raise _Damage("has empty cells")
     try:

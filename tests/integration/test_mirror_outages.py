@@ -18,7 +18,7 @@ from tests.support.mirrored_run import STEPS, end, log, make_run
 from tests.support.mlflow_proxy import Proxy
 from tests.support.mlflow_runs import catch_up, found, history
 from tests.support.processes import wait_for
-from warm_dist.errors import UnreachableError
+from warm_dist.errors import AccessError, UnreachableError
 from warm_dist.figures import save_grid
 from warm_dist.supervisor import free_port
 from warm_dist.tracking import follow
@@ -88,17 +88,28 @@ def test_a_slow_server_gets_one_request_for_what_is_new(running: Services, clien
 @pytest.mark.parametrize(
     ("status", "kind", "body"),
     [
+        (401, "application/json", b'{"error_code": "UNAUTHENTICATED", "message": "no"}'),
+        (401, "text/html", b"<html>Who are you?</html>"),
         (403, "application/json", b'{"error_code": "PERMISSION_DENIED", "message": "no"}'),
+        (404, "text/html", b"<html>Nothing here</html>"),
+        (404, "application/json", b'{"detail": "Not Found"}'),
         (500, "text/plain", b"Internal Server Error"),
         (503, "text/plain", b""),
         (200, "text/html", b"<html>Please log in</html>"),
         (200, "application/json", b"{}"),
         (200, "application/json", b"[]"),
+        (200, "application/json", b'{"experiment": {"experiment_id": []}}'),
         (302, "text/html", b""),
     ],
 )
 def test_a_server_that_refuses_or_is_no_mlflow_is_one_error(run: Path, status: int, kind: str, body: bytes) -> None:
-    """A proxy's login page answers 200, too."""
+    """A proxy's login page answers 200, too. Fault: whoever lacks a password is told to wait for the server."""
+    error, words = UnreachableError, "" if status in (302, 500, 503) else "this is not an MLflow server"
+    if status in (401, 403):
+        error, words = (
+            AccessError,
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        )
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -121,7 +132,7 @@ def test_a_server_that_refuses_or_is_no_mlflow_is_one_error(run: Path, status: i
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        with pytest.raises(UnreachableError, match=f"MLflow at {url}"):
+        with pytest.raises(error, match=f"MLflow at {url}: .*{words}"):
             Mirror(run, url, "refused").sync(running=True)
         server.shutdown()
     assert not (run / "mirror.json").exists()

@@ -173,6 +173,16 @@ SETS: list[tuple[str, int, str]] = [
     ),
     ("eval.extractor_sha256=zz", 2, '--set eval.extractor_sha256: needs a sha256, 64 hex digits, got "zz"'),
     (
+        "tracking.mlflow_url=http://a b",
+        2,
+        '--set tracking.mlflow_url: needs the URL of a server, http://… or https://…, got "http://a b"',
+    ),
+    (
+        "tracking.registered_model=bad/name:x",
+        2,
+        '--set tracking.registered_model: needs a name without / and :, got "bad/name:x"',
+    ),
+    (
         "tracking.mlflow_url=localhost:5000",
         2,
         '--set tracking.mlflow_url: needs the URL of a server, http://… or https://…, got "localhost:5000"',
@@ -201,7 +211,7 @@ DATA: list[tuple[str, int, str]] = [
     (
         "data.manifest=folder/x.txt",
         3,
-        "folder/x.txt: is not a readable Parquet file (Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes))",
+        "folder/x.txt: is not a readable Parquet file (Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes)); name a manifest.parquet",
     ),
     (
         "data.manifest=s3://your-bucket/x/manifest.parquet",
@@ -329,7 +339,18 @@ COMMANDS: list[tuple[str, int, str]] = [
         2,
         "--n 100000000000000000000000: needs a number from 1 to 2147483647",
     ),
-    ("sample --weights none --out a.gif", 2, "--out a.gif: must end in .png or .npy"),
+    ("mirror folder --url http://", 2, "--url http://: needs the URL of a server, http://… or https://…"),
+    ("mirror folder --url http://h:99999", 2, "--url http://h:99999: needs the URL of a server, http://… or https://…"),
+    ("mirror folder --register a/b:c", 2, '--register "a/b:c": needs a name without / and :'),
+    (
+        "evaluate w --mlflow-url http://[::1",
+        2,
+        "--mlflow-url http://[::1: needs the URL of a server, http://… or https://…",
+    ),
+    ("spectrum m --mlflow-url x", 2, "--mlflow-url x: needs the URL of a server, http://… or https://…"),
+    ("trajectory w --n 101", 2, "--n 101: needs a number up to 100"),
+    ("trajectory w --columns 101", 2, "--columns 101: needs a number up to 100"),
+    ("sample --weights none --out a.gif", 2, "--out a.gif: needs a name that ends in .png or .npy"),
     ("export none", 2, "none: is no folder; name a run's, or the s3:// URL of its checkpoint.url"),
     (
         "export folder",
@@ -353,7 +374,7 @@ COMMANDS: list[tuple[str, int, str]] = [
     (
         "verify folder/x.txt",
         3,
-        "folder/x.txt: is not a readable Parquet file (Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes))",
+        "folder/x.txt: is not a readable Parquet file (Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes)); name a manifest.parquet",
     ),
     ("index folder", 3, "folder: has no .tar shards; name the folder or prefix that holds them"),
     (

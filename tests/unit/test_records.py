@@ -74,3 +74,18 @@ def test_nothing_there_is_not_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert read_record(tmp_path / "other.json", Thing) is None
     assert read_record(tmp_path / "thing.json", Thing) == Thing(name="a µ \n", count=7, parts=(0.1, 1e-300))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({"name": 5, "count": 7}, "is damaged (name is 5)"),
+        ({"name": "a"}, "is damaged (lacks count)"),
+        ({"name": "a", "count": 7, "more": 1}, "is damaged (has an unknown key, more)"),
+        ({"name": "a", "count": 7, "parts": ["x"]}, 'is damaged (parts.0 is "x")'),
+    ],
+)
+def test_what_is_damaged_is_said_in_words(tree: dict[str, object], told: str) -> None:
+    with pytest.raises(DamagedError) as caught:
+        unseal(json.dumps(tree).encode(), Thing)
+    assert str(caught.value) == told

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from warm_dist.checkpoints.format import FORMAT, Fragment, Saved, header_of, index_of, read_fragments
-from warm_dist.errors import CheckpointError
+from warm_dist.errors import CheckpointError, ConfigError
 from warm_dist.files import open_regular, replace_file
 from warm_dist.networks.flat import Published
 
@@ -80,11 +80,17 @@ Layout = dict[str, list[tuple[str, Fragment]]]
 
 
 def _layout(saved: Saved, kind: str) -> Layout:
+    """Raises ConfigError if no tensor is of this kind."""
     out: Layout = {}
+    kinds = set()
     for file in saved.meta["files"]:
         for tensor in index_of(saved, file):
+            kinds.add(tensor.kind)
             if tensor.kind == kind:
                 out.setdefault(tensor.name, []).append((file["file"], tensor))
+    if not out:
+        weights = sorted(other for other in kinds if other == "master" or other.startswith("ema"))
+        raise ConfigError(f"{saved}: has no weights {kind!r}; it has {', '.join(weights)}")
     return out
 
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from warm_dist.config.bnr import AnyBNR, Cold, LogUniformBNR, PathBNR, UniformBNR
 from warm_dist.config.load import override, read_tree, validate_as
 from warm_dist.config.urls import URL, Download, LocalPath, Place, Server
-from warm_dist.config.values import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, Size, whole
+from warm_dist.config.values import Count, Fraction, Name, NonNegative, Positive, PositiveFloat, Section, Size, whole
 from warm_dist.errors import ConfigError
 
 
@@ -234,9 +234,7 @@ class TrackingConfig(Section):
     run_name: str | None = Field(None, description="null: the name of the output folder")
     parent_run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(None, description="MLflow parent run")
     log_model: bool = Field(True, description="at the end, log the EMA weights as an MLflow model that samples images")
-    registered_model: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="also register the model under this name; null: do not"
-    )
+    registered_model: Name | None = Field(None, description="also register the model under this name; null: do not")
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = Field(
         None, description="port where rank 0 serves its metrics as Prometheus text; null: none"
     )

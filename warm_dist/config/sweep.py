@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue
 
 from warm_dist.config.load import assign, dump, flatten, parse_setting, read_tree, validate_as
 from warm_dist.config.urls import URL, LocalPath, Place, Server
-from warm_dist.config.values import Count, Finite, NonNegative, Positive, Section
+from warm_dist.config.values import Count, Finite, Name, NonNegative, Positive, Section
 from warm_dist.errors import ConfigError
 
 AboveOne = Annotated[float, Field(ge=1.1, allow_inf_nan=False)]  # closer to 1 gives thousands of rungs
@@ -117,9 +117,7 @@ class SweepConfig(Section):
     max_concurrent: Positive | None = Field(None, description="trials at a time; null: as many as the resources allow")
     ray_address: URL | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, or else a local Ray")
     surface: SurfaceConfig | None = Field(None, description="null: no surface")
-    registered_model: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="register the best trial's model in MLflow under this name"
-    )
+    registered_model: Name | None = Field(None, description="register the best trial's model in MLflow under this name")
 
     def model_post_init(self, context: Any) -> None:
         if len(set(self.seeds)) < len(self.seeds):

@@ -31,8 +31,8 @@ def _not_empty(url: str) -> str:
 
 def _of_a_server(url: str) -> str:
     with suppress(ValueError):  # a port that is no number, or too large
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+        parts, one_word = urlsplit(url), url.isprintable() and " " not in url
+        if one_word and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
     raise ValueError("needs the URL of a server, http://… or https://…")
 
@@ -51,9 +51,9 @@ Download = Annotated[str, NoSecrets, AfterValidator(_web_or_place)]
 """A Place, or a web server's URL."""
 
 
-def check_url(url: str, server: bool = False) -> str:
+def check_url(url: str, server: bool = False, flag: str = "") -> str:
     """Return a URL or path from a command line. Raises ConfigError if it holds credentials, or is no server's."""
     try:
         return _of_a_server(_without_secrets(url)) if server else _without_secrets(url)
     except ValueError as error:
-        raise ConfigError(f"{redact(url)}: {error}") from None
+        raise ConfigError(f"{flag} {redact(url)}: {error}".lstrip()) from None

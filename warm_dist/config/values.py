@@ -20,12 +20,20 @@ def whole(value: Any) -> Any:
     return value
 
 
+def model_name(text: str) -> str:
+    """The text, if it can name a registered model in MLflow. Raises ValueError."""
+    if not text.strip() or {"/", ":"} & set(text):
+        raise ValueError("needs a name without / and :")
+    return text
+
+
 Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_squarable)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_squarable)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_squarable)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]  # what a float64 counts exactly
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Size = Annotated[int, Field(gt=0, le=2**16)]  # of what a network is built of
+Name = Annotated[str, AfterValidator(model_name)]  # of a registered model
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from warm_dist.config.bnr import Cold, LogUniformBNR, UniformBNR, describe
-from warm_dist.config.load import dump, override
+from warm_dist.config.load import dump, override, parse_setting
 from warm_dist.config.run import Config, SamplerConfig, check_sampling, sampling_precision, validate
 from warm_dist.config.values import exact
 from warm_dist.data import DataInfo
@@ -60,16 +60,23 @@ def sampler_for(
     from warm_dist.diffusion.samplers import schedule
 
     tree = dump(config)
-    foreign = [text for text in overrides if not text.startswith("sampler.")]
-    if foreign:
-        raise ConfigError(f"--set {foreign[0]!r}: only sampler.* can change after training")
+    keys = [parse_setting(text)[0] for text in overrides]
+    for key, text in zip(keys, overrides, strict=True):
+        if not key.startswith("sampler."):
+            raise ConfigError(f"--set {text!r}: only sampler.* can change after training")
+    given = {key: f"--set {key}" for key in reversed(keys)}
+    for key, flag, value in (("method", "--method", method), ("num_steps", "--nfe", nfe), ("bnr", "--bnr", bnr)):
+        if value is not None:
+            if f"sampler.{key}" in keys:
+                raise ConfigError(f"{flag} {value} and --set sampler.{key}: give one of the two")
+            given[f"sampler.{key}"] = f"{flag} {value}"
     settings = [f"sampler.method={method}"] if method else []
     settings += [f"sampler.bnr={bnr!r}"] if bnr is not None else []
     for text in [*settings, *overrides]:
         override(tree, text)
     if nfe is not None:
         tree["sampler"]["num_steps"] = _num_steps(tree["sampler"]["method"], nfe, spend_less)
-    sampler = validate(tree, "sampler").sampler
+    sampler = validate(tree, "sampler", given).sampler
     check_sampling(config, sampler)
     schedule(config, sampler)
     return sampler

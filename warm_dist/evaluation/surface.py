@@ -47,19 +47,33 @@ class SurfaceOptions:
     endpoint_url: str | None = None
 
 
-def open_results(out: Path) -> dict[str, Any]:
-    """The cells in OUT/results.json by key, without those of an older version.
+_CELL = {
+    "weights",
+    "sha256",
+    "sampler",
+    "per_block",
+    "frechet",
+    "nfe",
+    "bnr",
+    "method",
+    "name",
+    "spec",
+    "measure",
+    "num_images",
+}
+"""What every cell has."""
 
-    Raises DataError if results.json is damaged or not of this command.
-    """
+
+def open_results(out: Path) -> dict[str, Any]:
+    """The cells in OUT/results.json by key. Raises DataError if it is damaged, or not of this command as it is now."""
     if not os.path.lexists(out / RESULTS):
         return {}
     kept = read_results(out)
-    if kept is None:
+    if kept is None or not all(cell.keys() >= _CELL and isinstance(cell["per_block"], list) for cell in kept.values()):
         raise DataError(
             f"{out / RESULTS}: not written by this command, or damaged; move it away, or choose another --out"
         )
-    return {key: cell for key, cell in kept.items() if "per_block" in cell}
+    return kept
 
 
 class NetworkCells:

@@ -66,6 +66,8 @@ def draw_sampling(model: Model, sampler: SamplerConfig, args: argparse.Namespace
 def _chosen(points: list[Any], count: int) -> list[Any]:
     if len(points) <= count:
         return points
+    if count == 1:
+        return points[:1]
     return [points[round(k * (len(points) - 1) / (count - 1))] for k in range(count)]
 
 

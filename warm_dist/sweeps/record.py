@@ -104,6 +104,17 @@ class SweepRecord:
         except DataError as error:
             raise DataError(f"{error}; delete it to run the trial again") from None
 
+    def check(self, trial: Trial, ended: Ended) -> None:
+        """Raise DataError if the evaluation by which an ended trial is ranked cannot be found."""
+        last = max((record["nimg"] for record in self.evaluations(trial.name)), default=0)
+        wanted = {"finished": trial.config.train.total_nimg, "stopped": 1}.get(ended.state, 0)
+        if last < wanted:
+            path = f"{self.store.url}/trials/{trial.name}"
+            raise DataError(
+                f"{path}/{METRICS}: has no evaluation at the trial's end, nimg {ended.nimg}; bring the file back, or "
+                "delete ended.json beside it to run the trial again"
+            )
+
     def end(self, name: str, ended: Ended) -> None:
         """Store how a trial ended."""
         self.write(f"trials/{name}/ended.json", ended.model_dump())

@@ -9,7 +9,7 @@ from pathlib import Path
 from warm_dist import errors, supervisor
 from warm_dist.config.load import dump
 from warm_dist.config.sweep import SurfaceConfig, SweepConfig, parameters
-from warm_dist.errors import OutputError, UnreachableError
+from warm_dist.errors import AccessError, OutputError, UnreachableError
 from warm_dist.files import make_folder, write_json
 from warm_dist.runs.folder import CONFIG
 from warm_dist.sweeps import figures, ranking, results_table
@@ -121,7 +121,7 @@ class Report:
             if best is not None and self.sweep.registered_model:
                 self._mirror(best.name, self.sweep.registered_model)
             self._log(url, best)
-        except (UnreachableError, OutputError) as error:
+        except (UnreachableError, AccessError, OutputError) as error:
             self.say(f"MLflow is not up to date: {error}; the same command with --resume sends the rest")
 
     def _mirror(self, name: str, register: str | None) -> None:

@@ -66,6 +66,8 @@ class Session:
                 end = None
             if end is None:
                 pending.append(trial)
+            else:
+                self.record.check(trial, end)
         say(f"sweep: {_count(self.every)}, {len(self.every) - len(pending)} have ended, in {self.record.store.url}")
         return pending
 

@@ -14,7 +14,7 @@ from typing import Any
 from warm_dist.config.load import flatten
 from warm_dist.config.urls import check_url
 from warm_dist.deadlines import answers_within
-from warm_dist.errors import ConfigError, UnreachableError, WarmDistError, redact
+from warm_dist.errors import AccessError, UnreachableError, WarmDistError, redact
 
 # MLflow's own retries block for four minutes and can create a run twice, so callers retry after looking for the run.
 # A timeout of 60 s allows for servers that take half a minute to answer.
@@ -33,19 +33,23 @@ MAX_METRICS, MAX_OTHERS = 1000, 100  # MLflow's limits for one log_batch
 MAX_REASON = 300
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter; a tag may have 8000
 _REFUSED = re.compile("credential|Token|AccessKey|AccessDenied|Signature|Forbidden|403", re.IGNORECASE)
+_FOREIGN = re.compile(
+    "valid JSON format|failed with error code|INTERNAL_ERROR: Response:|^(Parse|Key|Type|Attribute)Error"
+)
+REFUSALS = UnreachableError, AccessError
+"""What `reaching` raises where not everything has arrived."""
 Point = tuple[str, int]
 """A metric's key, "train/loss", and its step."""
 
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Turn every failure of the server or its artifact store into UnreachableError.
+    """Turn every failure of the server or its artifact store into UnreachableError, or AccessError where MLflow asks who it is.
 
     The client raises its own errors, those of requests and boto3, OSError, and parse errors for foreign answers.
     Raises ConfigError if `url` is not a server's or holds credentials.
     """
-    if not re.match("https?://", check_url(url)):
-        raise ConfigError(f"{url}: MLflow needs the URL of a server, http://… or https://…")
+    check_url(url, server=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_ENV.items()})
     try:
         with answers_within(_whole_answer_s()):
@@ -54,7 +58,15 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-        reason = re.sub(r"\?\S+", "", redact(reason))[:MAX_REASON]  # may quote an address without its host
+        reason = re.sub(r"\?\S+", "", redact(reason))  # may quote an address without its host
+        reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+        if getattr(error, "get_http_status_code", int)() in (401, 403):
+            raise AccessError(
+                f"MLflow at {redact(url)}: refuses the request ({reason}); set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from None
+        if _FOREIGN.search(reason):
+            reason = f"this is not an MLflow server ({reason})"
         if _forget_credentials() and _REFUSED.search(reason):
             reason += f"; check AWS_ACCESS_KEY_ID, AWS_PROFILE or {_credentials_file()}, which the next try reads again"
         raise UnreachableError(f"MLflow at {redact(url)}: {reason}") from None

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from warm_dist import supervisor
 from warm_dist.config.run import TrackingConfig
-from warm_dist.errors import ConfigError, OutputError, Stopped, UnreachableError, redact, tell
+from warm_dist.errors import AccessError, ConfigError, OutputError, Stopped, UnreachableError, redact, tell
 from warm_dist.files import locked
 from warm_dist.runs.folder import EXIT, LOCK, METRICS, attempt_of, read_config, read_end
 from warm_dist.runs.metrics import read_metrics
-from warm_dist.tracking.client import CLIENT_ENV
+from warm_dist.tracking.client import CLIENT_ENV, REFUSALS
 from warm_dist.tracking.mirror import Mirror, SendModel
 from warm_dist.tracking.model import send_model
 
@@ -54,7 +54,7 @@ def mirror_run(
 
     url: used instead of tracking.mlflow_url. register: name of the registered model that gets the weights as a version.
     owner: a process as `supervisor.identity` names it. Raises ConfigError if `run` is not a run's folder or no server is
-    given, OutputError, UnreachableError.
+    given, OutputError, UnreachableError, AccessError.
     """
     tracking = _tracking(run)
     url = tracking.mlflow_url if url is None else url
@@ -91,7 +91,7 @@ def _follow(mirror: Mirror, owner: str | None) -> None:
             if trouble:
                 _say("MLflow answers again")
             pause, trouble = POLL_S, ""
-        except UnreachableError as error:
+        except REFUSALS as error:
             if not trouble:
                 _say(f"{error}; the run continues, and the mirror keeps trying")
             pause, trouble = min(2 * pause, LONGEST_PAUSE_S), str(error)
@@ -119,6 +119,10 @@ def _finish(mirror: Mirror, attempt: int, owner: str | None, send_model: SendMod
                     f"{error}; metrics.jsonl has everything: when the server is back, python launch/mirror.py {mirror.run}"
                 ) from None
             time.sleep(number)
+        except AccessError as error:
+            raise AccessError(
+                f"{error}; metrics.jsonl has everything: then python launch/mirror.py {mirror.run}"
+            ) from None
 
 
 def _curves(run: Path) -> list[Path]:
@@ -184,7 +188,7 @@ def _only_mirror(run: Path, owner: str | None = None) -> Iterator[None]:
             if time.monotonic() > deadline and not (owner and supervisor.alive(owner)):
                 raise OutputError(f"{run}: another mirror is running, as it does while a run trains") from None
         except OSError as error:
-            raise OutputError(f"{run}: cannot be written ({error.strerror})") from None
+            raise OutputError(f"{run / 'mirror.lock'}: cannot be locked ({error.strerror or error})") from None
     with lock:
         yield
 

@@ -6,16 +6,19 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from warm_dist.errors import OutputError, UnreachableError, redact
+from warm_dist.errors import OutputError, redact
+from warm_dist.files import open_regular
 from warm_dist.records import read_record, write_record
 from warm_dist.runs.folder import METRICS, MIRROR, RUN, SAMPLES, WEIGHTS, Attempt, Mirrored, read_config, read_end
 from warm_dist.runs.metrics import parse_line, tell_skipped
 from warm_dist.tracking.client import (
     PARENT_TAG,
+    REFUSALS,
     Point,
     as_texts,
     client_of,
@@ -129,7 +132,7 @@ class Mirror:
         try:
             with reaching(self.url):
                 yield
-        except UnreachableError:
+        except REFUSALS:
             self._connected = False
             raise
 
@@ -244,8 +247,8 @@ class Mirror:
         from PIL import Image
 
         try:
-            milliseconds = int(path.stat().st_mtime * 1000)
-            with Image.open(path) as image:
+            with open(open_regular(path), "rb") as file, Image.open(file) as image:
+                milliseconds = int(os.fstat(file.fileno()).st_mtime * 1000)
                 image.load()
         except (OSError, SyntaxError):  # deleted since, or not an image
             return

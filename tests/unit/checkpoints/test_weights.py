@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.saved_state import save
 from tests.support.tiny_run import ALONE
 from warm_dist.checkpoints.weights import export_weights, load_weights, weights_path
-from warm_dist.errors import CheckpointError
+from warm_dist.errors import CheckpointError, ConfigError
 from warm_dist.runs.folder import WEIGHTS
 from warm_dist.training.attempt import Attempt
 
@@ -100,3 +100,11 @@ def test_weights_of_an_older_version_load_with_a_line(tmp_path, state, capsys):
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_weights(path)
+
+
+def test_weights_of_a_kind_that_there_is_not_are_told_from_damage(tmp_path, state):
+    """Fault: "no intact checkpoint" of checkpoints that are intact."""
+    saved = save(tmp_path, state, 80)
+    with pytest.raises(ConfigError, match=r"has no weights 'nothere'; it has ema, master$"):
+        export_weights([(saved, "nothere", 1.0)], tmp_path / "none.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))

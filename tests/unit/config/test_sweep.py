@@ -129,7 +129,7 @@ def test_set_changes_the_base_and_the_command_line_has_the_last_word(tmp_path):
         ({"set": {"tracking.prometheus_port": 9000}}, "'tracking.prometheus_port' cannot be set for all trials"),
         ({"surface": {"nfe": [1, 1]}}, "'surface': nfe has a duplicate"),
         ({"surface": {"nfe": [1], "bnr": [0.5, 0.5]}}, "'surface': bnr has a duplicate"),
-        ({"registered_model": ""}, "'registered_model': needs a text that is not empty"),
+        ({"registered_model": ""}, "'registered_model': needs a name without / and :, got \"\""),
         ({"base": "sweep.json"}, "sweep.json: base sweep.json is a sweep's config; name a run's"),
         ({"base": "nowhere.json"}, "nowhere.json: does not exist"),
         ({"base": None}, "'base': needs a text"),

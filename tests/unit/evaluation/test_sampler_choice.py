@@ -76,3 +76,22 @@ def test_the_description_of_usual_numbers_is_short(tmp_path):
         options = SamplerConfig(method="heun", num_steps=18, precision=precision)
         assert describe_sampling(settings, options) == f"{text}, network in bf16"
     assert describe_sampling(half, SamplerConfig(method="heun", num_steps=18, precision="fp32")) == text
+
+
+@pytest.mark.parametrize(
+    ("setting", "choice", "told"),
+    [
+        ("sampler.num_steps=7", {"nfe": 2}, "--nfe 2 and --set sampler.num_steps: give one of the two"),
+        ("sampler.bnr=1", {"bnr": 2.0}, "--bnr 2.0 and --set sampler.bnr: give one of the two"),
+        ("sampler.method=heun", {"method": "churn"}, "--method churn and --set sampler.method: give one of the two"),
+        ("sampler", {}, "--set 'sampler': needs the form a.b=VALUE"),
+        ("train.lr=1", {}, "--set 'train.lr=1': only sampler.* can change after training"),
+        ("sampler.eta=2", {}, "--set sampler.eta: needs 1 or less, got 2"),
+        ("sampler.rho=7", {"method": "odd"}, "--method odd: 'sampler.method': needs "),
+    ],
+)
+def test_what_is_wrong_or_given_twice_is_named(tmp_path, setting, choice, told):
+    """Fault: of a flag and a --set of the same thing one is ignored, --nfe one way and --bnr the other."""
+    with pytest.raises(ConfigError) as caught:
+        sampler_for(config(tmp_path), [setting], **choice)
+    assert str(caught.value).startswith(told)

@@ -9,7 +9,7 @@ import pytest
 
 from warm_dist.errors import OutputError
 from warm_dist.files import read_json, write_json
-from warm_dist.runs.metrics import MetricsLog, read_metrics
+from warm_dist.runs.metrics import MetricsLog, parse_line, read_metrics
 
 
 def test_the_highest_attempt_counts(tmp_path):
@@ -62,6 +62,7 @@ ODD = (b"", b"garbage", b"\0\0\0", b"\xff\xfe", b"[1]", b"null", b'{"nimg": 1}',
            {"nimg": "64"}, {"nimg": 64.0}, {"nimg": True}, {"nimg": -1}, {"nimg": 10**400}, {"attempt": None}, {"attempt": []},
            {"time": "now"}, {"time": 1e300}, {"kind": []}, {"kind": "later"}, {"kind": "event", "text": 7}, {"loss": "half"},
            {"loss": [1]}, {"loss": {}}, {"loss": float("nan")}, {"loss": 10**400}, {"kind": "eval"}, {"a\u2028b": 1.0},
+           {".": 1.0}, {"..": 1.0}, {"a/../b": 1.0}, {"a//b": 1.0}, {"/a": 1.0}, {"a/": 1.0}, {"./a": 1.0}, {"": 1.0},
            {"x" * 300: 1.0}, {"text": "x" * 2_000_000})))  # fmt: skip
 
 
@@ -84,3 +85,9 @@ def test_something_else_in_the_log_s_place_is_named(tmp_path, kind):
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written"):
         MetricsLog(path, 1).write(32, "train", loss=1.0)
+
+
+def test_keys_that_mlflow_takes_are_read():
+    for key in ("loss", "node_0/cpu_utilization_percentage", "a/b/c", "a.b", ".a", "a..b", "a b", "x" * 200):
+        record = {"time": 1.0, "attempt": 1, "nimg": 64, "kind": "system", key: 1.0}
+        assert parse_line(json.dumps(record).encode()) == record

@@ -92,3 +92,26 @@ def test_trials_without_a_record_are_nobody_s(ledger):
     ledger.write("trials/a/trial.json", {})
     with pytest.raises(DataError, match=r"has trials but no sweep\.json"):
         ledger.claim(make([0.1]), resume=True)
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
+def test_an_ended_trial_has_the_evaluation_that_ranks_it(ledger, tmp_path, state):
+    """Fault: metrics.jsonl of the best trial is lost, and another one is silently the best."""
+    (trial,) = make([0.1])
+    total = trial.config.train.total_nimg
+    path = tmp_path / "out" / "trials" / trial.name / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    ended = Ended(state=state, reason="", nimg=total)
+
+    def evaluated(nimg):
+        path.write_text(json.dumps({"time": 1.0, "attempt": 1, "nimg": nimg, "kind": "eval", "frechet": 2.0}) + "\n")
+
+    evaluated(total)
+    ledger.check(trial, ended)
+    for nimg in (None, 64):
+        path.write_text("") if nimg is None else evaluated(nimg)
+        if state == "failed" or (state == "stopped" and nimg):
+            ledger.check(trial, ended)
+            continue
+        with pytest.raises(DataError, match=r"metrics\.jsonl: has no evaluation at the trial's end, nimg \d+; bring"):
+            ledger.check(trial, ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from warm_dist.tracking.mirror import Mirror
@@ -27,3 +28,12 @@ def test_only_whole_lines_are_read_and_each_once(run: Path) -> None:
     assert len(ends) > 3, "in pieces, so that a failure costs one"
     assert all(end % len(line) == 0 for end in ends)
     assert ends[-1] == file.stat().st_size
+
+
+def test_a_picture_that_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    """Fault: a FIFO in samples/ is waited for, for ever."""
+    (tmp_path / "samples").mkdir()
+    os.mkfifo(tmp_path / "samples" / "000000000400.png")
+    sent: set[int] = set()
+    Mirror(tmp_path, "http://127.0.0.1:9", "x")._send_grid(tmp_path / "samples" / "000000000400.png", sent)
+    assert sent == set()
