@@ -260,7 +260,7 @@ class Heartbeat:
             time.sleep(min(0.1, self.interval_s / 10))
         mine = f"rank {self.world.rank} (host {self.host}) waited at '{phase}' of nimg {nimg} for {waited:.0f} s"
         fault = self._silence() or self._store_fault() or behind or f"every rank answers ({str(error).splitlines()[0]})"
-        return f"{fault}; {mine}; run the same command again to resume from the last checkpoint, with fewer nodes if necessary"
+        return f"{fault}; {mine}; run the same command again to resume, with fewer nodes if necessary"
 
     def _store_fault(self) -> str:
         if not self._store_is_lost():

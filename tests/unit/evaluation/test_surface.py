@@ -38,7 +38,14 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     cell |= {"per_block": [{"frechet": 1.0}], "frechet": 1.0, "nfe": 9, "num_images": 64}
     write_results(tmp_path, {"a": cell})
     assert open_results(tmp_path) == {"a": cell}
-    for odd in ({"x": {"frechet": 1}}, {"a": {"per_block": []}}, {"a": cell | {"per_block": 3}}, [1], 7):
+    for odd in (
+        {"x": {"frechet": 1}},
+        {"a": cell, "x": {"frechet": 1}},
+        {"a": {"per_block": []}},
+        {"a": cell | {"per_block": 3}},
+        [1],
+        7,
+    ):
         (tmp_path / "results.json").write_text(json.dumps(odd))
         with pytest.raises(DataError, match=r"results\.json: not written by this command, or damaged; move it away"):
             open_results(tmp_path)
