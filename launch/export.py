@@ -41,6 +41,8 @@ def main() -> int:
     for name in reversed(names):
         try:
             export_weights([(open_saved(store, name), args.kind, 1.0)], out)
+        except ConfigError as error:
+            raise ConfigError(f"--kind {args.kind}: {error}") from None
         except CheckpointError as error:
             problem = f"no intact checkpoint ({error})"
             errors.print_line(f"checkpoint skipped: {error}")
