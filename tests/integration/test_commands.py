@@ -262,7 +262,7 @@ def test_what_cannot_be_done_is_one_line_and_a_code(runs, tmp_path):
         ("evaluate", [random, "--out", other / "manifest.parquet" / "e"], 8, "cannot be written (Not a directory)"),
         ("evaluate", [random, "--nfe", "9,many", "--out", tmp_path / "e"], 2, "needs numbers, such as 9,18,35"),
         ("evaluate", [random, "--blocks", 0, "--out", tmp_path / "e"], 2, "--blocks 0: needs a number from 1"),
-        ("trajectory", [random, "--label", 10], 2, "has 10 classes"),
+        ("trajectory", [random, "--label", 10], 2, "from 0 to 9"),
         ("trajectory", [random, "--columns", 1], 2, "--columns 1: needs a number from 2"),
     ]:  # fmt: skip
         done = command(name, *args)
