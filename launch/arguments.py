@@ -40,18 +40,12 @@ def as_bnr(text: str) -> float:
         raise ConfigError(f"--bnr {text}: needs 0 or a number from 1e-15 to 1e15") from None
 
 
-def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
-    """Check {flag: (value, least)}; None is a flag that was not given. Raises ConfigError."""
-    for flag, (value, least) in flags.items():
-        if value is not None and not least <= value <= MOST:
-            raise ConfigError(f"{flag} {shown(value)}: needs a number from {least} to {MOST}")
-
-
-def check_most(flags: dict[str, tuple[int, int]]) -> None:
-    """Check {flag: (value, most)}. Raises ConfigError."""
-    for flag, (value, most) in flags.items():
-        if value > most:
-            raise ConfigError(f"{flag} {shown(value)}: needs a number up to {most}")
+def check_range(flags: dict[str, tuple[int | None, int] | tuple[int | None, int, int]]) -> None:
+    """Check {flag: (value, least)} or (value, least, most); None is a flag that was not given. Raises ConfigError."""
+    for flag, (value, least, *most) in flags.items():
+        top = most[0] if most else MOST
+        if value is not None and not least <= value <= top:
+            raise ConfigError(f"{flag} {shown(value)}: needs a number from {least} to {top}")
 
 
 def check_label(label: int | None, num_classes: int) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_set, as_bnr, check_least
+from launch.arguments import add_set, as_bnr, check_range
 from warm_dist import errors, supervisor
 from warm_dist.config.urls import check_url
 from warm_dist.errors import AccessError, ConfigError, UnreachableError
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.bnr, args.nfe = _numbers("--bnr", args.bnr, as_bnr), _numbers("--nfe", args.nfe, int)
     args.method = _parts("--method", args.method) or [None]
-    check_least(
+    check_range(
         {"--num-images": (args.num_images, 2), "--batch-size": (args.batch_size, 1), "--blocks": (args.blocks, 1)}
     )
     if args.mlflow_url:

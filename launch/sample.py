@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr, check_label, check_least, check_memory
+from launch.arguments import add_set, as_bnr, check_label, check_memory, check_range
 from warm_dist import errors
 from warm_dist.errors import ConfigError
 from warm_dist.files import replace_file
@@ -34,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--batch-size", type=int, help="default: as many as fit into the GPU, 64 on a CPU")
     args = parser.parse_args()
-    check_least({"--n": (args.n, 1), "--batch-size": (args.batch_size, 1), "--seed": (args.seed, 0)})
+    check_range({"--n": (args.n, 1), "--batch-size": (args.batch_size, 1), "--seed": (args.seed, 0)})
     if args.out.suffix not in (".png", ".npy"):
         raise ConfigError(f"--out {args.out}: needs a name that ends in .png or .npy")
 

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from launch.arguments import add_set, as_bnr, check_label, check_least, check_most
+from launch.arguments import add_set, as_bnr, check_label, check_range
 from warm_dist import errors
 from warm_dist.paths import path_argument, place_argument
 
@@ -34,8 +34,7 @@ def main() -> int:
     parser.add_argument("--endpoint-url", help="of the manifest; default: the config's data.endpoint_url")
     parser.add_argument("--out", type=path_argument, default=Path("trajectory"), help="output folder")
     args = parser.parse_args()
-    check_least({"--n": (args.n, 1), "--columns": (args.columns, 2), "--seed": (args.seed, 0)})
-    check_most({"--n": (args.n, MOST_SHOWN), "--columns": (args.columns, MOST_SHOWN)})
+    check_range({"--n": (args.n, 1, MOST_SHOWN), "--columns": (args.columns, 2, MOST_SHOWN), "--seed": (args.seed, 0)})
 
     import numpy as np
 

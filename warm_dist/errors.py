@@ -76,7 +76,7 @@ class BucketError(WarmDistError, exit_code=6):
 
 
 class AccessError(WarmDistError, exit_code=7):
-    """Credentials that are missing or refused by the storage."""
+    """Credentials that are missing, or refused by the storage or by MLflow."""
 
 
 class OutputError(WarmDistError, exit_code=8):

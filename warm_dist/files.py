@@ -30,7 +30,7 @@ def make_folder(path: Path) -> None:
     try:
         make_durably(path)
     except (FileExistsError, NotADirectoryError):
-        raise OutputError(f"{path}: cannot be made, since a file is in its place; move it away") from None
+        raise OutputError(f"{path}: cannot be made, since it or a folder above it is a file; move that away") from None
     except OSError as error:
         raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
 

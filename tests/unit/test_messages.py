@@ -348,8 +348,8 @@ COMMANDS: list[tuple[str, int, str]] = [
         "--mlflow-url http://[::1: needs the URL of a server, http://… or https://…",
     ),
     ("spectrum m --mlflow-url x", 2, "--mlflow-url x: needs the URL of a server, http://… or https://…"),
-    ("trajectory w --n 101", 2, "--n 101: needs a number up to 100"),
-    ("trajectory w --columns 101", 2, "--columns 101: needs a number up to 100"),
+    ("trajectory w --n 101", 2, "--n 101: needs a number from 1 to 100"),
+    ("trajectory w --columns 101", 2, "--columns 101: needs a number from 2 to 100"),
     ("sample --weights none --out a.gif", 2, "--out a.gif: needs a name that ends in .png or .npy"),
     ("export none", 2, "none: is no folder; name a run's, or the s3:// URL of its checkpoint.url"),
     (
@@ -395,7 +395,7 @@ COMMANDS: list[tuple[str, int, str]] = [
         2,
         "none: does not exist; name a finished run's folder, a checkpoint in it (RUN/checkpoints/NIMG), or a file of launch/export.py",
     ),
-    ("trajectory none --columns 1", 2, "--columns 1: needs a number from 2 to 2147483647"),
+    ("trajectory none --columns 1", 2, "--columns 1: needs a number from 2 to 100"),
 ]
 
 

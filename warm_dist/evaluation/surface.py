@@ -47,20 +47,8 @@ class SurfaceOptions:
     endpoint_url: str | None = None
 
 
-_CELL = {
-    "weights",
-    "sha256",
-    "sampler",
-    "per_block",
-    "frechet",
-    "nfe",
-    "bnr",
-    "method",
-    "name",
-    "spec",
-    "measure",
-    "num_images",
-}
+_CELL = {"weights", "sha256", "sampler", "per_block", "frechet", "nfe", "bnr", "method", "name", "spec", "measure",
+         "num_images"}  # fmt: skip
 """What every cell has."""
 
 

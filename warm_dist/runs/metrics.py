@@ -153,7 +153,8 @@ class MetricsLog:
 _TEXTS = {
     kind: {key for key, hint in get_type_hints(record).items() if hint is str} for kind, record in RECORDS.items()
 }
-_KEY = re.compile(r"(?=.{1,200}$)(?:(?:^|(?<=.)/)(?!\.{1,2}(?:/|$))[A-Za-z0-9_.: -]+)+")  # by MLflow's rule
+_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.: -]+"  # MLflow refuses a name with an empty part, "." or ".."
+_KEY = re.compile(rf"(?=.{{1,200}}$){_PART}(?:/{_PART})*")
 _MOST = {"time": 1e11, "attempt": 2**31, "nimg": 2**53}
 _LINE_BYTES = 1 << 20
 

@@ -21,7 +21,7 @@ from warm_dist.sweeps.ranking import headings
 
 Values = dict[str, Any]
 """A trial's values by dotted key, in the sweep's order."""
-_OWN = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
+_NOT_SEARCHED = {"output", "description", "$schema", "tracking", "checkpoint", "engine"}
 _MEASURE = "eval", "data.manifest", "data.resolution", "data.channels"
 _SECTIONS = {key.rpartition(".")[0] for key in known_keys(Config)} - {""}
 _NAME_LENGTH = 80
@@ -101,7 +101,7 @@ def _check_keys(sweep: SweepConfig, origins: Origins) -> None:
     for key in sweep.space:
         if key == SEED:
             raise ConfigError(f"{space}: {SEED} is set by the sweep's list seeds")
-        if key.split(".")[0] in _OWN:
+        if key.split(".")[0] in _NOT_SEARCHED:
             raise ConfigError(f"{space}: {key!r} cannot be searched; the sweep sets it, or the network is the same")
         if key in INCIDENTAL:
             raise ConfigError(f"{space}: {key!r} cannot be searched: the network does not depend on it")
